@@ -1,0 +1,136 @@
+"""Accounting: every operator that multiplies, its floating-point operations, and why it is as it
+is.
+
+Linear, convolution, matmul and attention count: the cost of everything else grows with the number
+of elements only. Each of them is quantized, or carries a `Skip` that says why not.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from fxq.graph import hint, is_op, owner_name, val_of
+
+aten = torch.ops.aten
+
+LINEAR = frozenset({aten.linear.default})
+CONV = frozenset({
+    aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.convolution.default,
+    aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding,
+})  # fmt: skip
+CONV_TRANSPOSE = frozenset({
+    aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input,
+})  # fmt: skip
+MATMUL = frozenset({
+    aten.matmul.default, aten.mm.default, aten.bmm.default, aten.mv.default, aten.dot.default,
+    aten.addmm.default, aten.baddbmm.default,
+})  # fmt: skip
+ATTENTION = frozenset({aten.scaled_dot_product_attention.default})
+KINDS = {
+    "linear": LINEAR,
+    "conv": CONV,
+    "transposed conv": CONV_TRANSPOSE,
+    "matmul": MATMUL,
+    "attention": ATTENTION,
+}
+
+
+@dataclass(frozen=True)
+class Skip:
+    """Why an operator stays float.
+
+    Args:
+        reason: for a person to read.
+        intended: the recipe or its user wants it so; otherwise something stood in the way, and
+            `strict` raises.
+    """
+
+    reason: str
+    intended: bool
+
+
+@dataclass(frozen=True)
+class Row:
+    """One operator of the account.
+
+    Args:
+        node: the node's name in the graph.
+        module: qualified name of the module it came from.
+        kind: a key of `KINDS`.
+        flops: floating-point operations at the example's sizes, a multiply-add counting as two.
+        format: `"int8 x int8"` and the like (activation x weight), None where float.
+        skip: why float, None where quantized.
+        note: a remark of the pass that quantized it.
+    """
+
+    node: str
+    module: str
+    kind: str
+    flops: int
+    format: str | None
+    skip: Skip | None
+    note: str | None
+
+
+def kind_of(node: Node) -> str | None:
+    """Return the key of `KINDS` a node falls under, None where it does not multiply."""
+    return next((kind for kind, targets in KINDS.items() if is_op(node, *targets)), None)
+
+
+def mark_skip(node: Node, skip: Skip) -> None:
+    """Record why `node` stays float."""
+    node.meta["fxq_skip"] = skip
+
+
+def _numel(value: Any) -> int:
+    return math.prod(hint(size) for size in value.shape)
+
+
+def flops_of(node: Node) -> int:
+    """Return a node's floating-point operations at the example's sizes; 0 for a node that does not
+    multiply."""
+    kind = kind_of(node)
+    if kind is None:
+        return 0
+    operands = [val_of(n) for n in node.args if isinstance(n, Node)]
+    out = _numel(val_of(node))
+    match kind:
+        case "linear":
+            return 2 * out * hint(operands[1].shape[-1])
+        case "conv":
+            return 2 * out * (_numel(operands[1]) // hint(operands[1].shape[0]))
+        case "transposed conv":
+            return 2 * _numel(operands[0]) * (_numel(operands[1]) // hint(operands[1].shape[0]))
+        case "attention":
+            query, key = operands[0], operands[1]
+            return 2 * (_numel(query) + out) * hint(key.shape[-2])
+    left = operands[1] if is_op(node, aten.addmm.default, aten.baddbmm.default) else operands[0]
+    return 2 * out * hint(left.shape[-1])
+
+
+def account(gm: GraphModule) -> list[Row]:
+    """Return one row per operator that multiplies, in graph order."""
+    rows = []
+    for node in gm.graph.nodes:
+        kind = kind_of(node)
+        if kind is None:
+            continue
+        format = node.meta.get("fxq_format")
+        skip = None
+        if format is None:
+            skip = node.meta.get("fxq_skip", Skip("no pass looked at it", intended=False))
+        note = node.meta.get("fxq_note")
+        rows.append(Row(node.name, owner_name(node), kind, flops_of(node), format, skip, note))
+    return rows
+
+
+def unintended_skips(gm: GraphModule) -> dict[str, str]:
+    """Return module name -> reason for what a recipe meant to quantize and could not."""
+    return {
+        row.module: row.skip.reason
+        for row in account(gm)
+        if row.skip is not None and not row.skip.intended
+    }

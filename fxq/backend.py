@@ -1,0 +1,191 @@
+"""The `torch.compile` backend: bind the constants, quantize where asked, lower, and leave the rest
+to Inductor.
+
+Dynamo hands over a graph whose parameters are inputs. Those that belong to a module are bound as
+constants here, because integer kernels need the weights' values; each call checks that they are
+still the same tensors with the same version, and compiles again where they are not. So a weight
+that changes in place is always seen.
+
+This module is an entry point (`torch_dynamo_backends`): `torch.compile(model, backend="fxq")` finds
+it without `import fxq`.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._guards import TracingContext, tracing
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.decomposition import select_decomp_table
+from torch.fx import GraphModule, Node
+
+from fxq.capture import from_dynamo
+from fxq.errors import FxqWarning, SkippedError, did_you_mean
+from fxq.graph import bind, is_op
+from fxq.lowering.lower import lower
+from fxq.ops import decompositions
+from fxq.pipeline import Recipe, resolve_recipe
+
+DEFAULT_RECIPE = "w8a8_dynamic"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `torch.compile(..., backend="fxq", options={...})` accepts.
+
+    Args:
+        recipe: how to quantize a float model: a `Recipe` without calibration, or the name of one.
+            Ignored for a program, which is quantized already.
+        strict: raise where a quantized layer has no integer kernel on this device.
+        inductor: options handed to Inductor, as `torch.compile(..., options=)` would take them.
+    """
+
+    recipe: Recipe | str = DEFAULT_RECIPE
+    strict: bool = False
+    inductor: Mapping[str, Any] | None = None
+
+    @classmethod
+    def parse(cls, options: Mapping[str, Any] | None) -> "Options":
+        """Return validated options."""
+        known = {f.name for f in fields(cls)}
+        for name in options or {}:
+            if name not in known:
+                raise ValueError(
+                    f"backend 'fxq' has no option {name!r}; {did_you_mean(name, known)}"
+                )
+        return cls(**(options or {}))
+
+
+def fxq(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Compile a Dynamo graph. `torch.compile(model, backend="fxq")` calls this.
+
+    Args:
+        gm: Dynamo's graph.
+        example_inputs: its inputs; parameters are real tensors, sizes may be symbolic.
+        mode: one of Inductor's modes.
+        options: see `Options`.
+    Raises:
+        ValueError: an unknown option, a recipe that needs data, a model in train mode, an input
+            that requires grad.
+        SkippedError: `strict` and a quantized layer has no kernel here.
+    """
+    settings = Options.parse(options)
+    recipe = resolve_recipe(settings.recipe)
+    if recipe.needs_data:
+        raise ValueError(
+            f"recipe {recipe.name!r} needs calibration data, which torch.compile cannot give; call "
+            "fxq.compress(model, example_inputs, recipe, data) first and compile the program it returns"
+        )
+    config = dict(settings.inductor or {})
+    if mode is not None:
+        config |= torch._inductor.list_mode_options(mode)
+    return Compiled(gm, example_inputs, recipe, settings.strict, config)
+
+
+class Compiled:
+    """A Dynamo graph, compiled once for every set of weights it meets.
+
+    More than one set, because Dynamo runs one graph for all instances of a module class.
+    """
+
+    def __init__(
+        self,
+        gm: GraphModule,
+        example_inputs: Sequence[Any],
+        recipe: Recipe,
+        strict: bool,
+        config: dict[str, Any],
+    ) -> None:
+        self.recipe, self.strict, self.config = recipe, strict, config
+        is_static = [_is_static(node) for node in gm.graph.nodes if node.op == "placeholder"]
+        self.static = [i for i, static in enumerate(is_static) if static]
+        self.live = [i for i, static in enumerate(is_static) if not static]
+        _refuse_training(gm, [example_inputs[i] for i in self.live])
+        if torch.is_grad_enabled() and any(example_inputs[i].requires_grad for i in self.static):
+            warnings.warn(
+                "backend 'fxq' compiles for inference: outputs carry no gradient. Call the model under "
+                "torch.no_grad() to say that this is meant.",
+                FxqWarning,
+                stacklevel=2,
+            )
+        self.graph_module = from_dynamo(gm)
+        self.builds: dict[tuple[int, ...], tuple[tuple[int, ...], Callable[..., Any]]] = {}
+        self._build(example_inputs)
+
+    def __call__(self, *args: Any) -> Any:
+        """Run on Dynamo's arguments, building first where these weights are new or have changed."""
+        static = [args[i] for i in self.static]
+        build = self.builds.get(tuple(map(id, static)))
+        if build is None or build[0] != tuple(weight._version for weight in static):
+            run = self._build(args)
+        else:
+            run = build[1]
+        return run(*[args[i] for i in self.live])
+
+    def _build(self, args: Sequence[Any]) -> Callable[..., Any]:
+        weights = [args[i] for i in self.static]
+        nodes = [n for n in self.graph_module.graph.nodes if n.op == "placeholder"]
+        inputs = [nodes[i].meta["val"] for i in self.live]
+        with torch.inference_mode(False), torch.no_grad(), _tracing(inputs):
+            bound = bind(self.graph_module, {nodes[i].name: args[i].detach() for i in self.static})
+            if not any(is_op(n, torch.ops.fxq.dequantize.default) for n in bound.graph.nodes):
+                bound = self.recipe.apply(bound)
+            lowered, decisions = lower(bound, _device_of(weights))
+            declined = {name: d.reason for name, d in decisions.items() if d.kernel is None}
+            if self.strict and declined:
+                listing = "\n  ".join(f"{name}: {why}" for name, why in declined.items())
+                raise SkippedError(f"strict=True, and no integer kernel here for\n  {listing}")
+            table = select_decomp_table() | decompositions()
+            run = compile_fx(lowered, inputs, config_patches=self.config, decompositions=table)
+        # The entry keeps the weights alive, so that their ids are not given to others.
+        self.builds[tuple(map(id, weights))] = (
+            tuple(w._version for w in weights),
+            _Keep(run, weights),
+        )
+        return run
+
+
+class _Keep:
+    """A compiled function and the weights it was compiled for."""
+
+    def __init__(self, run: Callable[..., Any], weights: list[Tensor]) -> None:
+        self.run, self.weights = run, weights
+
+    def __call__(self, *args: Any) -> Any:
+        return self.run(*args)
+
+
+def _is_static(placeholder: Node) -> bool:
+    """Tell whether a placeholder of a Dynamo graph is a parameter or buffer of a module."""
+    tensor_dict = placeholder.meta.get("tensor_dict") or {}
+    value = placeholder.meta.get("example_value")
+    return isinstance(value, Tensor) and (
+        "_dynamo_static_input_type" in tensor_dict or isinstance(value, torch.nn.Parameter)
+    )
+
+
+def _tracing(inputs: Sequence[Any]) -> Any:
+    """Make the fake mode of `inputs` current, so that sizes Dynamo left free stay free."""
+    modes = [v.fake_mode for v in inputs if isinstance(v, Tensor)]
+    return tracing(TracingContext(modes[0]) if modes else None)
+
+
+def _device_of(tensors: Sequence[Any]) -> torch.device:
+    return next((t.device for t in tensors if isinstance(t, Tensor)), torch.device("cpu"))
+
+
+def _refuse_training(gm: GraphModule, inputs: Sequence[Any]) -> None:
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+        raise ValueError(
+            "backend 'fxq' compiles for inference, found an input that requires grad; detach it or "
+            "compile with another backend"
+        )

@@ -1,0 +1,154 @@
+"""Run a graph over batches: to fill its observers, or to reduce a statistic at some of its edges.
+
+Both work on any number of processes. Where `torch.distributed` is initialized, each process passes
+its own share of the batches and all of them end with the same result; observers end with the bytes
+that one process would have found over all batches.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, fx
+
+from fxq.observers import MERGE, RangeObserver
+
+Batches = Iterable[Sequence[Any]]  # a batch is the graph's positional inputs
+
+REDUCE = {torch.add: "SUM", torch.minimum: "MIN", torch.maximum: "MAX"}  # names in ReduceOp
+NO_DATA = (
+    "expected at least one batch, found no data; pass data=[inputs, ...], and not an iterator that "
+    "has been used up"
+)
+
+
+def calibrate(
+    gm: fx.GraphModule,
+    batches: Batches,
+    *,
+    observers: Sequence[RangeObserver],
+    progress: Callable[[int], object] | None = None,
+) -> int:
+    """Run `gm` on every batch and merge `observers` over all processes.
+
+    Args:
+        gm: a graph with observers; all processes have the same one.
+        batches: this process's inputs; the numbers may differ between processes.
+        observers: the graph's observers, in the same order in every process.
+        progress: called after each batch with the number of samples so far in this process.
+    Returns:
+        number of samples (rows of the first input) over all processes.
+    Raises:
+        ValueError: there is no batch in any process.
+        UnsupportedError: several processes saw data for a `MovingAverage`.
+    """
+    n_batches = samples = 0
+    with torch.no_grad():
+        for inputs in batches:
+            gm(*inputs)
+            n_batches += 1
+            samples += _batch_size(inputs)
+            if progress is not None:
+                progress(samples)
+    if n_processes() > 1:
+        n_batches, samples = _all_reduce(torch.tensor([n_batches, samples]), "SUM").tolist()
+    if not n_batches:
+        raise ValueError(NO_DATA)
+    if n_processes() > 1:
+        for observer in observers:
+            _merge_over_processes(observer)
+    return samples
+
+
+def sweep(
+    gm: fx.GraphModule,
+    batches: Batches,
+    edges: Sequence[fx.Node],
+    reduce: Callable[[Tensor], Tensor],
+    combine: Callable[[Tensor, Tensor], Tensor],
+) -> dict[fx.Node, Tensor]:
+    """Return a statistic of the value of each of `edges` over all batches; no activation is kept.
+
+    Observers in `gm` take note of these batches as in any other run.
+
+    Args:
+        gm: any graph.
+        batches: this process's inputs.
+        edges: nodes of `gm` whose value is a tensor.
+        reduce: statistic of one batch's value; always of the same shape for one edge.
+        combine: statistic of two statistics; associative. Processes are combined in rank order.
+    Raises:
+        ValueError: there is no batch in any process, or a node is not in `gm`'s graph.
+    """
+    if foreign := [node.name for node in edges if node.graph is not gm.graph]:
+        raise ValueError(f"expected nodes of the graph to sweep, found {foreign} of another graph")
+    runner = _Sweep(gm, edges, reduce, combine)
+    with torch.no_grad():
+        for inputs in batches:
+            runner.run(*inputs)
+    found = runner.found
+    if n_processes() > 1:
+        parts = _gather([found.get(node) for node in edges], _device(gm))
+        found = {n: functools.reduce(combine, p) for n, p in zip(edges, parts, strict=True) if p}
+    if len(found) < len(set(edges)):
+        raise ValueError(NO_DATA)
+    return found
+
+
+class _Sweep(fx.Interpreter):
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        edges: Sequence[fx.Node],
+        reduce: Callable[[Tensor], Tensor],
+        combine: Callable[[Tensor, Tensor], Tensor],
+    ) -> None:
+        super().__init__(gm)
+        self.edges, self.reduce, self.combine = set(edges), reduce, combine
+        self.found: dict[fx.Node, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n in self.edges:
+            statistic = self.reduce(value)
+            seen = self.found.get(n)
+            self.found[n] = statistic if seen is None else self.combine(seen, statistic)
+        return value
+
+
+def n_processes() -> int:
+    """Return how many processes share the batches."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _batch_size(inputs: Sequence[Any]) -> int:
+    tensors = (x for x in inputs if isinstance(x, Tensor) and x.ndim)
+    return next((len(x) for x in tensors), 1)
+
+
+def _merge_over_processes(observer: RangeObserver) -> None:
+    n_states = int(_all_reduce(torch.tensor(observer.count > 0, dtype=torch.int64), "SUM"))
+    observer.check_mergeable(n_states)
+    for name, buffer in observer.named_buffers():
+        buffer.copy_(_all_reduce(buffer, REDUCE[MERGE[name]]))
+
+
+def _all_reduce(state: Tensor, op: str) -> Tensor:
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"  # nccl has no other
+    state = state.to(device, copy=True)
+    dist.all_reduce(state, getattr(dist.ReduceOp, op))
+    return state
+
+
+def _device(gm: fx.GraphModule) -> torch.device:
+    return next(itertools.chain(gm.parameters(), gm.buffers()), torch.empty(0)).device
+
+
+def _gather(found: list[Tensor | None], device: torch.device) -> list[list[Tensor]]:
+    """Return each edge's statistics of the processes that have one, in rank order, on `device`."""
+    parts: list[list[Tensor | None]] = [[] for _ in range(n_processes())]
+    dist.all_gather_object(parts, [None if s is None else s.cpu() for s in found])
+    return [[s.to(device) for s in edge if s is not None] for edge in zip(*parts, strict=True)]

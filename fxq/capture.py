@@ -1,0 +1,354 @@
+"""From a model to a flat graph of canonical aten operators, and from a call to that graph's inputs.
+
+`capture` uses torch.export. The graph it returns takes the tensors among the call's arguments, in
+order, and returns the tensors among the results; a `Signature` remembers how both hang together.
+Parameters and buffers are get_attr nodes that share the model's own tensors. `from_dynamo` brings
+the graph that `torch.compile` hands to a backend to the same form.
+"""
+
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._guards import TracingContext, tracing
+from torch.export import Dim
+from torch.fx import GraphModule, Node
+from torch.fx.experimental import _config as symbolic_shapes_config
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.graph import CodeGen
+from torch.utils import _pytree as pytree
+
+from fxq.canonicalize import canonicalize
+from fxq.errors import UnsupportedError, did_you_mean
+from fxq.graph import shape_of
+
+Inputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One tensor input of a captured graph.
+
+    Args:
+        name: where it is in the call, e.g. `x` or `cond['text']`.
+        shape: sizes; None where any size goes.
+        dtype: its dtype.
+    """
+
+    name: str
+    shape: tuple[int | None, ...]
+    dtype: torch.dtype
+
+    def check(self, value: Any, where: str) -> None:
+        """Raise where `value` cannot stand for this input."""
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"{where}: expected a tensor for {self.name!r}, found {type(value).__name__}"
+            )
+        if value.dtype != self.dtype:
+            raise ValueError(
+                f"{where}: expected {self.dtype} for {self.name!r}, found {value.dtype}; "
+                f"convert it, or compress the model in {value.dtype}"
+            )
+        fits = len(value.shape) == len(self.shape) and all(
+            want is None or want == size for want, size in zip(self.shape, value.shape, strict=True)
+        )
+        if not fits:
+            want = ["any" if size is None else size for size in self.shape]
+            raise ValueError(
+                f"{where}: expected shape {want} for {self.name!r}, found {list(value.shape)}; capture "
+                "with dynamic_shapes= if this size should be free"
+            )
+
+
+@dataclass(frozen=True)
+class Signature:
+    """How a call's arguments map to a flat graph's inputs, and its outputs back.
+
+    Args:
+        names: parameters that can be given by position, in order.
+        known: every parameter the model takes.
+        given: those the graph was captured with, in order; defaults among them.
+        defaults: values of parameters that a call may leave out.
+        in_spec: the pytree of the values of `given`.
+        leaves: per leaf of that pytree a `Leaf` for a tensor, or the constant it was captured with.
+        out_spec: the pytree of the result; the graph returns its leaves.
+    """
+
+    names: tuple[str, ...]
+    known: tuple[str, ...]
+    given: tuple[str, ...]
+    defaults: Mapping[str, Any]
+    in_spec: pytree.TreeSpec
+    leaves: tuple[Any, ...]
+    out_spec: pytree.TreeSpec
+
+    def flatten(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], where: str = "call"
+    ) -> list[Tensor]:
+        """Return the graph's inputs for a call.
+
+        Raises:
+            TypeError: arguments missing, unknown or given twice, or of another structure.
+            ValueError: a constant, shape or dtype differs from the example's.
+        """
+        values = dict(self.defaults) | self._by_name(args, kwargs, where)
+        for name in self.given:
+            if name not in values:
+                raise TypeError(f"{where}: argument {name!r} is missing; the example had it")
+        for name, value in values.items():
+            if name not in self.given and value is not None:
+                raise ValueError(
+                    f"{where}: expected no {name!r}, as in the example, found "
+                    f"{type(value).__name__}; capture again with an example that has it"
+                )
+        flat, spec = pytree.tree_flatten([values[name] for name in self.given])
+        if spec != self.in_spec:
+            raise TypeError(f"{where}: expected the structure {self.in_spec}, found {spec}")
+        inputs = []
+        for leaf, value in zip(self.leaves, flat, strict=True):
+            if isinstance(leaf, Leaf):
+                leaf.check(value, where)
+                inputs.append(value)
+            elif isinstance(value, Tensor) or value != leaf:
+                raise ValueError(
+                    f"{where}: expected the constant {leaf!r} of the example, found {value!r}; "
+                    "capture again with an example that has this value"
+                )
+        return inputs
+
+    def _by_name(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], where: str
+    ) -> dict[str, Any]:
+        if len(args) > len(self.names):
+            raise TypeError(
+                f"{where}: expected at most {len(self.names)} positional arguments "
+                f"({', '.join(self.names)}), found {len(args)}"
+            )
+        values = dict(zip(self.names, args, strict=False))
+        for name, value in kwargs.items():
+            if name in values:
+                raise TypeError(f"{where}: argument {name!r} given twice")
+            if name not in self.known:
+                raise TypeError(f"{where}: no argument {name!r}; {did_you_mean(name, self.known)}")
+            values[name] = value
+        return values
+
+    def constant(self, name: str) -> Any:
+        """Return the constant a parameter was captured with; None where it is no plain constant."""
+        index = self.given.index(name) if name in self.given else None
+        if index is None or not self.in_spec.child(index).is_leaf():
+            return None
+        before = sum(self.in_spec.child(i).num_leaves for i in range(index))
+        leaf = self.leaves[before]
+        return None if isinstance(leaf, Leaf) else leaf
+
+    @property
+    def tensors(self) -> list[Leaf]:
+        """The graph's inputs, in order."""
+        return [leaf for leaf in self.leaves if isinstance(leaf, Leaf)]
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A model as a graph.
+
+    Args:
+        graph_module: flat, in the ATEN dialect; shares the model's parameters and buffers.
+        signature: how a call of the model becomes a call of the graph.
+        notes: what a person should know, e.g. why a batch size is fixed.
+    """
+
+    graph_module: GraphModule
+    signature: Signature
+    notes: tuple[str, ...] = ()
+
+
+def capture(model: nn.Module, example_inputs: Inputs, dynamic_shapes: Any = "batch") -> Captured:
+    """Return `model` as a flat graph of canonical aten operators.
+
+    Args:
+        model: in eval mode. It is not modified.
+        example_inputs: a tensor, a tuple of positional arguments or a mapping of keyword arguments.
+        dynamic_shapes: `"batch"` leaves dimension 0 of the inputs that share the first one's free;
+            None fixes every size; a mapping from parameter names is handed to
+            `torch.export.export`.
+    Raises:
+        TypeError: not a module, or arguments it does not take.
+        ValueError: train mode, NaN or Inf in the example.
+        UnsupportedError: torch.export cannot capture it; the message has its reason.
+    """
+    _check_model(model)
+    values, names, known, defaults = _bind(model, example_inputs)
+    _check_finite(values)
+    exported, notes = _export(model, values, dynamic_shapes)
+    if mutated := list(exported.graph_signature.buffers_to_mutate.values()):
+        raise UnsupportedError(
+            f"expected a model that does not write to its buffers, found writes to {mutated[:3]}; "
+            "switch off its cache or running statistics"
+        )
+    gm = _unlift(exported)
+    flat, in_spec = pytree.tree_flatten(list(values.values()))
+    paths = [
+        name + pytree.keystr(path)
+        for name, value in values.items()
+        for path, _ in pytree.tree_flatten_with_path(value)[0]
+    ]
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    leaves = []
+    for path, value, node in zip(paths, flat, placeholders, strict=True):
+        if isinstance(value, Tensor):
+            shape = tuple(size if isinstance(size, int) else None for size in shape_of(node))
+            leaves.append(Leaf(path, shape, value.dtype))
+        else:
+            leaves.append(value)
+            gm.graph.erase_node(node)
+    signature = Signature(
+        names, known, tuple(values), defaults, in_spec, tuple(leaves), exported.call_spec.out_spec
+    )
+    if dynamic_shapes == "batch" and not notes:
+        fixed = [leaf for leaf in signature.tensors if leaf.shape]
+        if fixed and all(leaf.shape[0] is not None for leaf in fixed):
+            notes = (f"the model fixes its batch at {fixed[0].shape[0]}",)
+    return Captured(canonicalize(gm), signature, notes)
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, found {type(model).__name__}")
+    training = [name or "the model" for name, module in model.named_modules() if module.training]
+    if training:
+        raise ValueError(
+            f"model: expected eval mode, found {training[0]} in train mode; call model.eval() first"
+        )
+
+
+def _bind(
+    model: nn.Module, example: Inputs
+) -> tuple[dict[str, Any], tuple[str, ...], tuple[str, ...], dict[str, Any]]:
+    """Return the call's values by name, positional names, all names, and constant defaults."""
+    parameters = inspect.signature(model.forward).parameters
+    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    names = tuple(n for n, p in parameters.items() if p.kind in by_position)
+    known = tuple(
+        n for n, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    )
+    args, kwargs = split_inputs(example)
+    if len(args) > len(names):
+        raise TypeError(
+            f"example_inputs: the model takes {len(names)} positional arguments "
+            f"({', '.join(names)}), found {len(args)}"
+        )
+    values = dict(zip(names, args, strict=False))
+    for name, value in kwargs.items():
+        if name not in known:
+            raise TypeError(f"example_inputs: no argument {name!r}; {did_you_mean(name, known)}")
+        values[name] = value
+    missing = [
+        n for n in known if parameters[n].default is inspect.Parameter.empty and n not in values
+    ]
+    if missing:
+        raise TypeError(f"example_inputs: missing {', '.join(map(repr, missing))}")
+    plain = (type(None), bool, int, float, str)
+    defaults = {n: parameters[n].default for n in known if isinstance(parameters[n].default, plain)}
+    return (
+        {n: (defaults | values)[n] for n in known if n in defaults | values},
+        names,
+        known,
+        defaults,
+    )
+
+
+def split_inputs(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the positional and keyword arguments that a user's inputs stand for."""
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    if isinstance(inputs, tuple | list):
+        return tuple(inputs), {}
+    return (inputs,), {}
+
+
+def _check_finite(values: Mapping[str, Any]) -> None:
+    for path, value in pytree.tree_flatten_with_path(dict(values))[0]:
+        if isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
+            raise ValueError(
+                f"example_inputs: expected finite values, found NaN or Inf in {pytree.keystr(path)}"
+            )
+
+
+def _export(
+    model: nn.Module, values: dict[str, Any], dynamic_shapes: Any
+) -> tuple[torch.export.ExportedProgram, tuple[str, ...]]:
+    if dynamic_shapes != "batch":
+        return _try_export(model, values, dynamic_shapes), ()
+    sizes = [t.shape[0] for t in pytree.tree_leaves(values) if isinstance(t, Tensor) and t.ndim]
+    batch = sizes[0] if sizes else None
+
+    def spec(leaf: Any) -> Any:
+        has_batch = isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == batch
+        return {0: Dim.AUTO} if has_batch else None
+
+    try:
+        return _try_export(model, values, pytree.tree_map(spec, values)), ()
+    except UnsupportedError as error:
+        note = f"the batch is fixed at {batch}, because capturing with a free one failed: {error}"
+        return _try_export(model, values, None), (note,)
+
+
+def _try_export(
+    model: nn.Module, values: dict[str, Any], dynamic_shapes: Any
+) -> torch.export.ExportedProgram:
+    # Size-oblivious tracing keeps a batch of 1 in the example from becoming the constant 1.
+    with symbolic_shapes_config.patch(backed_size_oblivious=True), torch.no_grad():
+        try:
+            return torch.export.export(model, (), values, dynamic_shapes=dynamic_shapes)
+        except Exception as error:  # torch.export raises a dozen kinds
+            reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
+            raise UnsupportedError(
+                f"{type(model).__name__} cannot be captured by torch.export: {reason.strip()} "
+                "(run torch.export.draft_export on it for the place in its source)"
+            ) from error
+
+
+def _unlift(exported: torch.export.ExportedProgram) -> GraphModule:
+    """Return the exported program as a flat GraphModule with get_attr parameters."""
+    takes_guards = "check_guards" in inspect.signature(exported.module).parameters
+    module = exported.module(check_guards=False) if takes_guards else exported.module()
+    graph = module.graph
+    graph.set_codegen(CodeGen())
+    for node in list(graph.nodes):
+        if node.op == "call_module" and not node.users:  # guards of older torch
+            graph.erase_node(node)
+    return GraphModule(module, graph)
+
+
+def from_dynamo(gm: GraphModule) -> GraphModule:
+    """Return the graph that Dynamo hands to a backend as canonical aten operators.
+
+    Placeholders keep their order; symbolic sizes stay Dynamo's. `meta["source"]` of a placeholder
+    is the qualified name of the parameter behind it, where there is one.
+    """
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    values = [n.meta["example_value"] for n in placeholders]
+    mode = next(v.fake_mode for v in values if isinstance(v, Tensor))
+    with tracing(TracingContext(mode)), mode, torch.no_grad():
+        flat = make_fx(gm.forward, pre_dispatch=True, _allow_non_fake_inputs=True)(*values)
+        for node, origin in zip(flat.graph.nodes, placeholders, strict=False):
+            node.meta["source"] = _qualified_name(origin)
+        return canonicalize(flat)
+
+
+def _qualified_name(placeholder: Node) -> str:
+    """Return `blocks.0.attn.qkv.weight` for a placeholder that stands for it in a Dynamo graph."""
+    source = getattr(placeholder, "_dynamo_source", None)
+    text = source.name if source is not None else ""
+    text = text() if callable(text) else text
+    parts = re.findall(r"\['([^']+)'\]|\.([A-Za-z]\w*)|\[(\d+)\]", text)
+    stores = ("_modules", "_parameters", "_buffers")
+    names = [a or b or c for a, b, c in parts][1:]  # the first is the local that holds the model
+    names = [name for name in names if name not in stores]
+    return ".".join(names) or placeholder.name

@@ -1,0 +1,112 @@
+"""The four dialects of a graph, as executable predicates.
+
+    ATEN       aten operators, in canonical form: what `fxq.capture` gives
+    OBSERVED   ATEN, with range observers on edges and a `LayerSpec` in the meta of every layer to
+    be quantized QUANTIZED  ATEN, with fxq::quantize and fxq::dequantize: runs anywhere, is saved
+    and inspected LOWERED    QUANTIZED, with kernels of `fxq.lowering` in place of what they compute
+
+A dialect is a function from a node to a complaint, or None. `check` collects the complaints of a
+whole graph.
+"""
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.fx import GraphModule, Node
+
+import fxq.ops  # noqa: F401  registers the operators of QUANTIZED
+from fxq.errors import PassError
+from fxq.observers import RangeObserver
+
+QUANTIZED_OPS = frozenset({"quantize", "dequantize", "choose_qparams"})
+SYMBOLIC = {
+    operator.getitem,
+    torch.sym_max,
+    torch.sym_min,
+    torch.sym_not,
+    torch.sym_float,
+    torch.sym_ite,
+}
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """A named language of graphs.
+
+    Args:
+        name: how messages call it.
+        complaint: what is wrong with a node, None where nothing is.
+    """
+
+    name: str
+    complaint: Callable[[Node], str | None]
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def check(self, gm: GraphModule, after: str = "") -> None:
+        """Raise `PassError` listing every node of `gm` that is not in this dialect."""
+        found = [f"{n.format_node()}: {why}" for n in gm.graph.nodes if (why := self.complaint(n))]
+        if found:
+            where = f" after {after}" if after else ""
+            listing = "\n  ".join(found[:10]) + ("\n  ..." if len(found) > 10 else "")
+            raise PassError(
+                f"expected a graph in the {self.name} dialect{where}, found\n  {listing}"
+            )
+
+
+def _namespace(node: Node) -> str:
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target.namespace
+    module = getattr(target, "__module__", None)
+    return "symbolic" if target in SYMBOLIC or module in ("_operator", "math") else "python"
+
+
+def _aten(node: Node) -> str | None:
+    if node.op == "call_module":
+        return "a module call; expected operators only"
+    if node.op == "call_method":
+        return "a method call; expected operators only"
+    if node.op != "call_function":
+        return None
+    if _namespace(node) == "python":
+        return "a Python function; expected an operator"
+    if _namespace(node) == "fxq":
+        return "an fxq operator; expected none yet"
+    return None
+
+
+def _observed(node: Node) -> str | None:
+    if node.op == "call_module":
+        module = node.graph.owning_module.get_submodule(str(node.target))  # type: ignore[union-attr]
+        return (
+            None if isinstance(module, RangeObserver) else "a module that is not a range observer"
+        )
+    return _aten(node)
+
+
+def _quantized(node: Node) -> str | None:
+    if node.op == "call_function" and _namespace(node) == "fxq":
+        name = node.target._opname  # type: ignore[union-attr]
+        if name not in QUANTIZED_OPS:
+            return "a kernel; kernels belong to LOWERED"
+        if name == "dequantize" and "val" in node.args[0].meta:  # type: ignore[union-attr]
+            dtype = node.args[0].meta["val"].dtype  # type: ignore[union-attr]
+            return None if dtype in (torch.int8, torch.uint8) else f"codes of dtype {dtype}"
+        return None
+    return _aten(node)
+
+
+def _lowered(node: Node) -> str | None:
+    if node.op == "call_function" and _namespace(node) == "fxq":
+        return None
+    return _aten(node)
+
+
+ATEN = Dialect("ATEN", _aten)
+OBSERVED = Dialect("OBSERVED", _observed)
+QUANTIZED = Dialect("QUANTIZED", _quantized)
+LOWERED = Dialect("LOWERED", _lowered)

@@ -1,0 +1,37 @@
+"""The exceptions and warnings fxq raises, and how their messages are built.
+
+A message has four parts: what was expected, what was found, where, and what to do. `ValueError` and
+`TypeError` are used as they are for bad arguments; the classes here name situations Python has no
+word for.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UnsupportedError(NotImplementedError):
+    """A combination nobody has implemented: a format without a kernel, a model that cannot be
+    captured."""
+
+
+class PassError(RuntimeError):
+    """A graph that breaks a promise: a dialect violation, a pass that changed the float
+    function."""
+
+
+class SkippedError(RuntimeError):
+    """`strict=True` was asked for and something would have stayed float."""
+
+
+class FxqWarning(UserWarning):
+    """Something the user should know that does not make the result wrong."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return `name`'s nearest neighbours among `known` as a sentence, and all of `known` where none
+    is near."""
+    options = sorted(known)
+    close = difflib.get_close_matches(name, options, n=3, cutoff=0.5)
+    if close:
+        return "did you mean " + " or ".join(repr(c) for c in close) + "?"
+    return "expected one of " + ", ".join(repr(o) for o in options)

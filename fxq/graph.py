@@ -1,0 +1,257 @@
+"""The words passes use to speak about FX graphs."""
+
+import contextlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._guards import detect_fake_mode
+from torch._subclasses import FakeTensorMode
+from torch.fx import Graph, GraphModule, Interpreter, Node
+from torch.fx.node import map_arg
+from torch.utils._pytree import tree_leaves
+
+aten = torch.ops.aten
+
+# Operators that only re-index a constant: what a weight may go through before it is used.
+VIEWS = frozenset(
+    {
+        aten.t.default,
+        aten.permute.default,
+        aten.transpose.int,
+        aten.view.default,
+        aten.reshape.default,
+    }
+)
+
+
+def is_op(node: Any, *targets: Any) -> bool:
+    """Tell whether `node` calls one of `targets`."""
+    return isinstance(node, Node) and node.op == "call_function" and node.target in targets
+
+
+def tensor_of(gm: GraphModule, node: Node) -> Tensor:
+    """Return the tensor behind a get_attr node."""
+    value: Any = gm
+    for part in str(node.target).split("."):
+        value = getattr(value, part)
+    return value
+
+
+def owning_module(node: Node) -> GraphModule:
+    """Return the GraphModule that a node's graph belongs to."""
+    module = node.graph.owning_module
+    assert module is not None
+    return module
+
+
+def is_constant(node: Any) -> bool:
+    """Tell whether `node` is a parameter or buffer, possibly seen through views."""
+    while is_op(node, *VIEWS):
+        node = node.args[0]
+    return isinstance(node, Node) and node.op == "get_attr"
+
+
+def constant_of(node: Node) -> Tensor:
+    """Return the value of a constant node: a parameter or buffer, possibly seen through views."""
+    if node.op == "get_attr":
+        return tensor_of(owning_module(node), node)
+    return node.target(constant_of(node.args[0]), *node.args[1:], **node.kwargs)  # type: ignore
+
+
+def weight_of(layer: Node) -> Tensor:
+    """Return the weight of a linear `[N, K]` or convolution `[N, C, ...]` as the layer uses it."""
+    return constant_of(layer.args[1])  # type: ignore[arg-type]
+
+
+def val_of(node: Any) -> Any:
+    """Return the fake value of a node."""
+    return node.meta["val"]
+
+
+def shape_of(node: Any) -> torch.Size:
+    """Return the shape of a node's value; symbolic sizes stay symbolic."""
+    return node.meta["val"].shape
+
+
+def dtype_of(node: Any) -> torch.dtype:
+    """Return the dtype of a node's value."""
+    return node.meta["val"].dtype
+
+
+def owner_name(node: Node) -> str:
+    """Return the qualified name of the module a node belongs to, e.g. `blocks.0.attn.qkv`."""
+    for arg in node.all_input_nodes[1:2]:
+        while is_op(arg, *VIEWS):
+            arg = arg.args[0]  # type: ignore[assignment]
+        if arg.op == "get_attr" and "." in str(arg.target):
+            return str(arg.target).rpartition(".")[0]
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    return stack[-1][0] if stack and stack[-1][0] else node.name
+
+
+def hint(size: int | torch.SymInt) -> int:
+    """Return a size as a number: itself, or for a symbolic size the value it had in the example."""
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
+def insert_call(
+    target: Any,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    after: Node | None = None,
+    before: Node | None = None,
+    like: Node | None = None,
+) -> Node:
+    """Insert a call of `target` beside a node, with its fake value and the origin's module names.
+
+    Args:
+        target: an operator.
+        args: nodes and constants.
+        kwargs: likewise.
+        after: the node to insert behind; or
+        before: the node to insert in front of.
+        like: where `nn_module_stack` is taken from; the neighbour unless given.
+    """
+    neighbour = after or before
+    assert neighbour is not None
+    graph = neighbour.graph
+    with graph.inserting_after(after) if after else graph.inserting_before(before):
+        node = graph.call_function(target, args, dict(kwargs or {}))
+    inherit(node, like or neighbour)
+    fake_args, fake_kwargs = map_arg((args, dict(kwargs or {})), val_of)
+    mode = detect_fake_mode(tree_leaves((fake_args, fake_kwargs)))
+    with torch.no_grad(), mode or contextlib.nullcontext():
+        node.meta["val"] = target(*fake_args, **fake_kwargs)
+    return node
+
+
+def insert_module(gm: GraphModule, name: str, module: nn.Module, *, after: Node) -> Node:
+    """Insert a call of a module that returns its input, behind the node it reads."""
+    name = unique_name(gm, name)
+    gm.add_submodule(name, module)
+    with gm.graph.inserting_after(after):
+        node = gm.graph.call_module(name, (after,))
+    inherit(node, after)
+    node.meta["val"] = after.meta["val"]
+    return node
+
+
+def inherit(node: Node, origin: Node) -> None:
+    """Give `node` the module names and source location of `origin`."""
+    for key in ("nn_module_stack", "stack_trace"):
+        if key in origin.meta:
+            node.meta[key] = origin.meta[key]
+
+
+def unique_name(gm: GraphModule, name: str) -> str:
+    """Return `name`, or with a number behind it where the module already has such an attribute."""
+    candidate, count = name, 0
+    while has_attribute(gm, candidate):
+        count += 1
+        candidate = f"{name}_{count}"
+    return candidate
+
+
+def has_attribute(gm: nn.Module, name: str) -> bool:
+    """Tell whether a dotted name leads somewhere."""
+    value: Any = gm
+    for part in name.split("."):
+        if not hasattr(value, part):
+            return False
+        value = getattr(value, part)
+    return True
+
+
+def add_buffer(gm: GraphModule, name: str, value: Tensor, *, like: Node) -> Node:
+    """Register a buffer under a (dotted) name and return a get_attr node for it, first in the
+    graph.
+
+    First, so that every node that comes to share it is behind it.
+    """
+    name = unique_name(gm, name)
+    path, _, leaf = name.rpartition(".")
+    owner: nn.Module = gm
+    for part in path.split(".") if path else ():
+        if not hasattr(owner, part):
+            owner.add_module(part, nn.Module())
+        owner = getattr(owner, part)
+    owner.register_buffer(leaf, value)
+    with gm.graph.inserting_before(next(iter(gm.graph.nodes))):
+        node = gm.graph.get_attr(name)
+    inherit(node, like)
+    mode = detect_fake_mode([n.meta["val"] for n in gm.graph.nodes if "val" in n.meta])
+    node.meta["val"] = mode.from_tensor(value, static_shapes=True) if mode else value
+    return node
+
+
+def erase_dead(gm: GraphModule) -> None:
+    """Remove nodes nobody uses, and parameters, buffers and submodules no node refers to."""
+    gm.graph.eliminate_dead_code()
+    gm.delete_all_unused_submodules()
+    used = {str(n.target) for n in gm.graph.nodes if n.op == "get_attr"}
+    modules = {str(n.target) for n in gm.graph.nodes if n.op == "call_module"}
+    for prefix, module in gm.named_modules():
+        if any(prefix == m or prefix.startswith(f"{m}.") for m in modules):
+            continue
+        for store in (module._parameters, module._buffers):
+            for leaf in [k for k in store if f"{prefix}.{k}".lstrip(".") not in used]:
+                del store[leaf]
+    gm.delete_all_unused_submodules()
+    gm.recompile()
+
+
+def propagate(gm: GraphModule) -> None:
+    """Recompute every node's fake value from the placeholders'. Symbolic sizes stay symbolic."""
+    inputs = [n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"]
+    mode = detect_fake_mode(inputs)
+    if mode is None:
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        inputs = [mode.from_tensor(v) if isinstance(v, Tensor) else v for v in inputs]
+    with torch.no_grad(), mode:
+        _Propagate(gm, mode).run(*inputs)
+
+
+class _Propagate(Interpreter):
+    def __init__(self, gm: GraphModule, mode: FakeTensorMode) -> None:
+        super().__init__(gm)
+        self.mode = mode
+
+    def run_node(self, n: Node) -> Any:
+        result = super().run_node(n)
+        if n.op == "get_attr" and isinstance(result, Tensor):
+            result = self.mode.from_tensor(result, static_shapes=True)
+        if n.op != "output":
+            n.meta["val"] = result
+        return result
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return args[0]  # observers return what they are given
+
+
+def copy_graph(gm: GraphModule) -> GraphModule:
+    """Return a GraphModule with a graph of its own that shares parameters and buffers with `gm`."""
+    graph = Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    copied = GraphModule(gm, graph)
+    copied.meta = dict(gm.meta)
+    return copied
+
+
+def bind(gm: GraphModule, values: Mapping[str, Tensor]) -> GraphModule:
+    """Return a copy of `gm` in which the placeholders named in `values` are buffers with these
+    values.
+
+    A buffer is called as the placeholder's `meta["source"]` says, so that a parameter keeps its
+    qualified name.
+    """
+    bound = copy_graph(gm)
+    for node in [n for n in bound.graph.nodes if n.op == "placeholder" and n.name in values]:
+        constant = add_buffer(bound, node.meta["source"], values[node.name], like=node)
+        constant.meta["val"] = node.meta["val"]
+        node.replace_all_uses_with(constant)
+        bound.graph.erase_node(node)
+    bound.recompile()
+    return bound

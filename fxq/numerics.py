@@ -1,0 +1,169 @@
+"""Quantization arithmetic: one `choose_qparams`, one `quantize`, one `dequantize`.
+
+    codes = clamp(round(x * (1 / scale)) + zero_point, quant_min, quant_max)
+    x_hat = (codes - zero_point) * scale
+
+in fp32, rounding half to even; `x_hat` is then cast once. `scale` and `zero_point` have as many
+dimensions as the tensor; along each, their size is 1, the tensor's, or a divisor of it (a group of
+neighbours shares the entry). Multiplying with the reciprocal instead of dividing is part of the
+definition: division is not correctly rounded in every compiled kernel, a product is, so every
+implementation gives the same code.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fxq.spec import ALL
+
+PAIR_LIMIT = 128  # largest |w[2j] + w[2j+1]| in codes for which 255 * |sum| fits int16
+
+
+def expand_blocks(param: Tensor, shape: Sequence[int]) -> Tensor:
+    """Repeat each entry of `param` over its group of neighbours, so that it broadcasts against a
+    tensor of `shape`.
+
+    Args:
+        param: scale or zero-point, same number of dimensions as `shape` (or 0).
+        shape: the quantized tensor's shape.
+    """
+    for dim, (own, full) in enumerate(zip(param.shape, shape, strict=False)):
+        if own != 1 and own != full:
+            param = param.repeat_interleave(full // own, dim)
+    return param
+
+
+def block_amin_amax(x: Tensor, block: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Return the smallest and largest value of each block of `x`, in fp32, in the shape of its
+    scale.
+
+    Args:
+        x: any float dtype, any shape.
+        block: neighbours per dimension that share a scale, `fxq.spec.ALL` for a whole dimension.
+    """
+    shape: list[int] = []
+    reduce: list[int] = []
+    for size, width in zip(x.shape, block, strict=True):
+        if width == ALL:
+            reduce.append(len(shape))
+            shape.append(size)
+        elif width == 1:
+            shape.append(size)
+        else:
+            reduce.append(len(shape) + 1)
+            shape += [size // width, width]
+    out_shape = [
+        1 if width == ALL else size // width for size, width in zip(x.shape, block, strict=True)
+    ]
+    blocks = x.reshape(shape)
+    low, high = (blocks.amin(reduce), blocks.amax(reduce)) if reduce else (blocks, blocks)
+    return low.reshape(out_shape).float(), high.reshape(out_shape).float()
+
+
+def choose_qparams(
+    low: Tensor, high: Tensor, quant_min: int, quant_max: int, *, symmetric: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the scale (fp32, > 0) and zero-point (int32, on the grid) for values in `[low, high]`.
+
+    The range is first widened to contain zero, so that zero is always a code's exact value. A range
+    of zero width gets scale 1. The scale never underflows: its reciprocal is finite.
+
+    Args:
+        low: smallest value `[...]`, fp32.
+        high: largest value `[...]`, fp32.
+        quant_min: smallest code.
+        quant_max: largest code.
+        symmetric: zero-point 0.
+    """
+    low, high = low.float().clamp(max=0), high.float().clamp(min=0)
+    if symmetric:
+        scale = torch.maximum(-low, high) * (1.0 / min(-quant_min, quant_max))
+        zero_point = torch.zeros_like(scale, dtype=torch.int32)
+    else:
+        scale = high * (1.0 / (quant_max - quant_min)) - low * (1.0 / (quant_max - quant_min))
+        scale = _positive(scale)
+        zero_point = (
+            torch.round(quant_min - low * (1.0 / scale)).clamp(quant_min, quant_max).to(torch.int32)
+        )
+    return _positive(scale), zero_point
+
+
+def _positive(scale: Tensor) -> Tensor:
+    tiny = torch.finfo(torch.float32).tiny
+    return torch.where(scale > 0, scale.clamp(min=tiny), torch.ones_like(scale))
+
+
+def quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int
+) -> Tensor:
+    """Return the codes of `x`: int8, or uint8 where `quant_max` exceeds 127.
+
+    Args:
+        x: values, any float dtype.
+        scale: fp32, > 0, one entry per block of `x`.
+        zero_point: int32 in the shape of `scale`, or None for 0.
+        quant_min: smallest code.
+        quant_max: largest code.
+    """
+    codes = torch.round(x.float() * expand_blocks(1.0 / scale, x.shape))
+    if zero_point is not None:
+        codes = codes + expand_blocks(zero_point, x.shape)
+    return codes.clamp(quant_min, quant_max).to(codes_dtype(quant_max))
+
+
+def codes_dtype(quant_max: int) -> torch.dtype:
+    """Return the container of codes up to `quant_max`."""
+    return torch.uint8 if quant_max > 127 else torch.int8
+
+
+def dequantize(
+    codes: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Return the values that `codes` stand for.
+
+    Args:
+        codes: int8 or uint8.
+        scale: fp32, one entry per block of `codes`.
+        zero_point: int32 in the shape of `scale`, or None for 0.
+        dtype: float dtype of the result; the product is computed in fp32.
+    """
+    values = codes.to(torch.float32)
+    if zero_point is not None:
+        values = values - expand_blocks(zero_point, codes.shape)
+    return (values * expand_blocks(scale, codes.shape)).to(dtype)
+
+
+def pair_safe_amax(weight: Tensor) -> Tensor:
+    """Return the row maxima to scale by so that no pair of 8-bit codes exceeds `PAIR_LIMIT`.
+
+    With codes up to 127, `scale = amax / 127`: a pair sums to at most 127 before rounding, and
+    rounding two codes adds at most 1.
+
+    Args:
+        weight: `[N, K]` (or `[N, ...]`, flattened), any float dtype.
+    Returns:
+        `[N]`, fp32, at least the largest magnitude of the row.
+    """
+    rows = weight.detach().float().flatten(1)
+    padded = torch.nn.functional.pad(rows, (0, rows.shape[1] % 2))
+    pairs = padded[:, ::2] + padded[:, 1::2]
+    return torch.maximum(rows.abs().amax(1), pairs.abs().amax(1))
+
+
+def is_pair_safe(codes: Tensor) -> bool:
+    """Tell whether no two codes in columns 2j and 2j+1 of `codes` `[N, K]` sum beyond
+    `PAIR_LIMIT`."""
+    padded = torch.nn.functional.pad(codes.int(), (0, codes.shape[1] % 2))
+    pairs = padded[:, ::2] + padded[:, 1::2]
+    return bool((pairs.abs() <= PAIR_LIMIT).all())
+
+
+def sqnr_db(reference: Tensor, other: Tensor) -> float:
+    """Return the signal-to-quantization-noise ratio in dB: 10 log10(|ref|^2 / |ref - other|^2), inf
+    where equal."""
+    reference, other = reference.double(), other.double()
+    noise = (reference - other).square().sum()
+    if noise == 0:
+        return float("inf")
+    return float(10 * torch.log10(reference.square().sum() / noise))

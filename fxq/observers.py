@@ -1,0 +1,224 @@
+"""Observers: watch the values on an edge, then say which range to quantize them in.
+
+An observer's state is a handful of tensors that merge exactly and in any order: smallest and
+largest value, number of values and, for the rules that weigh values, a histogram
+(`fxq.histogram`). Calibrating in other batches, in another order or over many processes therefore
+gives the same bytes. `MovingAverage` alone depends on the order of batches by definition, and
+refuses to merge.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import SymInt, Tensor, nn
+
+from fxq import numerics
+from fxq.errors import UnsupportedError
+from fxq.histogram import (
+    Density,
+    bin_index,
+    cut_range,
+    divergence,
+    fold,
+    mantissa_bits,
+    n_bins,
+    percentile_range,
+    quantization_error,
+)
+from fxq.spec import (
+    ALL,
+    Entropy,
+    MeanSquaredError,
+    MovingAverage,
+    Percentile,
+    QuantSpec,
+    block_of,
+    scale_shape,
+)
+
+# How each buffer of two states combines: exact, associative, commutative.
+MERGE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "n_values": torch.add,
+    "low": torch.minimum,
+    "high": torch.maximum,
+    "histogram": torch.add,
+}
+
+
+class RangeObserver(nn.Module):
+    """Return the input unchanged and remember what is needed to quantize it.
+
+    Args:
+        spec: a static spec: which elements share a scale, and the rule that finds their range.
+        shape: shape of the observed tensor; the dimensions along which the scale varies are fixed.
+        name: qualified name of the observed edge, for messages.
+    Raises:
+        ValueError: calibration does not decide the spec's range, or the scale's shape is dynamic.
+    """
+
+    n_values: Tensor  # number of values seen, int64 scalar
+    low: Tensor  # smallest value, fp32 in the scale's shape
+    high: Tensor  # largest value, fp32 in the scale's shape
+    histogram: Tensor  # int64 [entries, bins], only for rules that weigh values
+
+    def __init__(self, spec: QuantSpec, shape: Sequence[int | SymInt], name: str) -> None:
+        super().__init__()
+        if spec.dynamic or spec.pair_safe:
+            found = "dynamic=True" if spec.dynamic else "pair_safe=True"
+            raise ValueError(
+                f"an observer needs a range that calibration decides, found {found} at {name}; "
+                "compute it from the tensor itself (numerics.choose_qparams, pair_safe_amax)"
+            )
+        self.spec, self.name = spec, name
+        self.block = block_of(spec.granularity, len(shape))
+        varying = [1 if w == ALL else size for size, w in zip(shape, self.block, strict=True)]
+        if any(isinstance(size, SymInt) for size in varying):
+            raise ValueError(
+                f"static {spec.granularity} needs a fixed shape, found {list(shape)} at {name}; "
+                "capture without that dynamic dimension, or use dynamic=True or PerTensor()"
+            )
+        self.scale_shape = scale_shape([int(size) for size in varying], self.block)
+        self.register_buffer("n_values", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("low", torch.full(self.scale_shape, torch.inf))
+        self.register_buffer("high", torch.full(self.scale_shape, -torch.inf))
+        self.bits = 0  # mantissa bits of the histogram's grid, 0 without one
+        if isinstance(spec.observer, Percentile | MeanSquaredError | Entropy):
+            entries = self.low.numel()
+            self.bits = mantissa_bits(entries)
+            counts = torch.zeros(entries, n_bins(self.bits), dtype=torch.int64)
+            self.register_buffer("histogram", counts)
+
+    @property
+    def count(self) -> int:
+        """Number of values seen."""
+        return int(self.n_values)
+
+    def extra_repr(self) -> str:
+        """Return what distinguishes this observer in a printed graph."""
+        return f"{self.name}: {self.spec}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Take note of `x` and return it.
+
+        Raises:
+            ValueError: `x` is not finite, or needs a scale of another shape.
+        """
+        with torch.no_grad():
+            self._observe(x.detach())
+        return x
+
+    def _observe(self, x: Tensor) -> None:
+        self._check_shape(x.shape)
+        if not x.numel():
+            return
+        if self.low.device != x.device:
+            self.to(x.device)
+        low, high = numerics.block_amin_amax(x, self.block)
+        if not bool((low.isfinite() & high.isfinite()).all()):
+            raise self._not_finite(x)
+        low, high = low + 0.0, high + 0.0  # -0.0 becomes 0.0: min(0.0, -0.0) depends on the order
+        if isinstance(self.spec.observer, MovingAverage) and self.count:
+            self.low.lerp_(low, self.spec.observer.momentum)
+            self.high.lerp_(high, self.spec.observer.momentum)
+        else:
+            self.low.copy_(torch.minimum(self.low, low))
+            self.high.copy_(torch.maximum(self.high, high))
+        if self.bits:
+            self._add_to_histogram(x)
+        self.n_values += x.numel()
+
+    def _add_to_histogram(self, x: Tensor) -> None:
+        entries, bins = self.histogram.shape
+        index = bin_index(x, self.bits)
+        if entries > 1:
+            first = torch.arange(0, entries * bins, bins, device=x.device).reshape(self.scale_shape)
+            index = index + numerics.expand_blocks(first, x.shape)
+        counts = torch.bincount(index.flatten(), minlength=entries * bins)
+        self.histogram += counts.view_as(self.histogram)
+
+    def _check_shape(self, shape: Sequence[int]) -> None:
+        if len(shape) == len(self.block) and scale_shape(shape, self.block) == self.scale_shape:
+            return
+        raise ValueError(
+            f"static {self.spec.granularity} at {self.name} has a scale of shape "
+            f"{self.scale_shape}, found a tensor of shape {list(shape)}; calibrate with the shape "
+            "that was captured, or use dynamic=True or PerTensor()"
+        )
+
+    def _not_finite(self, x: Tensor) -> ValueError:
+        bad = int((~x.float().isfinite()).sum())
+        return ValueError(
+            f"expected finite values, found {bad} NaN or Inf of {x.numel()} at {self.name}; check "
+            "the calibration data, and run the model in fp32 or bf16 if fp16 overflows"
+        )
+
+    def range(self) -> tuple[Tensor, Tensor]:
+        """Return the smallest and largest value to represent, fp32 in the scale's shape.
+
+        Raises:
+            ValueError: no value was seen.
+        """
+        if not self.count:
+            raise ValueError(
+                f"the observer at {self.name} saw no data; calibrate with a batch that reaches it"
+            )
+        low, high, spec = self.low, self.high, self.spec
+        match spec.observer:
+            case Percentile(percent):
+                return percentile_range(
+                    self.histogram, low, high, self.bits, percent, symmetric=spec.symmetric
+                )
+            case MeanSquaredError(p, steps):
+                density = Density.of(self.histogram, low, high, self.bits)
+                cost = partial(quantization_error, density, spec=spec, p=p)
+                return cut_range(low, high, steps, cost)
+            case Entropy(steps):
+                cost = partial(divergence, self._nonzero_density(), spec=spec)
+                return cut_range(low, high, steps, cost)
+            case _:
+                return low, high
+
+    def _nonzero_density(self) -> Density:
+        histogram, low, high = self.histogram.clone(), self.low, self.high
+        histogram[:, histogram.shape[1] // 2] = 0
+        if self.spec.symmetric:
+            histogram, low, high = fold(histogram), torch.zeros_like(low), torch.maximum(-low, high)
+        return Density.of(histogram, low, high, self.bits)
+
+    def qparams(self) -> tuple[Tensor, Tensor]:
+        """Return scale (fp32, > 0) and zero-point (int32), both in the scale's shape.
+
+        Raises:
+            ValueError: no value was seen.
+        """
+        low, high = self.range()
+        spec = self.spec
+        return numerics.choose_qparams(
+            low, high, spec.quant_min, spec.quant_max, symmetric=spec.symmetric
+        )
+
+    def merge(self, other: "RangeObserver") -> None:
+        """Add what `other` has seen to this observer's state, exactly.
+
+        Raises:
+            ValueError: the two observe differently.
+            UnsupportedError: both are `MovingAverage` and have seen data.
+        """
+        if self.spec != other.spec or self.scale_shape != other.scale_shape:
+            raise ValueError(
+                "observers merge if they have the same spec and scale shape, found "
+                f"{self.spec} {self.scale_shape} at {self.name} and "
+                f"{other.spec} {other.scale_shape} at {other.name}"
+            )
+        self.check_mergeable((self.count > 0) + (other.count > 0))
+        for name, buffer in self.named_buffers():
+            buffer.copy_(MERGE[name](buffer, getattr(other, name).to(buffer.device)))
+
+    def check_mergeable(self, n_states: int) -> None:
+        """Raise `UnsupportedError` if `n_states` states with data do not determine their union."""
+        if isinstance(self.spec.observer, MovingAverage) and n_states > 1:
+            raise UnsupportedError(
+                f"a moving average depends on the order of batches, found {n_states} independent "
+                f"ones at {self.name}; calibrate in one process, or use MinMax() or Percentile()"
+            )

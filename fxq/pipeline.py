@@ -1,0 +1,198 @@
+"""Passes, recipes, and `compress`, which runs a recipe on a captured model.
+
+A **pass** is a frozen dataclass: its fields are its hyper-parameters, `reads` and `writes` name the
+dialects it stands between, and `run` takes a GraphModule (a `DataPass` also the calibration
+batches) and returns torch's `PassResult`. A **recipe** is a name and a tuple of passes. The tuple
+is the order; nothing else decides it. `repr(recipe)` is the whole record of an experiment.
+"""
+
+import hashlib
+import importlib.metadata
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.fx.passes.infra.pass_base import PassResult
+
+from fxq.account import unintended_skips
+from fxq.capture import Signature, capture, split_inputs
+from fxq.dialect import Dialect
+from fxq.errors import SkippedError, did_you_mean
+from fxq.graph import propagate
+from fxq.program import Program
+
+Batches = Iterable[Sequence[Any]]  # each batch: the graph's inputs in order
+Progress = Callable[[str], None]
+
+
+class Pass(ABC):
+    """A rewrite of a graph. Subclass as a frozen dataclass."""
+
+    reads: ClassVar[Dialect]
+    writes: ClassVar[Dialect]
+
+    @abstractmethod
+    def run(self, gm: GraphModule) -> PassResult:
+        """Rewrite `gm` (which the pass owns) and tell whether anything changed."""
+
+
+class DataPass(ABC):
+    """A rewrite that also needs calibration batches."""
+
+    reads: ClassVar[Dialect]
+    writes: ClassVar[Dialect]
+
+    @abstractmethod
+    def run(self, gm: GraphModule, data: Batches) -> PassResult:
+        """Rewrite `gm` (which the pass owns) using `data`, which can be iterated more than once."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A name and an order of passes.
+
+    Args:
+        name: how reports and files call it.
+        passes: run first to last. Each must read the dialect its predecessor writes.
+    Raises:
+        ValueError: two neighbours do not fit.
+    """
+
+    name: str
+    passes: tuple[Pass | DataPass, ...]
+
+    def __post_init__(self) -> None:
+        for before, after in zip(self.passes, self.passes[1:], strict=False):
+            if before.writes is not after.reads:
+                raise ValueError(
+                    f"recipe {self.name!r}: {type(after).__name__} reads {after.reads}, but {type(before).__name__} "
+                    f"before it writes {before.writes}; change their order or put the missing pass between them"
+                )
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether any pass reads calibration batches."""
+        return any(isinstance(p, DataPass) for p in self.passes)
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of everything that decides the result, equal in every process."""
+        return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
+
+    def apply(
+        self, gm: GraphModule, data: Batches | None = None, progress: Progress | None = None
+    ) -> GraphModule:
+        """Run every pass on `gm`, checking the dialect after each."""
+        for step in self.passes:
+            name, began = type(step).__name__, time.perf_counter()
+            if isinstance(step, DataPass):
+                if data is None:
+                    raise ValueError(
+                        f"recipe {self.name!r} calibrates ({name}) and needs data=, found none; give an iterable of "
+                        "batches, or choose a dynamic or weight-only recipe"
+                    )
+                result = step.run(gm, data)
+            else:
+                result = step.run(gm)
+            gm = result.graph_module
+            if result.modified:
+                gm.graph.lint()
+                gm.recompile()
+            step.writes.check(gm, after=name)
+            if progress:
+                change = "" if result.modified else " (changed nothing)"
+                progress(f"{name}: {time.perf_counter() - began:.1f} s{change}")
+        propagate(gm)
+        return gm
+
+
+def resolve_recipe(recipe: Recipe | str) -> Recipe:
+    """Return a recipe given as such or by the name of an installed `fxq.recipes` entry point."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    if not isinstance(recipe, str):
+        raise TypeError(
+            f"recipe: expected an fxq Recipe or the name of one, found {type(recipe).__name__}"
+        )
+    points = {p.name: p for p in importlib.metadata.entry_points(group="fxq.recipes")}
+    if recipe not in points:
+        raise ValueError(f"unknown recipe {recipe!r}; {did_you_mean(recipe, points)}")
+    found = points[recipe].load()
+    if not isinstance(found, Recipe):
+        raise TypeError(
+            f"entry point {recipe!r} ({points[recipe].value}) is not an fxq Recipe but {found!r}"
+        )
+    return found
+
+
+def compress(
+    model: nn.Module,
+    example_inputs: Tensor | tuple[Any, ...] | Mapping[str, Any],
+    recipe: Recipe | str,
+    data: Iterable[Any] | None = None,
+    *,
+    dynamic_shapes: Any = "batch",
+    strict: bool = False,
+    progress: Progress | None = None,
+) -> Program:
+    """Capture `model`, run `recipe` on it and return a program that takes the model's place.
+
+    The model is read, never written.
+
+    Args:
+        model: in eval mode, on any device, float32, bfloat16 or float16.
+        example_inputs: one input as a user would call the model: a tensor, a tuple of positional
+            arguments, or a mapping of keyword arguments.
+        recipe: a `Recipe`, or the name of an installed one (`"w8a8_static"`).
+        data: batches for a recipe that calibrates, each in the form of `example_inputs`.
+        dynamic_shapes: `"batch"` keeps dimension 0 of the inputs free, None fixes every size,
+            anything else is handed to `torch.export.export`.
+        strict: raise where a layer that the recipe targets had to stay float.
+        progress: called with a line of text at each stage.
+    Raises:
+        ValueError: train mode, no data, NaN or Inf in it, wrong shapes, dtype or device, an unknown
+            recipe.
+        TypeError: arguments the model does not take.
+        UnsupportedError: the model cannot be captured.
+        SkippedError: `strict` and something was skipped.
+    """
+    recipe = resolve_recipe(recipe)
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+    ):  # tensors made here must count their versions
+        captured = capture(model, example_inputs, dynamic_shapes)
+        batches = None if data is None else CheckedBatches(captured.signature, data)
+        gm = recipe.apply(captured.graph_module, batches, progress)
+        if strict and (skips := unintended_skips(gm)):
+            listing = "\n  ".join(f"{name}: {why}" for name, why in skips.items())
+            raise SkippedError(
+                f"strict=True, and recipe {recipe.name!r} left in float\n  {listing}"
+            )
+        return Program.from_captured(captured, gm, recipe=repr(recipe), model=model)
+
+
+class CheckedBatches:
+    """The user's batches as the graph's inputs, checked one by one, and iterable again."""
+
+    def __init__(self, signature: Signature, data: Iterable[Any]) -> None:
+        self.signature = signature
+        self.data = list(data) if isinstance(data, Iterator) else data
+
+    def __iter__(self) -> Iterator[Sequence[Any]]:
+        for index, batch in enumerate(self.data):
+            args, kwargs = split_inputs(batch)
+            leaves = self.signature.flatten(args, kwargs, where=f"data batch {index}")
+            for leaf, value in zip(self.signature.tensors, leaves, strict=True):
+                if value.is_floating_point():
+                    if bad := int((~value.isfinite()).sum()):
+                        raise ValueError(
+                            f"data batch {index}, input {leaf.name!r}: expected finite values, found {bad} NaN or Inf; "
+                            "remove or repair this batch"
+                        )
+            yield leaves

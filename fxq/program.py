@@ -1,0 +1,174 @@
+"""Program: a compressed graph that takes the place of the model it came from."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
+
+from fxq.capture import Captured, Signature
+from fxq.graph import copy_graph
+
+PLAIN = (bool, int, float, str, type(None), torch.dtype)
+
+
+class Program(nn.Module):
+    """A graph in the QUANTIZED dialect behind the original's call signature.
+
+    Runs anywhere on reference implementations; `torch.compile(program, backend="fxq")` runs it on
+    integer kernels. It has a copy of every tensor it needs. Plain attributes of the original
+    (`config`, `num_classes`, ...) are kept.
+
+    Attributes:
+        graph_module: the graph. `program.graph_module.print_readable()` shows it.
+        signature: how a call becomes the graph's inputs.
+        recipe: `repr` of the recipe that made it.
+        notes: what a person should know about how it was captured.
+    """
+
+    def __init__(
+        self,
+        graph_module: GraphModule,
+        signature: Signature,
+        recipe: str,
+        notes: tuple[str, ...] = (),
+        attributes: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.graph_module = graph_module
+        self.signature = signature
+        self.recipe = recipe
+        self.notes = notes
+        self.attributes = dict(attributes or {})
+        self.requires_grad_(False)
+        super().train(False)
+
+    @classmethod
+    def from_captured(
+        cls, captured: Captured, gm: GraphModule, recipe: str, model: nn.Module
+    ) -> "Program":
+        """Make a program of a transformed graph, with its own copy of what is still shared with the
+        model."""
+        gm = copy_graph(gm)
+        copies: dict[Tensor, Tensor] = {}
+        for module in gm.modules():
+            for store in (module._parameters, module._buffers):
+                for name, value in list(store.items()):
+                    if value is None:
+                        continue
+                    if value not in copies:
+                        copies[value] = value.detach().clone()
+                    del store[name]
+                    module._buffers[name] = copies[value]
+        return cls(gm, captured.signature, recipe, captured.notes, plain_attributes(model))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the graph as the original model would be called."""
+        # Transformers and diffusers models return a dataclass, or with return_dict=False the tuple
+        # of its values.
+        as_tuple = (
+            kwargs.get("return_dict") is False and self.signature.constant("return_dict") is True
+        )
+        if as_tuple:
+            kwargs = kwargs | {"return_dict": True}
+        leaves = self.graph_module(*self.signature.flatten(args, kwargs))
+        result = pytree.tree_unflatten(list(leaves), self.signature.out_spec)
+        return result.to_tuple() if as_tuple else result
+
+    def __getattr__(self, name: str) -> Any:
+        attributes = self.__dict__.get("attributes", {})
+        if name in attributes:
+            return attributes[name]
+        return super().__getattr__(name)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating dtype of the model: that of its first floating input, else of its
+        tensors."""
+        for leaf in self.signature.tensors:
+            if leaf.dtype.is_floating_point:
+                return leaf.dtype
+        return next(b.dtype for b in self.buffers() if b.is_floating_point())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return next(self.buffers()).device
+
+    def train(self, mode: bool = True) -> "Program":
+        """Accept eval mode only.
+
+        Raises:
+            ValueError: `mode` is True.
+        """
+        if mode:
+            raise ValueError(
+                "a Program has no train mode; train the original model and compress it again"
+            )
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Program":
+        """Move to a device. Constants of the graph that name a device move along.
+
+        Raises:
+            ValueError: a change of dtype, which would change the scales.
+        """
+        probe = fn(torch.empty(0, dtype=torch.float32, device=self.device))
+        if probe.dtype != torch.float32:
+            raise ValueError(
+                f"expected a device, found the dtype {probe.dtype}: a Program's dtype is fixed when it is made; "
+                "convert the model before compressing it"
+            )
+        super()._apply(fn, recurse)
+        for node in self.graph_module.graph.nodes:
+            if isinstance(node.kwargs.get("device"), torch.device):
+                node.update_kwarg("device", probe.device)
+        self.graph_module.recompile()
+        return self
+
+    @contextlib.contextmanager
+    def cache_context(self, name: str) -> Iterator[None]:
+        """Do nothing: diffusers' pipelines enter this context to name a cache, and a graph has
+        none."""
+        yield
+
+    def extra_repr(self) -> str:
+        """Show the recipe."""
+        return f"recipe={self.recipe}"
+
+
+def plain_attributes(model: nn.Module) -> dict[str, Any]:
+    """Return the public attributes of `model` that are plain values, and its `config`."""
+    found = {
+        name: value
+        for name, value in vars(model).items()
+        if not name.startswith("_") and name != "training" and _is_plain(value)
+    }
+    config = getattr(model, "config", None)
+    if config is not None:
+        found["config"] = config
+    return found
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return all(map(_is_plain, value))
+    return isinstance(value, PLAIN)
+
+
+class Config(SimpleNamespace):
+    """A saved model's `config`: attributes and items, read only in spirit."""
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(self, name)
+
+    def __contains__(self, name: str) -> bool:
+        return hasattr(self, name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return an entry, or `default`."""
+        return getattr(self, name, default)

@@ -1,0 +1,49 @@
+"""Lower a QUANTIZED graph for a device: the list of rules, and what each decided."""
+
+import torch
+from torch.fx import GraphModule
+
+from fxq.account import kind_of
+from fxq.dialect import LOWERED
+from fxq.graph import add_buffer, copy_graph, erase_dead, is_constant, is_op, tensor_of
+from fxq.lowering.decision import Decision
+from fxq.lowering.lower_linear import LowerLinear
+
+ops = torch.ops.fxq
+
+
+def lower(gm: GraphModule, device: torch.device) -> tuple[GraphModule, dict[str, Decision]]:
+    """Return a LOWERED copy of `gm` for `device`, and the decision on each quantized layer by node
+    name.
+
+    The copy shares parameters and buffers with `gm`. Every kernel carries the name of the node
+    whose value it computes in `meta["fxq_replaces"]`.
+    """
+    lowered = copy_graph(gm)
+    decisions: dict[str, Decision] = {}
+    rule = LowerLinear(lowered, device)
+    for node in list(lowered.graph.nodes):
+        if kind_of(node) in ("linear", "conv") and is_op(node.args[1], ops.dequantize.default):
+            decisions[node.name] = rule.apply(node)
+    fold_dequantized_weights(lowered)
+    erase_dead(lowered)
+    lowered.graph.lint()
+    LOWERED.check(lowered, after="lowering")
+    return lowered, decisions
+
+
+def fold_dequantized_weights(gm: GraphModule) -> None:
+    """Dequantize once, now, the weights that no integer kernel took.
+
+    Otherwise a layer that stays float would dequantize its weight at every call and run slower than
+    before it was quantized. The price is a float copy of these weights in memory.
+    """
+    for node in list(gm.graph.nodes):
+        if not is_op(node, ops.dequantize.default) or not node.users:
+            continue
+        parts = node.args[:3]
+        if all(part is None or is_constant(part) for part in parts):
+            values = [None if part is None else tensor_of(gm, part) for part in parts]  # type: ignore[arg-type]
+            folded = node.target(*values, node.args[3])  # type: ignore[operator]
+            name = str(parts[0].target).replace("_codes", "_dequantized")  # type: ignore[union-attr]
+            node.replace_all_uses_with(add_buffer(gm, name, folded, like=node))

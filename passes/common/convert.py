@@ -1,0 +1,184 @@
+"""Convert: replace observers and float weights by quantize, dequantize and integer codes.
+
+    linear(x, w, b)  ->  linear(dequantize(quantize(x)), dequantize(codes of w), b)
+
+With activations quantized, the layer computes in fp32 whatever the model's dtype and its result is
+cast back: that is what an integer kernel does. A weight is quantized once per way of quantizing it,
+however many layers share it.
+"""
+
+import operator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.fx.passes.infra.pass_base import PassResult
+
+from fxq import numerics
+from fxq.dialect import OBSERVED, QUANTIZED, Dialect
+from fxq.graph import (
+    add_buffer,
+    dtype_of,
+    erase_dead,
+    insert_call,
+    owner_name,
+    shape_of,
+    weight_of,
+)
+from fxq.observers import RangeObserver
+from fxq.pipeline import Pass
+from fxq.spec import LayerSpec, QuantSpec, block_of
+
+ops = torch.ops.fxq
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Convert(Pass):
+    """Put the numbers in."""
+
+    reads: ClassVar[Dialect] = OBSERVED
+    writes: ClassVar[Dialect] = QUANTIZED
+
+    def run(self, gm: GraphModule) -> PassResult:
+        """Convert every layer that carries a `LayerSpec`."""
+        conversion = _Conversion(gm)
+        layers = [n for n in gm.graph.nodes if "fxq_spec" in n.meta]
+        for layer in layers:
+            conversion.convert(layer, layer.meta.pop("fxq_spec"))
+        erase_dead(gm)
+        return PassResult(gm, modified=bool(layers))
+
+
+def quantize_weight(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return codes (int8), scale (fp32) and zero-point (int32, None where symmetric) of a weight.
+
+    Args:
+        weight: `[N, K]` or `[N, C, ...]`, any float dtype.
+        spec: how. A `pair_safe` scale replaces the observer's.
+    Raises:
+        ValueError: the weight holds NaN or Inf, or the granularity does not divide it.
+    """
+    if spec.pair_safe:
+        high = numerics.pair_safe_amax(weight).reshape(-1, *[1] * (weight.ndim - 1))
+        low = -high
+    else:
+        observer = RangeObserver(spec, weight.shape, "weight")
+        observer(weight)
+        low, high = observer.range()
+    scale, zero_point = numerics.choose_qparams(
+        low, high, spec.quant_min, spec.quant_max, symmetric=spec.symmetric
+    )
+    zero = None if spec.symmetric else zero_point
+    return numerics.quantize(weight, scale, zero, spec.quant_min, spec.quant_max), scale, zero
+
+
+class _Conversion:
+    """One run of `Convert`: what has been quantized so far, so that nothing is quantized twice."""
+
+    def __init__(self, gm: GraphModule) -> None:
+        self.gm = gm
+        self.weights: dict[tuple[object, ...], Node] = {}
+        self.inputs: dict[tuple[Node, QuantSpec], Node] = {}
+
+    def convert(self, layer: Node, spec: LayerSpec) -> None:
+        """Rewrite one layer's operands, and cast its result where the dtype changes."""
+        model_dtype = dtype_of(layer)
+        compute = model_dtype if spec.activation is None else torch.float32
+        operands = list(layer.args)
+        operands[1] = self.weight(layer, spec.weight, compute)
+        if spec.activation is not None:
+            operands[0] = self.input(layer, spec.activation)
+        if len(operands) > 2 and isinstance(operands[2], Node) and compute != model_dtype:
+            operands[2] = insert_call(
+                aten._to_copy.default, (operands[2],), {"dtype": compute}, before=layer
+            )
+        layer.args = tuple(operands)
+        if compute != model_dtype:
+            layer.meta["val"] = layer.meta["val"].to(compute)
+            result = insert_call(
+                aten._to_copy.default, (layer,), {"dtype": model_dtype}, after=layer
+            )
+            layer.replace_all_uses_with(result, delete_user_cb=lambda user: user is not result)
+        layer.meta["fxq_format"] = " x ".join(
+            str(model_dtype).removeprefix("torch.") if part is None else f"int{part.bits}"
+            for part in (spec.activation, spec.weight)
+        )
+
+    def weight(self, layer: Node, spec: QuantSpec, dtype: torch.dtype) -> Node:
+        """Return the dequantized weight of `layer`, shared with every layer that has the same
+        one."""
+        value = weight_of(layer)
+        key = (value.data_ptr(), value.shape, value.stride(), spec, dtype)
+        if key not in self.weights:
+            name = owner_name(layer)
+            try:
+                codes, scale, zero = quantize_weight(value, spec)
+            except ValueError as error:
+                raise ValueError(f"weight of {name}: {error}") from error
+            # Buffers go to the front of the graph, each before the last: behind the first, all are
+            # there.
+            codes_node = add_buffer(self.gm, f"{name}.weight_codes", codes, like=layer)
+            qparams = self.qparams(layer, f"{name}.weight", scale, zero)
+            self.weights[key] = insert_call(
+                ops.dequantize.default, (codes_node, *qparams, dtype), after=codes_node
+            )
+        return self.weights[key]
+
+    def input(self, layer: Node, spec: QuantSpec) -> Node:
+        """Return the dequantized input of `layer`, shared by all that read the same edge alike."""
+        edge = layer.args[0]
+        assert isinstance(edge, Node)
+        if (edge, spec) not in self.inputs:
+            find = self.dynamic_qparams if spec.dynamic else self.static_qparams
+            source, scale, zero = find(layer, edge, spec)
+            grid = (spec.quant_min, spec.quant_max)
+            codes = insert_call(
+                ops.quantize.default,
+                (source, scale, zero, *grid),
+                after=source if not spec.dynamic else zero or scale,
+                like=layer,
+            )
+            self.inputs[edge, spec] = insert_call(
+                ops.dequantize.default, (codes, scale, zero, torch.float32), after=codes
+            )
+        return self.inputs[edge, spec]
+
+    def static_qparams(
+        self, layer: Node, edge: Node, spec: QuantSpec
+    ) -> tuple[Node, Node, Node | None]:
+        """Return the observed edge with the range its observer found."""
+        observer = self.gm.get_submodule(str(edge.target))
+        assert isinstance(observer, RangeObserver)
+        scale, zero = observer.qparams()
+        name = f"{owner_name(layer)}.input"
+        source = edge.args[0]
+        assert isinstance(source, Node)
+        return source, *self.qparams(layer, name, scale, None if spec.symmetric else zero)
+
+    def dynamic_qparams(
+        self, layer: Node, edge: Node, spec: QuantSpec
+    ) -> tuple[Node, Node, Node | None]:
+        """Return the edge with a range computed from it at run time."""
+        block = block_of(spec.granularity, len(shape_of(edge)), dynamic=True)
+        pair = insert_call(
+            ops.choose_qparams.default,
+            (edge, block, spec.quant_min, spec.quant_max, spec.symmetric),
+            after=edge,
+            like=layer,
+        )
+        zero = None
+        if not spec.symmetric:
+            zero = insert_call(operator.getitem, (pair, 1), after=pair)
+        return edge, insert_call(operator.getitem, (pair, 0), after=pair), zero
+
+    def qparams(
+        self, layer: Node, name: str, scale: Tensor, zero: Tensor | None
+    ) -> tuple[Node, Node | None]:
+        """Register a scale and, where there is one, a zero-point."""
+        scale_node = add_buffer(self.gm, f"{name}_scale", scale, like=layer)
+        if zero is None:
+            return scale_node, None
+        return scale_node, add_buffer(self.gm, f"{name}_zero_point", zero, like=layer)

@@ -1,0 +1,161 @@
+"""InsertObservers: decide how each layer is quantized, and watch the edges whose range must be
+known.
+
+Layers are the operators with a weight: linear and convolution. Each gets the first entry of
+`overrides` that matches it, or `default`; what is left alone carries the reason in its meta, and
+the report shows it. One observer serves all layers that read the same edge the same way.
+"""
+
+import fnmatch
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+from torch.fx import GraphModule, Node
+from torch.fx.passes.infra.pass_base import PassResult
+
+from fxq.account import KINDS, Skip, kind_of, mark_skip
+from fxq.dialect import ATEN, OBSERVED, Dialect
+from fxq.errors import UnsupportedError, did_you_mean
+from fxq.graph import insert_module, is_constant, owner_name, shape_of, weight_of
+from fxq.observers import RangeObserver
+from fxq.pipeline import Pass
+from fxq.spec import LayerSpec, PerTensor, PerToken, QuantSpec, block_of, scale_shape
+
+FIRST = "<first>"  # override key: layers that no other layer comes before, by data flow
+LAST = "<last>"  # override key: layers that no other layer comes after, by data flow
+
+Override = tuple[str, LayerSpec | None]
+
+
+@dataclass(frozen=True)
+class InsertObservers(Pass):
+    """Choose a `LayerSpec` for every layer and observe the inputs that need a static range.
+
+    Args:
+        default: how a layer is quantized unless an override says otherwise; None keeps it float.
+        targets: kinds of operators `default` applies to.
+        overrides: (pattern, spec) pairs. A pattern is `FIRST`, `LAST` or a qualified module name
+            with shell wildcards (`"blocks.0.*"`); a spec of None keeps the layer float. The first
+            match wins.
+    """
+
+    default: LayerSpec | None
+    targets: tuple[Literal["linear", "conv"], ...] = ("linear",)
+    overrides: tuple[Override, ...] = ()
+
+    reads: ClassVar[Dialect] = ATEN
+    writes: ClassVar[Dialect] = OBSERVED
+
+    def run(self, gm: GraphModule) -> PassResult:
+        """Mark layers and insert observers."""
+        layers = [n for n in gm.graph.nodes if kind_of(n) in ("linear", "conv")]
+        selected = self._overridden(layers)
+        observers: dict[tuple[Node, QuantSpec], Node] = {}
+        modified = False
+        for layer in layers:
+            if layer in selected:
+                pattern, spec = selected[layer]
+            else:
+                pattern, spec = None, self.default if kind_of(layer) in self.targets else None
+            if spec is None:
+                why = (
+                    f"override {pattern!r}"
+                    if pattern
+                    else f"this recipe quantizes {', '.join(self.targets)} only"
+                )
+                mark_skip(layer, Skip(why, intended=True))
+                continue
+            try:
+                spec = _fitted(layer, spec)
+            except (ValueError, UnsupportedError) as error:
+                mark_skip(layer, Skip(str(error), intended=False))
+                continue
+            layer.meta["fxq_spec"] = spec
+            modified = True
+            if spec.activation is not None and not spec.activation.dynamic:
+                _observe(gm, layer, spec.activation, observers)
+        for node in gm.graph.nodes:
+            if kind_of(node) in KINDS and kind_of(node) not in ("linear", "conv"):
+                mark_skip(
+                    node, Skip(f"this recipe does not quantize {kind_of(node)}", intended=True)
+                )
+        return PassResult(gm, modified)
+
+    def _overridden(self, layers: Sequence[Node]) -> dict[Node, Override]:
+        names = {layer: owner_name(layer) for layer in layers}
+        ends = {FIRST: first_layers(layers), LAST: last_layers(layers)}
+        chosen: dict[Node, Override] = {}
+        for pattern, spec in self.overrides:
+            if pattern in ends:
+                matched: Iterable[Node] = ends[pattern]
+            else:
+                matched = [n for n in layers if fnmatch.fnmatchcase(names[n], pattern)]
+                if not matched:
+                    raise ValueError(
+                        f"override {pattern!r} matches no layer; {did_you_mean(pattern, set(names.values()))}"
+                    )
+            for layer in matched:
+                chosen.setdefault(layer, (pattern, spec))
+        return chosen
+
+
+def first_layers(layers: Sequence[Node]) -> list[Node]:
+    """Return the layers whose input does not depend on another layer."""
+    downstream = _reachable(layers, lambda n: list(n.users))
+    return [n for n in layers if n not in downstream]
+
+
+def last_layers(layers: Sequence[Node]) -> list[Node]:
+    """Return the layers whose output no other layer depends on."""
+    upstream = _reachable(layers, lambda n: n.all_input_nodes)
+    return [n for n in layers if n not in upstream]
+
+
+def _reachable(starts: Sequence[Node], neighbours: Callable[[Node], Iterable[Node]]) -> set[Node]:
+    seen: set[Node] = set()
+    stack = [m for n in starts for m in neighbours(n)]
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            stack += neighbours(node)
+    return seen
+
+
+def _fitted(layer: Node, spec: LayerSpec) -> LayerSpec:
+    """Return `spec` as it can be applied to `layer`, or raise with the reason why it cannot."""
+    if not is_constant(layer.args[1]):
+        raise UnsupportedError("its weight is computed at run time")
+    weight = weight_of(layer)
+    scale_shape(weight.shape, block_of(spec.weight.granularity, weight.ndim))
+    activation = spec.activation
+    if activation is None:
+        return spec
+    shape = shape_of(layer.args[0])
+    if activation.granularity == PerToken():
+        if kind_of(layer) == "conv":
+            raise UnsupportedError("PerToken() needs [..., token, channel], found a convolution")
+        if not activation.dynamic and (len(shape) < 3 or not isinstance(shape[-2], int)):
+            layer.meta["fxq_note"] = f"one scale for all rows: no fixed token axis in {list(shape)}"
+            activation = replace(activation, granularity=PerTensor())
+    block = block_of(activation.granularity, len(shape), dynamic=activation.dynamic)
+    sizes = scale_shape(shape, block)
+    if not activation.dynamic and any(not isinstance(size, int) for size in sizes):
+        raise UnsupportedError(
+            f"a static {activation.granularity} needs fixed sizes, found {list(shape)}"
+        )
+    return replace(spec, activation=activation)
+
+
+def _observe(
+    gm: GraphModule, layer: Node, spec: QuantSpec, observers: dict[tuple[Node, QuantSpec], Node]
+) -> None:
+    edge = layer.args[0]
+    assert isinstance(edge, Node)
+    if (edge, spec) not in observers:
+        module = RangeObserver(spec, shape_of(edge), owner_name(layer))
+        observers[edge, spec] = insert_module(
+            gm, f"{owner_name(layer)}.input_observer", module, after=edge
+        )
+    layer.replace_input_with(edge, observers[edge, spec])

@@ -1,0 +1,67 @@
+"""W8A8: 8-bit weights per output channel, 8-bit activations.
+
+Three recipes that differ in when and how finely activations get their scale:
+
+    STATIC             one scale per tensor, from calibration data: the fastest
+    STATIC_PER_TOKEN   one scale per token position, from calibration data (for models with a fixed
+    number of tokens) DYNAMIC            one scale per token, computed at run time: needs no data,
+    and is what `torch.compile(model,
+                       backend="fxq")` does by default
+
+Weights are scaled so that every x86 multiplies them exactly at full speed (`QuantSpec.pair_safe`).
+On VNNI or a GPU that
+is not needed: `FULL_RANGE` as the weight's spec gains a little accuracy there and costs speed
+elsewhere.
+"""
+
+from fxq.passes.common import Calibrate, Convert, InsertObservers
+from fxq.pipeline import Recipe
+from fxq.spec import LayerSpec, MeanSquaredError, PerChannel, PerTensor, PerToken, QuantSpec
+
+WEIGHT = QuantSpec(bits=8, symmetric=True, granularity=PerChannel(0), pair_safe=True)
+FULL_RANGE = QuantSpec(bits=8, symmetric=True, granularity=PerChannel(0))
+
+STATIC = Recipe(
+    "w8a8_static",
+    (
+        InsertObservers(
+            LayerSpec(
+                activation=QuantSpec(
+                    symmetric=False, granularity=PerTensor(), observer=MeanSquaredError()
+                ),
+                weight=WEIGHT,
+            )
+        ),
+        Calibrate(),
+        Convert(),
+    ),
+)
+
+STATIC_PER_TOKEN = Recipe(
+    "w8a8_static_per_token",
+    (
+        InsertObservers(
+            LayerSpec(
+                activation=QuantSpec(
+                    symmetric=False, granularity=PerToken(), observer=MeanSquaredError()
+                ),
+                weight=WEIGHT,
+            )
+        ),
+        Calibrate(),
+        Convert(),
+    ),
+)
+
+DYNAMIC = Recipe(
+    "w8a8_dynamic",
+    (
+        InsertObservers(
+            LayerSpec(
+                activation=QuantSpec(symmetric=True, granularity=PerToken(), dynamic=True),
+                weight=WEIGHT,
+            )
+        ),
+        Convert(),
+    ),
+)
