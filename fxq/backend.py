@@ -22,7 +22,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx import GraphModule, Node
 
-from fxq.capture import from_dynamo
+from fxq.capturing import from_dynamo
 from fxq.errors import FxqWarning, SkippedError, did_you_mean
 from fxq.graph import bind, is_op
 from fxq.lowering.lower import lower
@@ -83,7 +83,8 @@ def fxq(
     if recipe.needs_data:
         raise ValueError(
             f"recipe {recipe.name!r} needs calibration data, which torch.compile cannot give; call "
-            "fxq.compress(model, example_inputs, recipe, data) first and compile the program it returns"
+            "fxq.compress(model, example_inputs, recipe, data) first and compile the program it "
+            "returns"
         )
     config = dict(settings.inductor or {})
     if mode is not None:
@@ -112,7 +113,8 @@ class Compiled:
         _refuse_training(gm, [example_inputs[i] for i in self.live])
         if torch.is_grad_enabled() and any(example_inputs[i].requires_grad for i in self.static):
             warnings.warn(
-                "backend 'fxq' compiles for inference: outputs carry no gradient. Call the model under "
+                "backend 'fxq' compiles for inference: outputs carry no gradient. Call the model "
+                "under "
                 "torch.no_grad() to say that this is meant.",
                 FxqWarning,
                 stacklevel=2,

@@ -37,7 +37,8 @@ def calibrate(
     Args:
         gm: a graph with observers; all processes have the same one.
         batches: this process's inputs; the numbers may differ between processes.
-        observers: the graph's observers, in the same order in every process.
+        observers: the graph's observers, in the same order in every process. What they have seen
+            before counts once: rank 0's, as every process has the same after an earlier call.
         progress: called after each batch with the number of samples so far in this process.
     Returns:
         number of samples (rows of the first input) over all processes.
@@ -45,6 +46,9 @@ def calibrate(
         ValueError: there is no batch in any process.
         UnsupportedError: several processes saw data for a `MovingAverage`.
     """
+    if n_processes() > 1 and dist.get_rank() > 0:
+        for observer in observers:
+            observer.reset()
     n_batches = samples = 0
     with torch.no_grad():
         for inputs in batches:

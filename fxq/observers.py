@@ -94,6 +94,11 @@ class RangeObserver(nn.Module):
         """Number of values seen."""
         return int(self.n_values)
 
+    def reset(self) -> None:
+        """Forget everything seen."""
+        for name, buffer in self.named_buffers():
+            buffer.fill_({"low": torch.inf, "high": -torch.inf}.get(name, 0))
+
     def extra_repr(self) -> str:
         """Return what distinguishes this observer in a printed graph."""
         return f"{self.name}: {self.spec}"

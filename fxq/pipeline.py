@@ -20,7 +20,7 @@ from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
 from fxq.account import unintended_skips
-from fxq.capture import Signature, capture, split_inputs
+from fxq.capturing import Signature, capture, split_inputs
 from fxq.dialect import Dialect
 from fxq.errors import SkippedError, did_you_mean
 from fxq.graph import propagate
@@ -70,8 +70,10 @@ class Recipe:
         for before, after in zip(self.passes, self.passes[1:], strict=False):
             if before.writes is not after.reads:
                 raise ValueError(
-                    f"recipe {self.name!r}: {type(after).__name__} reads {after.reads}, but {type(before).__name__} "
-                    f"before it writes {before.writes}; change their order or put the missing pass between them"
+                    f"recipe {self.name!r}: {type(after).__name__} reads {after.reads}, but "
+                    f"{type(before).__name__} "
+                    f"before it writes {before.writes}; change their order or put the missing pass "
+                    "between them"
                 )
 
     @property
@@ -93,7 +95,8 @@ class Recipe:
             if isinstance(step, DataPass):
                 if data is None:
                     raise ValueError(
-                        f"recipe {self.name!r} calibrates ({name}) and needs data=, found none; give an iterable of "
+                        f"recipe {self.name!r} calibrates ({name}) and needs data=, found none; "
+                        "give an iterable of "
                         "batches, or choose a dynamic or weight-only recipe"
                     )
                 result = step.run(gm, data)
@@ -189,10 +192,10 @@ class CheckedBatches:
             args, kwargs = split_inputs(batch)
             leaves = self.signature.flatten(args, kwargs, where=f"data batch {index}")
             for leaf, value in zip(self.signature.tensors, leaves, strict=True):
-                if value.is_floating_point():
-                    if bad := int((~value.isfinite()).sum()):
-                        raise ValueError(
-                            f"data batch {index}, input {leaf.name!r}: expected finite values, found {bad} NaN or Inf; "
-                            "remove or repair this batch"
-                        )
+                if value.is_floating_point() and (bad := int((~value.isfinite()).sum())):
+                    raise ValueError(
+                        f"data batch {index}, input {leaf.name!r}: expected finite values, found "
+                        f"{bad} NaN or Inf; "
+                        "remove or repair this batch"
+                    )
             yield leaves

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from fxq.capture import Captured, Signature
+from fxq.capturing import Captured, Signature
 from fxq.graph import copy_graph
 
 PLAIN = (bool, int, float, str, type(None), torch.dtype)
@@ -120,7 +120,8 @@ class Program(nn.Module):
         probe = fn(torch.empty(0, dtype=torch.float32, device=self.device))
         if probe.dtype != torch.float32:
             raise ValueError(
-                f"expected a device, found the dtype {probe.dtype}: a Program's dtype is fixed when it is made; "
+                f"expected a device, found the dtype {probe.dtype}: a Program's dtype is fixed "
+                "when it is made; "
                 "convert the model before compressing it"
             )
         super()._apply(fn, recurse)

@@ -81,7 +81,8 @@ class LowerLinear:
             return Decision("int8_linear (oneDNN)")
         return Decision(
             "int8_linear (oneDNN + sparse excess)",
-            "this CPU lacks VNNI and the weight has unsafe pairs; QuantSpec(pair_safe=True) is faster",
+            "this CPU lacks VNNI and the weight has unsafe pairs; QuantSpec(pair_safe=True) is "
+            "faster",
         )
 
     def _to_unsigned(self, o: Operands) -> tuple[Node, Node | None]:

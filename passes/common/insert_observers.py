@@ -93,7 +93,8 @@ class InsertObservers(Pass):
                 matched = [n for n in layers if fnmatch.fnmatchcase(names[n], pattern)]
                 if not matched:
                     raise ValueError(
-                        f"override {pattern!r} matches no layer; {did_you_mean(pattern, set(names.values()))}"
+                        f"override {pattern!r} matches no layer; "
+                        f"{did_you_mean(pattern, set(names.values()))}"
                     )
             for layer in matched:
                 chosen.setdefault(layer, (pattern, spec))

@@ -83,6 +83,10 @@ def run_rank(rank: int, folder: str) -> None:
         edges = list(gm.graph.find_nodes(op="placeholder"))
         amax = sweep(gm, mine, edges, channel_amax, torch.maximum)
         found[name] = samples, merged, amax[edges[0]]
+    gm, observers = observed(SPECS)
+    for i in (rank, 2 + rank):
+        calibrate(gm, [batches()[i]], observers=observers)
+    found["in two calls"] = states(observers)
     for name, shares in {"moving average": SHARES["even"], "no data": [[], []]}.items():
         gm, observers = observed([QuantSpec(observer=MovingAverage())])
         try:
@@ -113,6 +117,15 @@ def test_two_processes_end_with_the_bytes_of_one(ranks: list[dict[str, Any]], sh
     for rank in ranks:
         assert rank[share][0] == samples == 10
         assert rank[share][1] == states(observers)
+
+
+def test_second_call_adds_to_the_first_in_two_processes(ranks: list[dict[str, Any]]) -> None:
+    gm, observers = observed(SPECS)
+
+    calibrate(gm, batches(), observers=observers)
+
+    for rank in ranks:
+        assert rank["in two calls"] == states(observers)
 
 
 @pytest.mark.parametrize("share", SHARES)

@@ -312,11 +312,12 @@ def test_entropy_keeps_the_bulk_when_a_single_value_is_small() -> None:
     assert high.item() > 4.9
 
 
-def test_entropy_takes_the_widest_of_ranges_that_lose_nothing() -> None:
-    x = torch.tensor([8.0, 8.0])
+def test_entropy_of_values_below_the_grid_is_min_max() -> None:
+    x = torch.tensor([1e-12, -2e-12, 3e-12])
 
-    assert observe(Entropy(), [0 * x]).range()[1].item() == 0.0
-    assert observe(Entropy(), [x]).range()[1].item() == 8.0
+    low, high = observe(Entropy(), [x]).range()
+
+    assert (low.item(), high.item()) == (x.min().item(), x.max().item())
 
 
 def test_entropy_ignores_exact_zeros() -> None:

@@ -60,7 +60,8 @@ class Leaf:
         if not fits:
             want = ["any" if size is None else size for size in self.shape]
             raise ValueError(
-                f"{where}: expected shape {want} for {self.name!r}, found {list(value.shape)}; capture "
+                f"{where}: expected shape {want} for {self.name!r}, found {list(value.shape)}; "
+                "capture "
                 "with dynamic_shapes= if this size should be free"
             )
 

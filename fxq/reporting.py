@@ -1,0 +1,106 @@
+"""Report: where every floating-point operation of a program goes, and why."""
+
+from collections import Counter
+from dataclasses import dataclass
+from io import StringIO
+from typing import Literal
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from fxq.account import Row, account
+from fxq.lowering.lower import lower
+from fxq.program import Program
+
+Status = Literal["lowered", "simulated", "float"]
+
+
+@dataclass(frozen=True)
+class ReportRow:
+    """One operator that multiplies.
+
+    Args:
+        row: its account in the program's graph.
+        status: "lowered" to an integer kernel; "simulated": quantized values, float arithmetic; or
+            "float".
+        kernel: the kernel where lowered.
+        reason: why not lowered, or a remark.
+    """
+
+    row: Row
+    status: Status
+    kernel: str | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """All operators that multiply, on one device."""
+
+    rows: tuple[ReportRow, ...]
+    device: torch.device
+    recipe: str
+    notes: tuple[str, ...]
+    size_bytes: int
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations at the example's sizes."""
+        return sum(r.row.flops for r in self.rows)
+
+    def share(self, status: Status) -> float:
+        """Return the share of the operations with this status, 0 to 1."""
+        part = sum(r.row.flops for r in self.rows if r.status == status)
+        return part / self.flops if self.flops else 0.0
+
+    def __str__(self) -> str:
+        console = Console(file=StringIO(), width=120)
+        console.print(self.table())
+        for note in self.notes:
+            console.print(f"note: {escape(note)}", highlight=False)
+        return console.file.getvalue()  # type: ignore[attr-defined]
+
+    def table(self) -> Table:
+        """Return a table with one line per (kind, format, status, reason), largest share first."""
+        groups: Counter[tuple[str, str, str, str]] = Counter()
+        counts: Counter[tuple[str, str, str, str]] = Counter()
+        for r in self.rows:
+            why = r.reason if r.kernel is None else " ".join(filter(None, (r.kernel, r.reason)))
+            key = (r.row.kind, r.row.format or "float", r.status, why)
+            groups[key] += r.row.flops
+            counts[key] += 1
+        table = Table(
+            title=f"{self.flops / 1e9:.3g} GFLOP on {self.device}: "
+            f"{self.share('lowered'):.1%} lowered, {self.share('simulated'):.1%} simulated, "
+            f"{self.share('float'):.1%} float; {self.size_bytes / 1e6:.2f} MB"
+        )
+        for name in ("operator", "count", "FLOPs", "format", "status", "kernel or reason"):
+            table.add_column(name, justify="right" if name in ("count", "FLOPs") else "left")
+        for key, flops in groups.most_common():
+            kind, format, status, why = key
+            share = flops / self.flops if self.flops else 0.0
+            table.add_row(kind, str(counts[key]), f"{share:.1%}", format, status, escape(why))
+        return table
+
+
+def report(program: Program) -> Report:
+    """Account for 100 % of the operations of `program` on the device it is on.
+
+    Args:
+        program: what `fxq.compress` or `fxq.load` returned.
+    """
+    _, decisions = lower(program.graph_module, program.device)
+    rows = []
+    for row in account(program.graph_module):
+        note = row.note or ""
+        if row.skip is not None:
+            rows.append(ReportRow(row, "float", None, row.skip.reason))
+            continue
+        decision = decisions[row.node]
+        status: Status = "simulated" if decision.kernel is None else "lowered"
+        reason = "; ".join(filter(None, (decision.reason, note)))
+        rows.append(ReportRow(row, status, decision.kernel, reason))
+    size = sum(b.numel() * b.element_size() for b in program.buffers())
+    return Report(tuple(rows), program.device, program.recipe, program.notes, size)

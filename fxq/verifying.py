@@ -1,0 +1,165 @@
+"""Verify: compare what is lowered with what was simulated, one kernel at a time.
+
+Every kernel gets the simulated graph's own values as inputs, because a quantized network amplifies
+rounding: a difference of one unit in the last place at one layer becomes a different code at the
+next, so end to end only the distance to the float model can be compared. Node by node the promise
+is exact: integer accumulators are bit-equal, outputs differ by float rounding.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+from torch.fx.node import map_arg
+
+from fxq.capturing import Inputs, split_inputs
+from fxq.graph import owner_name, tensor_of
+from fxq.lowering.int8_linear import accumulate
+from fxq.lowering.lower import lower
+from fxq.numerics import sqnr_db
+from fxq.program import Program
+
+MIN_SQNR_DB = 120.0  # fp32 sums of thousands of terms in another order differ at 130 dB and more
+MAX_ROUNDED_SHARE = 1e-3  # of outputs in a narrower format that may round to the neighbouring value
+
+
+@dataclass(frozen=True)
+class NodeCheck:
+    """How one kernel compares with the nodes it replaces.
+
+    Args:
+        node: name of the replaced node in the program's graph.
+        module: qualified name of the module it came from.
+        kernel: what replaces it.
+        accumulators_equal: the integer accumulators are bit-equal to exact integer arithmetic.
+        sqnr_db: of the outputs, infinite where they are bit-equal.
+        ok: within the bounds.
+    """
+
+    node: str
+    module: str
+    kernel: str
+    accumulators_equal: bool
+    sqnr_db: float
+    ok: bool
+
+
+@dataclass(frozen=True)
+class Verification:
+    """One check per kernel."""
+
+    checks: tuple[NodeCheck, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every kernel is within the bounds."""
+        return all(check.ok for check in self.checks)
+
+    @property
+    def worst(self) -> NodeCheck | None:
+        """The kernel with the largest error; None where nothing was lowered."""
+        return min(self.checks, key=lambda c: (c.accumulators_equal, c.sqnr_db), default=None)
+
+    def __str__(self) -> str:
+        if self.worst is None:
+            return "nothing was lowered, so there is nothing to compare"
+        failed = [c for c in self.checks if not c.ok]
+        lines = [
+            f"{len(self.checks)} kernels compared with the simulated graph, {len(failed)} outside "
+            "the bounds; "
+            f"worst {self.worst.sqnr_db:.1f} dB at {self.worst.module}"
+        ]
+        lines += [
+            f"  {c.module}: {c.kernel}, {c.sqnr_db:.1f} dB, accumulators "
+            f"{'equal' if c.accumulators_equal else 'DIFFER'}"
+            for c in failed
+        ]
+        return "\n".join(lines)
+
+
+def verify(program: Program, inputs: Inputs) -> Verification:
+    """Run `program` simulated on `inputs`, and beside it every kernel that its device would run.
+
+    All activations are held at once: give a small batch.
+
+    Args:
+        program: what `fxq.compress` returned, on the device to verify.
+        inputs: as for `fxq.compress`.
+    """
+    args, kwargs = split_inputs(inputs)
+    leaves = program.signature.flatten(args, kwargs, where="verify")
+    lowered, _ = lower(program.graph_module, program.device)
+    with torch.no_grad():
+        simulated = _Recorder(program.graph_module)
+        simulated.run(*leaves)
+        replay = _Replay(lowered, simulated.values)
+        checks = [replay.check(node) for node in lowered.graph.nodes if "fxq_replaces" in node.meta]
+    return Verification(tuple(checks))
+
+
+class _Recorder(Interpreter):
+    """Runs a graph and keeps the value of every node."""
+
+    def __init__(self, gm: GraphModule) -> None:
+        super().__init__(gm, garbage_collect_values=False)
+        self.values: dict[str, Any] = {}
+
+    def run_node(self, n: Node) -> Any:
+        self.values[n.name] = super().run_node(n)
+        return self.values[n.name]
+
+
+class _Replay:
+    """Computes nodes of the lowered graph from the recorded values of the simulated one."""
+
+    def __init__(self, lowered: GraphModule, recorded: Mapping[str, Any]) -> None:
+        self.lowered, self.recorded = lowered, recorded
+
+    def value(self, node: Node) -> Any:
+        if node.name in self.recorded:
+            return self.recorded[node.name]
+        if node.op == "get_attr":
+            return tensor_of(self.lowered, node)
+        args, kwargs = map_arg((node.args, node.kwargs), self.value)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def check(self, node: Node) -> NodeCheck:
+        expected = self.recorded[node.meta["fxq_replaces"]]
+        found = self.value(node)
+        kernel = self._kernel_behind(node)
+        equal = self._accumulators_equal(kernel)
+        ok = equal and _close(expected, found)
+        return NodeCheck(
+            node.meta["fxq_replaces"],
+            owner_name(node),
+            str(kernel.target).removesuffix(".default"),
+            equal,
+            sqnr_db(expected, found),
+            ok,
+        )
+
+    def _kernel_behind(self, node: Node) -> Node:
+        """Return the kernel whose result `node` scales, or `node` itself."""
+        while node.target is not torch.ops.fxq.int8_linear.default:
+            node = next(
+                n
+                for n in node.all_input_nodes
+                if n.name not in self.recorded and n.op != "get_attr"
+            )
+        return node
+
+    def _accumulators_equal(self, kernel: Node) -> bool:
+        x, _, zero, weight = (None if n is None else self.value(n) for n in kernel.args[:4])
+        one = torch.ones(1, 1, device=x.device)
+        found = torch.ops.fxq.int8_linear(x, one, zero, weight, one, None, torch.float32)
+        return torch.equal(found, accumulate(x, zero, weight).float())
+
+
+def _close(expected: Tensor, found: Tensor) -> bool:
+    if expected.dtype == torch.float32:
+        return sqnr_db(expected, found) >= MIN_SQNR_DB
+    # A narrower result was rounded on both sides, so a few values fall to the neighbour.
+    return float((expected != found).float().mean()) <= MAX_ROUNDED_SHARE
