@@ -8,6 +8,7 @@ the graph that `torch.compile` hands to a backend to the same form.
 
 import inspect
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,6 @@ from torch import Tensor, nn
 from torch._guards import TracingContext, tracing
 from torch.export import Dim
 from torch.fx import GraphModule, Node
-from torch.fx.experimental import _config as symbolic_shapes_config
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
@@ -35,12 +35,12 @@ class Leaf:
 
     Args:
         name: where it is in the call, e.g. `x` or `cond['text']`.
-        shape: sizes; None where any size goes.
+        shape: sizes; a string names a free one, which is the same wherever the name stands.
         dtype: its dtype.
     """
 
     name: str
-    shape: tuple[int | None, ...]
+    shape: tuple[int | str, ...]
     dtype: torch.dtype
 
     def check(self, value: Any, where: str) -> None:
@@ -55,14 +55,14 @@ class Leaf:
                 f"convert it, or compress the model in {value.dtype}"
             )
         fits = len(value.shape) == len(self.shape) and all(
-            want is None or want == size for want, size in zip(self.shape, value.shape, strict=True)
+            isinstance(want, str) or want == size
+            for want, size in zip(self.shape, value.shape, strict=True)
         )
         if not fits:
-            want = ["any" if size is None else size for size in self.shape]
+            want = ["any" if isinstance(size, str) else size for size in self.shape]
             raise ValueError(
                 f"{where}: expected shape {want} for {self.name!r}, found {list(value.shape)}; "
-                "capture "
-                "with dynamic_shapes= if this size should be free"
+                "capture with dynamic_shapes= if this size should be free"
             )
 
 
@@ -78,6 +78,7 @@ class Signature:
         in_spec: the pytree of the values of `given`.
         leaves: per leaf of that pytree a `Leaf` for a tensor, or the constant it was captured with.
         out_spec: the pytree of the result; the graph returns its leaves.
+        ranges: smallest and largest value (None: any) of the free sizes that the model bounds.
     """
 
     names: tuple[str, ...]
@@ -87,6 +88,7 @@ class Signature:
     in_spec: pytree.TreeSpec
     leaves: tuple[Any, ...]
     out_spec: pytree.TreeSpec
+    ranges: Mapping[str, tuple[int, int | None]]
 
     def flatten(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], where: str = "call"
@@ -120,7 +122,30 @@ class Signature:
                     f"{where}: expected the constant {leaf!r} of the example, found {value!r}; "
                     "capture again with an example that has this value"
                 )
+        self._check_free_sizes(inputs, where)
         return inputs
+
+    def _check_free_sizes(self, inputs: Sequence[Tensor], where: str) -> None:
+        sizes: dict[str, tuple[int, str]] = {}
+        for leaf, value in zip(self.tensors, inputs, strict=True):
+            for dim, symbol in enumerate(leaf.shape):
+                if not isinstance(symbol, str):
+                    continue
+                size = value.shape[dim]
+                known, place = sizes.setdefault(symbol, (size, leaf.name))
+                if known != size:
+                    raise ValueError(
+                        f"{where}: expected {known} in dimension {dim} of {leaf.name!r} as in "
+                        f"{place!r}, found {size}"
+                    )
+                low, high = self.ranges.get(symbol, (1, None))
+                if size < low or (high is not None and size > high):
+                    raise ValueError(
+                        f"{where}: expected {low} to {high or 'any'} in dimension {dim} of "
+                        f"{leaf.name!r}, found {size}: the "
+                        "model computes otherwise beyond; capture again with an example of that "
+                        "size"
+                    )
 
     def _by_name(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], where: str
@@ -203,18 +228,22 @@ def capture(model: nn.Module, example_inputs: Inputs, dynamic_shapes: Any = "bat
     leaves = []
     for path, value, node in zip(paths, flat, placeholders, strict=True):
         if isinstance(value, Tensor):
-            shape = tuple(size if isinstance(size, int) else None for size in shape_of(node))
+            shape = tuple(s if isinstance(s, int) else str(s) for s in shape_of(node))
             leaves.append(Leaf(path, shape, value.dtype))
         else:
             leaves.append(value)
             gm.graph.erase_node(node)
+    out_spec = exported.call_spec.out_spec
+    assert out_spec is not None
     signature = Signature(
-        names, known, tuple(values), defaults, in_spec, tuple(leaves), exported.call_spec.out_spec
+        names, known, tuple(values), defaults, in_spec, tuple(leaves), out_spec, _ranges(exported)
     )
     if dynamic_shapes == "batch" and not notes:
         fixed = [leaf for leaf in signature.tensors if leaf.shape]
-        if fixed and all(leaf.shape[0] is not None for leaf in fixed):
+        if fixed and all(isinstance(leaf.shape[0], int) for leaf in fixed):
             notes = (f"the model fixes its batch at {fixed[0].shape[0]}",)
+    notes += tuple(f"holds only where {guard}" for guard in _unequal(exported))
+    gm.recompile()
     return Captured(canonicalize(gm), signature, notes)
 
 
@@ -289,30 +318,54 @@ def _export(
     sizes = [t.shape[0] for t in pytree.tree_leaves(values) if isinstance(t, Tensor) and t.ndim]
     batch = sizes[0] if sizes else None
 
-    def spec(leaf: Any) -> Any:
-        has_batch = isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == batch
-        return {0: Dim.AUTO} if has_batch else None
+    def has_batch(leaf: Any) -> bool:
+        return isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == batch
 
+    # Tracing takes a size of 1 for a constant, and broadcasts on the strength of it: capture two
+    # samples instead.
+    traced = values
+    if batch == 1:
+        traced = pytree.tree_map(lambda v: torch.cat([v, v]) if has_batch(v) else v, values)
+    dynamic = pytree.tree_map(lambda v: {0: Dim.AUTO} if has_batch(v) else None, values)
     try:
-        return _try_export(model, values, pytree.tree_map(spec, values)), ()
+        return _try_export(model, traced, dynamic), ()
     except UnsupportedError as error:
-        note = f"the batch is fixed at {batch}, because capturing with a free one failed: {error}"
-        return _try_export(model, values, None), (note,)
+        note = f"the batch is fixed at {batch}: capturing it free failed ({error.__cause__})"
+        return _try_export(model, values, None), (note[:300],)
 
 
 def _try_export(
     model: nn.Module, values: dict[str, Any], dynamic_shapes: Any
 ) -> torch.export.ExportedProgram:
-    # Size-oblivious tracing keeps a batch of 1 in the example from becoming the constant 1.
-    with symbolic_shapes_config.patch(backed_size_oblivious=True), torch.no_grad():
+    with torch.no_grad():
         try:
             return torch.export.export(model, (), values, dynamic_shapes=dynamic_shapes)
         except Exception as error:  # torch.export raises a dozen kinds
             reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
             raise UnsupportedError(
                 f"{type(model).__name__} cannot be captured by torch.export: {reason.strip()} "
-                "(run torch.export.draft_export on it for the place in its source)"
+                "(torch.export.draft_export shows the place in its source)"
             ) from error
+
+
+def _ranges(exported: torch.export.ExportedProgram) -> dict[str, tuple[int, int | None]]:
+    """Return the bounds the model's own branches put on free sizes.
+
+    A lower bound of 2 is torch.export's own, which keeps sizes of 0 and 1 apart while tracing.
+    """
+    ranges = {}
+    for symbol, found in exported.range_constraints.items():
+        low = int(found.lower) if found.lower > 2 else 1
+        high = int(found.upper) if found.upper < sys.maxsize // 2 else None
+        if low > 1 or high is not None:
+            ranges[str(symbol)] = (low, high)
+    return ranges
+
+
+def _unequal(exported: torch.export.ExportedProgram) -> list[str]:
+    """Return the conditions on sizes that neither a name shared by sizes nor a range expresses."""
+    guards: Sequence[str] = getattr(exported, "_guards_code", None) or ()
+    return [guard for guard in guards if "!=" in guard]
 
 
 def _unlift(exported: torch.export.ExportedProgram) -> GraphModule:

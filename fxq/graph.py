@@ -60,6 +60,27 @@ def constant_of(node: Node) -> Tensor:
     return node.target(constant_of(node.args[0]), *node.args[1:], **node.kwargs)  # type: ignore
 
 
+def constant_value(node: Any) -> Tensor | None:
+    """Return the value of a node that depends on parameters and buffers only; None for any other.
+
+    A repetition along a symbolic size is left out: the value then broadcasts to the node's shape.
+    """
+    if not isinstance(node, Node):
+        return None
+    if node.op == "get_attr":
+        return tensor_of(owning_module(node), node)
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return None
+    if node.target is aten.expand.default and len(node.all_input_nodes) > 1:
+        return constant_value(node.args[0])
+    inputs = {n: constant_value(n) for n in node.all_input_nodes}
+    if any(value is None for value in inputs.values()):
+        return None
+    args, kwargs = map_arg((node.args, node.kwargs), inputs.__getitem__)
+    result = node.target(*args, **kwargs)
+    return result if isinstance(result, Tensor) else None
+
+
 def weight_of(layer: Node) -> Tensor:
     """Return the weight of a linear `[N, K]` or convolution `[N, C, ...]` as the layer uses it."""
     return constant_of(layer.args[1])  # type: ignore[arg-type]
@@ -70,9 +91,14 @@ def val_of(node: Any) -> Any:
     return node.meta["val"]
 
 
-def shape_of(node: Any) -> torch.Size:
-    """Return the shape of a node's value; symbolic sizes stay symbolic."""
-    return node.meta["val"].shape
+def shape_of(node: Any) -> tuple[int | torch.SymInt, ...]:
+    """Return the shape of a node's value; sizes that are free stay symbolic."""
+    return tuple(_fixed(size) for size in node.meta["val"].shape)
+
+
+def _fixed(size: int | torch.SymInt) -> int | torch.SymInt:
+    value = size if isinstance(size, int) else size.node.maybe_as_int()
+    return size if value is None else value
 
 
 def dtype_of(node: Any) -> torch.dtype:

@@ -1,0 +1,45 @@
+"""Bring a graph to canonical form, so that passes need to know one form of each operator.
+
+A rewrite says "this equals that, provided ..." and leaves alone what it cannot prove. `REWRITES` is
+the whole list, in order. How often each applied is in `gm.meta["fxq_canonicalized"]`.
+"""
+
+from collections.abc import Callable
+
+from torch.fx import GraphModule
+
+from fxq.canonicalize.activation import gelu_erf, gelu_tanh, silu
+from fxq.canonicalize.attention import scaled_dot_product_attention
+from fxq.canonicalize.cleanup import drop_no_ops
+from fxq.canonicalize.linear import (
+    linear_of_addmm,
+    linear_of_matmul,
+    linear_of_rows,
+    linear_with_bias,
+)
+from fxq.canonicalize.norm import rms_norm
+from fxq.graph import erase_dead
+
+REWRITES: tuple[Callable[[GraphModule], int], ...] = (
+    drop_no_ops,
+    linear_of_addmm,
+    linear_of_matmul,
+    linear_with_bias,
+    linear_of_rows,
+    rms_norm,
+    gelu_erf,
+    gelu_tanh,
+    silu,
+    scaled_dot_product_attention,
+)
+
+
+def canonicalize(gm: GraphModule) -> GraphModule:
+    """Rewrite `gm` in place and return it."""
+    counts = {}
+    for rewrite in REWRITES:
+        counts[rewrite.__name__] = rewrite(gm)
+        gm.graph.eliminate_dead_code()
+    erase_dead(gm)
+    gm.meta["fxq_canonicalized"] = {name: count for name, count in counts.items() if count}
+    return gm

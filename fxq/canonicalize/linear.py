@@ -1,0 +1,105 @@
+"""Products with a constant matrix become `aten.linear(x, weight, bias)`.
+
+A matrix stored as `[in, out]` stays as it is: the linear's weight is then a permute of a constant,
+which `fxq.graph.weight_of` sees through.
+"""
+
+import torch
+from torch.fx import GraphModule, Node
+
+from fxq.graph import insert_call, is_constant, is_op, shape_of, val_of
+
+aten = torch.ops.aten
+
+
+def linear_of_addmm(gm: GraphModule) -> int:
+    """addmm(bias, x, W) equals linear(x, W.T, bias), provided W and a 1-D bias are constants."""
+    count = 0
+    for node in list(gm.graph.find_nodes(op="call_function", target=aten.addmm.default)):
+        bias, x, matrix = node.args
+        if (
+            node.kwargs
+            or not is_constant(matrix)
+            or not is_constant(bias)
+            or val_of(bias).ndim != 1
+        ):
+            continue
+        _replace(node, aten.linear.default, (x, _transposed(matrix, node), bias))
+        count += 1
+    return count
+
+
+def linear_of_matmul(gm: GraphModule) -> int:
+    """mm(x, W) and matmul(x, W) equal linear(x, W.T), provided W is a constant matrix."""
+    count = 0
+    for node in list(gm.graph.nodes):
+        if not is_op(node, aten.mm.default, aten.matmul.default) or not is_constant(node.args[1]):
+            continue
+        x, matrix = node.args
+        if val_of(matrix).ndim == 2 and not is_constant(x):
+            _replace(node, aten.linear.default, (x, _transposed(matrix, node)))
+            count += 1
+    return count
+
+
+def linear_with_bias(gm: GraphModule) -> int:
+    """linear(x, W) + b equals linear(x, W, b), provided b is a constant vector of the output's
+    width and dtype."""
+    count = 0
+    for node in list(gm.graph.find_nodes(op="call_function", target=aten.add.Tensor)):
+        for product, bias in (node.args[:2], node.args[1::-1]):
+            if (
+                is_op(product, aten.linear.default)
+                and len(product.args) == 2
+                and len(product.users) == 1
+                and is_constant(bias)
+                and val_of(bias).shape == val_of(product).shape[-1:]
+                and val_of(bias).dtype == val_of(product).dtype
+                and not node.kwargs
+            ):
+                _replace(node, aten.linear.default, (*product.args, bias))
+                count += 1
+                break
+    return count
+
+
+def linear_of_rows(gm: GraphModule) -> int:
+    """view(linear(view(x, [-1, C])), [..., N]) equals linear(x), provided the leading sizes come
+    back as they were.
+
+    It gives the token axis back, which a scale per token needs.
+    """
+    count = 0
+    for node in list(gm.graph.nodes):
+        if not is_op(node, aten.view.default, aten.reshape.default):
+            continue
+        product = node.args[0]
+        if not is_op(product, aten.linear.default) or len(product.users) != 1:
+            continue
+        rows = product.args[0]
+        if not is_op(rows, aten.view.default, aten.reshape.default):
+            continue
+        x = rows.args[0]
+        shapes = shape_of(x), shape_of(node), shape_of(rows)
+        same_lead = list(map(str, shapes[0][:-1])) == list(map(str, shapes[1][:-1]))
+        if len(shapes[2]) == 2 and same_lead and shapes[0][-1] == shapes[2][-1]:
+            _replace(node, aten.linear.default, (x, *product.args[1:]))
+            count += 1
+    return count
+
+
+def _transposed(matrix: Node, user: Node) -> Node:
+    """Return a node for `matrix.T`, without a second transpose where it is one already."""
+    if is_op(matrix, aten.t.default):
+        return matrix.args[0]
+    if is_op(matrix, aten.permute.default) and list(matrix.args[1]) == [1, 0]:
+        return matrix.args[0]
+    if is_op(matrix, aten.transpose.int) and {d % 2 for d in matrix.args[1:3]} == {0, 1}:
+        return matrix.args[0]
+    return insert_call(aten.permute.default, (matrix, [1, 0]), before=user)
+
+
+def _replace(node: Node, target: object, args: tuple[object, ...]) -> None:
+    new = insert_call(target, args, before=node)
+    new.meta["val"] = node.meta["val"]
+    node.replace_all_uses_with(new)

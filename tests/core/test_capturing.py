@@ -1,0 +1,231 @@
+"""Capture: every model family as a flat canonical graph that computes the same and leaves the model
+alone."""
+
+import collections
+import hashlib
+from typing import Any
+
+import pytest
+import torch
+from small_models import ZOO, seeded
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from fxq.account import kind_of
+from fxq.capturing import capture, split_inputs
+from fxq.dialect import ATEN
+from fxq.errors import UnsupportedError
+from fxq.graph import shape_of
+
+# linear, conv, attention, matmul, layer_norm + rms_norm after canonicalisation: a regression shows
+# here.
+FOUND = {
+    "vit": (9, 1, 2, 0, 5),
+    "deit": (6, 1, 1, 0, 3),
+    "swin": (18, 1, 4, 0, 11),
+    "gpt2": (5, 0, 1, 0, 3),
+    "imagegpt": (5, 0, 1, 0, 3),
+    "llama": (8, 0, 1, 0, 3),
+    "opt": (7, 0, 1, 0, 3),
+    "unet": (26, 25, 4, 0, 0),
+    "unet_condition": (50, 33, 8, 0, 12),
+    "dit": (13, 1, 1, 0, 3),
+    "wan": (16, 1, 2, 0, 8),
+    "hunyuan_video": (40, 1, 3, 0, 14),
+    "flux": (28, 0, 2, 0, 12),
+    "cogvideox": (13, 1, 1, 0, 8),
+}
+NORMS = (torch.ops.aten.layer_norm.default, torch.ops.aten.rms_norm.default)
+
+
+def digest(model: nn.Module) -> str:
+    """Hash everything a capture could change: values, versions, flags."""
+    content = hashlib.sha256()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        facts = (name, tensor._version, tensor.requires_grad, tensor.data_ptr(), tensor.dtype)
+        content.update(repr(facts).encode())
+        content.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    content.update(repr([(n, m.training) for n, m in model.named_modules()]).encode())
+    return content.hexdigest()
+
+
+def call(model: nn.Module, inputs: Any) -> list[Tensor]:
+    args, kwargs = split_inputs(inputs)
+    with torch.no_grad():
+        return [leaf for leaf in tree_leaves(model(*args, **kwargs)) if isinstance(leaf, Tensor)]
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_model_families_are_captured_canonically_and_compute_the_same(name: str) -> None:
+    model, example = seeded(ZOO[name])
+    before = digest(model)
+
+    captured = capture(model, example)
+
+    gm, signature = captured.graph_module, captured.signature
+    ATEN.check(gm)
+    assert captured.notes == ()
+    kinds = collections.Counter(kind_of(n) for n in gm.graph.nodes)
+    norms = sum(n.target in NORMS for n in gm.graph.nodes)
+    found = (kinds["linear"], kinds["conv"], kinds["attention"], kinds["matmul"], norms)
+    assert found == FOUND[name]
+    batch = tree_leaves(example)[0].shape[0]
+    for copies in (1, 2, 5):
+        inputs = tree_map(
+            lambda v, c=copies: torch.cat([v] * c) if v.ndim and v.shape[0] == batch else v, example
+        )
+        args, kwargs = split_inputs(inputs)
+        with torch.no_grad():
+            results = gm(*signature.flatten(args, kwargs))
+        for expected, result in zip(call(model, inputs), results, strict=True):
+            torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+    assert digest(model) == before
+
+
+def test_captured_graph_shares_the_models_tensors() -> None:
+    model = nn.Linear(4, 3).eval()
+
+    gm = capture(model, torch.randn(2, 4)).graph_module
+
+    assert gm.weight.data_ptr() == model.weight.data_ptr()
+
+
+def test_batch_of_one_in_the_example_stays_free() -> None:
+    model = nn.Linear(4, 3).eval()
+
+    captured = capture(model, torch.randn(1, 4))
+
+    free, width = captured.signature.tensors[0].shape
+    assert isinstance(free, str)
+    assert width == 4
+
+
+def test_fixed_shapes_are_kept_when_asked_for() -> None:
+    captured = capture(nn.Linear(4, 3).eval(), torch.randn(2, 4), dynamic_shapes=None)
+
+    (x,) = [n for n in captured.graph_module.graph.nodes if n.op == "placeholder"]
+    assert list(shape_of(x)) == [2, 4]
+    assert captured.signature.tensors[0].shape == (2, 4)
+
+
+class FixedBatch(nn.Module):
+    """Specialises on its batch, so that it cannot stay free."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sum(0) if x.shape[0] == 3 else x.mean(0)
+
+
+def test_a_batch_the_model_fixes_is_noted() -> None:
+    captured = capture(FixedBatch().eval(), torch.randn(3, 4))
+
+    assert captured.signature.tensors[0].shape == (3, 4)
+    assert captured.notes == ("the model fixes its batch at 3",)
+
+
+class SmallBatch(nn.Module):
+    """Computes something else for large batches."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2 if x.shape[0] < 64 else x * 3
+
+
+def test_a_batch_beyond_the_models_branch_is_refused() -> None:
+    signature = capture(SmallBatch().eval(), torch.randn(2, 4)).signature
+
+    signature.flatten((torch.randn(63, 4),), {})
+    with pytest.raises(ValueError, match=r"expected 1 to 63 in dimension 0 of 'x', found 64"):
+        signature.flatten((torch.randn(64, 4),), {})
+
+
+def test_a_condition_no_range_expresses_is_noted() -> None:
+    captured = capture(FixedBatch().eval(), torch.randn(2, 4))
+
+    assert captured.notes == ("holds only where L['x'].size()[0] != 3",)
+
+
+def test_inputs_of_different_batches_are_refused() -> None:
+    signature = capture(Keywords().eval(), EXAMPLE).signature
+
+    with pytest.raises(
+        ValueError, match=r"expected 2 in dimension 0 of .*cond.* as in 'x', found 3"
+    ):
+        signature.flatten((EXAMPLE["x"], {"a": torch.ones(3, 3), "b": torch.ones(3, 3)}), {})
+
+
+def test_train_mode_is_refused_with_what_to_do() -> None:
+    with pytest.raises(ValueError, match=r"expected eval mode.*model\.eval\(\)"):
+        capture(nn.Sequential(nn.Linear(4, 4), nn.Dropout()), torch.randn(2, 4))
+
+
+def test_not_a_module_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"expected a torch.nn.Module, found function"):
+        capture(lambda x: x, torch.randn(2, 4))  # type: ignore[arg-type]
+
+
+def test_non_finite_example_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"NaN or Inf in .*input"):
+        capture(nn.Linear(4, 3).eval(), torch.full((2, 4), torch.nan))
+
+
+class DataDependent(nn.Module):
+    """Branches on a value, which no graph can hold."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum() > 0 else -x
+
+
+def test_a_model_that_cannot_be_exported_says_why() -> None:
+    with pytest.raises(
+        UnsupportedError, match=r"DataDependent cannot be captured by torch.export: "
+    ):
+        capture(DataDependent().eval(), torch.randn(2, 4))
+
+
+class Keywords(nn.Module):
+    """Takes keywords, constants and a nested input."""
+
+    def forward(
+        self, x: Tensor, cond: dict[str, Tensor], scale: float = 1.0, mask: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        return {"y": x * scale + cond["a"], "z": x - cond["b"]}
+
+
+EXAMPLE = {"x": torch.ones(2, 3), "cond": {"a": torch.ones(2, 3), "b": torch.ones(2, 3)}}
+
+
+def test_signature_takes_positions_and_keywords_alike() -> None:
+    signature = capture(Keywords().eval(), EXAMPLE).signature
+
+    by_keyword = signature.flatten((), EXAMPLE)
+    by_position = signature.flatten((EXAMPLE["x"], EXAMPLE["cond"], 1.0), {"mask": None})
+
+    assert [id(t) for t in by_keyword] == [id(t) for t in by_position]
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "error", "message"),
+    [
+        ((), {"x": EXAMPLE["x"]}, TypeError, "'cond' is missing"),
+        ((), EXAMPLE | {"sclae": 2.0}, TypeError, "no argument 'sclae'; did you mean 'scale'"),
+        ((), EXAMPLE | {"scale": 2.0}, ValueError, "expected the constant 1.0 .* found 2.0"),
+        ((), EXAMPLE | {"x": torch.ones(2, 4)}, ValueError, r"expected shape \['any', 3\] for 'x'"),
+        (
+            (),
+            EXAMPLE | {"x": torch.ones(2, 3).half()},
+            ValueError,
+            "expected torch.float32 for 'x'",
+        ),
+        ((), EXAMPLE | {"x": 3}, TypeError, "expected a tensor for 'x', found int"),
+        ((), EXAMPLE | {"cond": {"a": EXAMPLE["x"]}}, TypeError, "expected the structure"),
+        ((), EXAMPLE | {"mask": torch.ones(2)}, ValueError, "expected the constant None"),
+        ((EXAMPLE["x"],) * 5, {}, TypeError, "at most 4 positional arguments"),
+        ((EXAMPLE["x"],), EXAMPLE, TypeError, "'x' given twice"),
+    ],
+)
+def test_calls_unlike_the_example_are_refused(
+    args: Any, kwargs: Any, error: type[Exception], message: str
+) -> None:
+    signature = capture(Keywords().eval(), EXAMPLE).signature
+
+    with pytest.raises(error, match=message):
+        signature.flatten(args, kwargs)
