@@ -6,13 +6,13 @@ of elements only. Each of them is quantized, or carries a `Skip` that says why n
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
-from fxq.graph import hint, is_op, owner_name, val_of
+from fxq.graph import hint, is_op, owner_name, shape_of
 
 aten = torch.ops.aten
 
@@ -60,7 +60,7 @@ class Row:
         node: the node's name in the graph.
         module: qualified name of the module it came from.
         kind: a key of `KINDS`.
-        flops: floating-point operations at the example's sizes, a multiply-add counting as two.
+        flops: floating-point operations, a multiply-add counting as two.
         format: `"int8 x int8"` and the like (activation x weight), None where float.
         skip: why float, None where quantized.
         note: a remark of the pass that quantized it.
@@ -85,34 +85,33 @@ def mark_skip(node: Node, skip: Skip) -> None:
     node.meta["fxq_skip"] = skip
 
 
-def _numel(value: Any) -> int:
-    return math.prod(hint(size) for size in value.shape)
+def flops_of(node: Node, sizes: Mapping[str, int] | None = None) -> int:
+    """Return a node's floating-point operations, 0 for a node that does not multiply.
 
-
-def flops_of(node: Node) -> int:
-    """Return a node's floating-point operations at the example's sizes; 0 for a node that does not
-    multiply."""
+    Args:
+        node: any node.
+        sizes: values of the graph's free sizes by name; those at capture where left out.
+    """
     kind = kind_of(node)
     if kind is None:
         return 0
-    operands = [val_of(n) for n in node.args if isinstance(n, Node)]
-    out = _numel(val_of(node))
+    shapes = [[hint(size, sizes) for size in shape_of(n)] for n in node.args if isinstance(n, Node)]
+    out = math.prod(hint(size, sizes) for size in shape_of(node))
     match kind:
         case "linear":
-            return 2 * out * hint(operands[1].shape[-1])
+            return 2 * out * shapes[1][-1]
         case "conv":
-            return 2 * out * (_numel(operands[1]) // hint(operands[1].shape[0]))
+            return 2 * out * math.prod(shapes[1][1:])
         case "transposed conv":
-            return 2 * _numel(operands[0]) * (_numel(operands[1]) // hint(operands[1].shape[0]))
+            return 2 * math.prod(shapes[0]) * math.prod(shapes[1][1:])
         case "attention":
-            query, key = operands[0], operands[1]
-            return 2 * (_numel(query) + out) * hint(key.shape[-2])
-    left = operands[1] if is_op(node, aten.addmm.default, aten.baddbmm.default) else operands[0]
-    return 2 * out * hint(left.shape[-1])
+            return 2 * (math.prod(shapes[0]) + out) * shapes[1][-2]
+    adds = is_op(node, aten.addmm.default, aten.baddbmm.default)
+    return 2 * out * shapes[1 if adds else 0][-1]
 
 
-def account(gm: GraphModule) -> list[Row]:
-    """Return one row per operator that multiplies, in graph order."""
+def account(gm: GraphModule, sizes: Mapping[str, int] | None = None) -> list[Row]:
+    """Return one row per operator that multiplies, in graph order. `sizes` as for `flops_of`."""
     rows = []
     for node in gm.graph.nodes:
         kind = kind_of(node)
@@ -123,7 +122,9 @@ def account(gm: GraphModule) -> list[Row]:
         if format is None:
             skip = node.meta.get("fxq_skip", Skip("no pass looked at it", intended=False))
         note = node.meta.get("fxq_note")
-        rows.append(Row(node.name, owner_name(node), kind, flops_of(node), format, skip, note))
+        rows.append(
+            Row(node.name, owner_name(node), kind, flops_of(node, sizes), format, skip, note)
+        )
     return rows
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch._guards import TracingContext, tracing
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.decomposition import select_decomp_table
+from torch._subclasses import FakeTensor
 from torch.fx import GraphModule, Node
 
 from fxq.capturing import from_dynamo
@@ -92,6 +93,15 @@ def fxq(
     return Compiled(gm, example_inputs, recipe, settings.strict, config)
 
 
+@dataclass(frozen=True)
+class Build:
+    """What was compiled for one set of weights, and their versions then."""
+
+    versions: tuple[int, ...]
+    weights: list[Tensor]
+    run: Callable[..., Any]
+
+
 class Compiled:
     """A Dynamo graph, compiled once for every set of weights it meets.
 
@@ -120,17 +130,17 @@ class Compiled:
                 stacklevel=2,
             )
         self.graph_module = from_dynamo(gm)
-        self.builds: dict[tuple[int, ...], tuple[tuple[int, ...], Callable[..., Any]]] = {}
+        self.builds: dict[tuple[int, ...], Build] = {}
         self._build(example_inputs)
 
     def __call__(self, *args: Any) -> Any:
         """Run on Dynamo's arguments, building first where these weights are new or have changed."""
         static = [args[i] for i in self.static]
         build = self.builds.get(tuple(map(id, static)))
-        if build is None or build[0] != tuple(weight._version for weight in static):
-            run = self._build(args)
+        if build is not None and build.versions == tuple(weight._version for weight in static):
+            run = build.run
         else:
-            run = build[1]
+            run = self._build(args)
         return run(*[args[i] for i in self.live])
 
     def _build(self, args: Sequence[Any]) -> Callable[..., Any]:
@@ -147,23 +157,11 @@ class Compiled:
                 listing = "\n  ".join(f"{name}: {why}" for name, why in declined.items())
                 raise SkippedError(f"strict=True, and no integer kernel here for\n  {listing}")
             table = select_decomp_table() | decompositions()
-            run = compile_fx(lowered, inputs, config_patches=self.config, decompositions=table)
+            run: Any = compile_fx(lowered, inputs, config_patches=self.config, decompositions=table)
+        versions = tuple(w._version for w in weights)
         # The entry keeps the weights alive, so that their ids are not given to others.
-        self.builds[tuple(map(id, weights))] = (
-            tuple(w._version for w in weights),
-            _Keep(run, weights),
-        )
+        self.builds[tuple(map(id, weights))] = Build(versions, weights, run)
         return run
-
-
-class _Keep:
-    """A compiled function and the weights it was compiled for."""
-
-    def __init__(self, run: Callable[..., Any], weights: list[Tensor]) -> None:
-        self.run, self.weights = run, weights
-
-    def __call__(self, *args: Any) -> Any:
-        return self.run(*args)
 
 
 def _is_static(placeholder: Node) -> bool:
@@ -177,7 +175,7 @@ def _is_static(placeholder: Node) -> bool:
 
 def _tracing(inputs: Sequence[Any]) -> Any:
     """Make the fake mode of `inputs` current, so that sizes Dynamo left free stay free."""
-    modes = [v.fake_mode for v in inputs if isinstance(v, Tensor)]
+    modes = [v.fake_mode for v in inputs if isinstance(v, FakeTensor)]
     return tracing(TracingContext(modes[0]) if modes else None)
 
 

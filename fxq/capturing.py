@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._guards import TracingContext, tracing
+from torch._subclasses import FakeTensor
 from torch.export import Dim
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -79,6 +80,7 @@ class Signature:
         leaves: per leaf of that pytree a `Leaf` for a tensor, or the constant it was captured with.
         out_spec: the pytree of the result; the graph returns its leaves.
         ranges: smallest and largest value (None: any) of the free sizes that the model bounds.
+        example_sizes: the free sizes' values in the example.
     """
 
     names: tuple[str, ...]
@@ -89,6 +91,7 @@ class Signature:
     leaves: tuple[Any, ...]
     out_spec: pytree.TreeSpec
     ranges: Mapping[str, tuple[int, int | None]]
+    example_sizes: Mapping[str, int]
 
     def flatten(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], where: str = "call"
@@ -124,6 +127,10 @@ class Signature:
                 )
         self._check_free_sizes(inputs, where)
         return inputs
+
+    def sizes_of(self, inputs: Sequence[Tensor]) -> dict[str, int]:
+        """Return the values of the free sizes in the graph's inputs."""
+        return _free_sizes(self.tensors, inputs)
 
     def _check_free_sizes(self, inputs: Sequence[Tensor], where: str) -> None:
         sizes: dict[str, tuple[int, str]] = {}
@@ -236,7 +243,15 @@ def capture(model: nn.Module, example_inputs: Inputs, dynamic_shapes: Any = "bat
     out_spec = exported.call_spec.out_spec
     assert out_spec is not None
     signature = Signature(
-        names, known, tuple(values), defaults, in_spec, tuple(leaves), out_spec, _ranges(exported)
+        names,
+        known,
+        tuple(values),
+        defaults,
+        in_spec,
+        tuple(leaves),
+        out_spec,
+        _ranges(exported),
+        _free_sizes(leaves, flat),
     )
     if dynamic_shapes == "batch" and not notes:
         fixed = [leaf for leaf in signature.tensors if leaf.shape]
@@ -348,6 +363,16 @@ def _try_export(
             ) from error
 
 
+def _free_sizes(leaves: Sequence[Any], values: Sequence[Any]) -> dict[str, int]:
+    return {
+        symbol: value.shape[dim]
+        for leaf, value in zip(leaves, values, strict=True)
+        if isinstance(leaf, Leaf)
+        for dim, symbol in enumerate(leaf.shape)
+        if isinstance(symbol, str)
+    }
+
+
 def _ranges(exported: torch.export.ExportedProgram) -> dict[str, tuple[int, int | None]]:
     """Return the bounds the model's own branches put on free sizes.
 
@@ -388,7 +413,7 @@ def from_dynamo(gm: GraphModule) -> GraphModule:
     """
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     values = [n.meta["example_value"] for n in placeholders]
-    mode = next(v.fake_mode for v in values if isinstance(v, Tensor))
+    mode = next(v.fake_mode for v in values if isinstance(v, FakeTensor))
     with tracing(TracingContext(mode)), mode, torch.no_grad():
         flat = make_fx(gm.forward, pre_dispatch=True, _allow_non_fake_inputs=True)(*values)
         for node, origin in zip(flat.graph.nodes, placeholders, strict=False):

@@ -31,6 +31,11 @@ def is_op(node: Any, *targets: Any) -> bool:
     return isinstance(node, Node) and node.op == "call_function" and node.target in targets
 
 
+def args_of(node: Any) -> tuple[Any, ...]:
+    """Return a node's arguments. FX's own type for them is too wide to be of use."""
+    return tuple(node.args)
+
+
 def tensor_of(gm: GraphModule, node: Node) -> Tensor:
     """Return the tensor behind a get_attr node."""
     value: Any = gm
@@ -117,9 +122,20 @@ def owner_name(node: Node) -> str:
     return stack[-1][0] if stack and stack[-1][0] else node.name
 
 
-def hint(size: int | torch.SymInt) -> int:
-    """Return a size as a number: itself, or for a symbolic size the value it had in the example."""
-    return size if isinstance(size, int) else int(size.node.hint)
+def hint(size: int | torch.SymInt, sizes: Mapping[str, int] | None = None) -> int:
+    """Return a size as a number: itself, or what it comes to at given values of the free sizes.
+
+    Args:
+        size: fixed or symbolic.
+        sizes: values of free sizes by name; a size they do not decide has its value at capture.
+    """
+    if isinstance(size, int):
+        return size
+    expression = size.node.expr
+    known = {s: sizes[str(s)] for s in expression.free_symbols if sizes and str(s) in sizes}
+    if len(known) == len(expression.free_symbols):
+        return int(expression.xreplace(known))
+    return int(size.node.hint)  # type: ignore[arg-type]
 
 
 def insert_call(

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fxq.account import Row, account
+from fxq.capturing import Inputs, split_inputs
 from fxq.lowering.lower import lower
 from fxq.program import Program
 
@@ -47,7 +48,7 @@ class Report:
 
     @property
     def flops(self) -> int:
-        """Floating-point operations at the example's sizes."""
+        """Floating-point operations of one call."""
         return sum(r.row.flops for r in self.rows)
 
     def share(self, status: Status) -> float:
@@ -56,19 +57,20 @@ class Report:
         return part / self.flops if self.flops else 0.0
 
     def __str__(self) -> str:
-        console = Console(file=StringIO(), width=120)
+        text = StringIO()
+        console = Console(file=text, width=120)
         console.print(self.table())
         for note in self.notes:
             console.print(f"note: {escape(note)}", highlight=False)
-        return console.file.getvalue()  # type: ignore[attr-defined]
+        return text.getvalue()
 
     def table(self) -> Table:
         """Return a table with one line per (kind, format, status, reason), largest share first."""
-        groups: Counter[tuple[str, str, str, str]] = Counter()
-        counts: Counter[tuple[str, str, str, str]] = Counter()
+        groups: Counter[tuple[str, ...]] = Counter()
+        counts: Counter[tuple[str, ...]] = Counter()
         for r in self.rows:
             why = r.reason if r.kernel is None else " ".join(filter(None, (r.kernel, r.reason)))
-            key = (r.row.kind, r.row.format or "float", r.status, why)
+            key: tuple[str, ...] = (r.row.kind, r.row.format or "float", r.status, why)
             groups[key] += r.row.flops
             counts[key] += 1
         table = Table(
@@ -78,22 +80,28 @@ class Report:
         )
         for name in ("operator", "count", "FLOPs", "format", "status", "kernel or reason"):
             table.add_column(name, justify="right" if name in ("count", "FLOPs") else "left")
-        for key, flops in groups.most_common():
-            kind, format, status, why = key
+        for group, flops in groups.most_common():
             share = flops / self.flops if self.flops else 0.0
-            table.add_row(kind, str(counts[key]), f"{share:.1%}", format, status, escape(why))
+            kind, format, status, why = group
+            table.add_row(kind, str(counts[group]), f"{share:.1%}", format, status, escape(why))
         return table
 
 
-def report(program: Program) -> Report:
+def report(program: Program, inputs: Inputs | None = None) -> Report:
     """Account for 100 % of the operations of `program` on the device it is on.
 
     Args:
         program: what `fxq.compress` or `fxq.load` returned.
+        inputs: inputs whose sizes count, because small products do not gain from integer kernels;
+            the example that the program was captured with unless given.
     """
-    _, decisions = lower(program.graph_module, program.device)
+    sizes = program.signature.example_sizes
+    if inputs is not None:
+        args, kwargs = split_inputs(inputs)
+        sizes = program.signature.sizes_of(program.signature.flatten(args, kwargs, "report"))
+    _, decisions = lower(program.graph_module, program.device, sizes)
     rows = []
-    for row in account(program.graph_module):
+    for row in account(program.graph_module, sizes):
         note = row.note or ""
         if row.skip is not None:
             rows.append(ReportRow(row, "float", None, row.skip.reason))

@@ -9,6 +9,7 @@ question: both are legal with every granularity.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 ALL = -1  # block entry: the whole dimension shares one scale
 
@@ -84,8 +85,10 @@ def block_of(granularity: Granularity, ndim: int, *, dynamic: bool = False) -> t
             return (ALL,) * (ndim - 2) + (1, ALL)
 
 
-def scale_shape(shape: Sequence[int], block: Sequence[int]) -> list[int]:
+def scale_shape(shape: Sequence[Any], block: Sequence[int]) -> list[Any]:
     """Return the shape of the scale of a tensor of `shape` quantized in blocks of `block`.
+
+    Symbolic sizes (`torch.SymInt`) stay symbolic.
 
     Raises:
         ValueError: a block does not divide its dimension.

@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_arg
 
 from fxq.capturing import Inputs, split_inputs
-from fxq.graph import owner_name, tensor_of
+from fxq.graph import args_of, owner_name, tensor_of
 from fxq.lowering.int8_linear import accumulate
 from fxq.lowering.lower import lower
 from fxq.numerics import sqnr_db
@@ -91,7 +91,7 @@ def verify(program: Program, inputs: Inputs) -> Verification:
     """
     args, kwargs = split_inputs(inputs)
     leaves = program.signature.flatten(args, kwargs, where="verify")
-    lowered, _ = lower(program.graph_module, program.device)
+    lowered, _ = lower(program.graph_module, program.device, program.signature.sizes_of(leaves))
     with torch.no_grad():
         simulated = _Recorder(program.graph_module)
         simulated.run(*leaves)
@@ -152,7 +152,9 @@ class _Replay:
         return node
 
     def _accumulators_equal(self, kernel: Node) -> bool:
-        x, _, zero, weight = (None if n is None else self.value(n) for n in kernel.args[:4])
+        codes_node, _, zero_node, weight_node = args_of(kernel)[:4]
+        x, weight = self.value(codes_node), self.value(weight_node)
+        zero = None if zero_node is None else self.value(zero_node)
         one = torch.ones(1, 1, device=x.device)
         found = torch.ops.fxq.int8_linear(x, one, zero, weight, one, None, torch.float32)
         return torch.equal(found, accumulate(x, zero, weight).float())

@@ -30,7 +30,7 @@ class Derived:
         """Return `compute(weight)`, computed again only where the weight has been written to
         since."""
         storage = weight.untyped_storage()
-        key = (storage._cdata, weight.storage_offset(), weight.shape, name)
+        key = (int(storage._cdata), int(weight.storage_offset()), weight.shape, name)
         entry = self._entries.get(key)
         if entry is not None and entry[1] == weight._version and not entry[0].expired():
             return entry[2]  # type: ignore[return-value]

@@ -1,29 +1,32 @@
 """Lower a QUANTIZED graph for a device: the list of rules, and what each decided."""
 
+from collections.abc import Mapping
+
 import torch
 from torch.fx import GraphModule
 
 from fxq.account import kind_of
 from fxq.dialect import LOWERED
-from fxq.graph import add_buffer, copy_graph, erase_dead, is_constant, is_op, tensor_of
+from fxq.graph import add_buffer, args_of, copy_graph, erase_dead, is_constant, is_op, tensor_of
 from fxq.lowering.decision import Decision
 from fxq.lowering.lower_linear import LowerLinear
 
 ops = torch.ops.fxq
 
 
-def lower(gm: GraphModule, device: torch.device) -> tuple[GraphModule, dict[str, Decision]]:
-    """Return a LOWERED copy of `gm` for `device`, and the decision on each quantized layer by node
-    name.
+def lower(
+    gm: GraphModule, device: torch.device, sizes: Mapping[str, int] | None = None
+) -> tuple[GraphModule, dict[str, Decision]]:
+    """Return a LOWERED copy of `gm` for `device`, and the decision on each quantized layer by name.
 
     The copy shares parameters and buffers with `gm`. Every kernel carries the name of the node
     whose value it computes in `meta["fxq_replaces"]`.
     """
     lowered = copy_graph(gm)
     decisions: dict[str, Decision] = {}
-    rule = LowerLinear(lowered, device)
+    rule = LowerLinear(lowered, device, sizes)
     for node in list(lowered.graph.nodes):
-        if kind_of(node) in ("linear", "conv") and is_op(node.args[1], ops.dequantize.default):
+        if kind_of(node) in ("linear", "conv") and is_op(args_of(node)[1], ops.dequantize.default):
             decisions[node.name] = rule.apply(node)
     fold_dequantized_weights(lowered)
     erase_dead(lowered)
@@ -41,9 +44,9 @@ def fold_dequantized_weights(gm: GraphModule) -> None:
     for node in list(gm.graph.nodes):
         if not is_op(node, ops.dequantize.default) or not node.users:
             continue
-        parts = node.args[:3]
+        parts = args_of(node)[:3]
         if all(part is None or is_constant(part) for part in parts):
-            values = [None if part is None else tensor_of(gm, part) for part in parts]  # type: ignore[arg-type]
-            folded = node.target(*values, node.args[3])  # type: ignore[operator]
-            name = str(parts[0].target).replace("_codes", "_dequantized")  # type: ignore[union-attr]
+            values = [None if part is None else tensor_of(gm, part) for part in parts]
+            folded = ops.dequantize(*values, args_of(node)[3])
+            name = str(parts[0].target).replace("_codes", "_dequantized")
             node.replace_all_uses_with(add_buffer(gm, name, folded, like=node))

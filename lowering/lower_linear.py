@@ -9,6 +9,7 @@ next layer's quantize with it.
 
 import math
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 import fxq.lowering.int8_linear  # noqa: F401  registers the op
-from fxq.graph import add_buffer, dtype_of, hint, insert_call, is_op, shape_of, tensor_of
+from fxq.graph import add_buffer, args_of, dtype_of, hint, insert_call, is_op, shape_of, tensor_of
 from fxq.lowering.cpu.profit import slower_than_float
 from fxq.lowering.decision import Decision
 from fxq.lowering.device import cpu_int8
@@ -42,8 +43,10 @@ class Operands:
 class LowerLinear:
     """One run of the rule over a graph on a device."""
 
-    def __init__(self, gm: GraphModule, device: torch.device) -> None:
-        self.gm, self.device = gm, device
+    def __init__(
+        self, gm: GraphModule, device: torch.device, sizes: Mapping[str, int] | None = None
+    ) -> None:
+        self.gm, self.device, self.sizes = gm, device, sizes
         self.unsigned: dict[tuple[Node, Node | None], tuple[Node, Node]] = {}
 
     def apply(self, layer: Node) -> Decision:
@@ -67,7 +70,7 @@ class LowerLinear:
     def _for_x86(self, layer: Node, o: Operands) -> Decision:
         weight = tensor_of(self.gm, o.weight)
         exact = not cpu_int8().saturates or is_pair_safe(weight)
-        n_rows = math.prod(hint(size) for size in shape_of(o.codes)[:-1])
+        n_rows = math.prod(hint(size, self.sizes) for size in shape_of(o.codes)[:-1])
         if why := slower_than_float(n_rows, *weight.shape, exact=exact):
             return Decision(None, why)
         codes, zero = self._to_unsigned(o)
@@ -91,9 +94,9 @@ class LowerLinear:
         if not is_op(o.codes, ops.quantize.default):
             return key
         if key not in self.unsigned:
-            source, scale, _, low, high = o.codes.args
+            source, scale, _, low, high = args_of(o.codes)
             zero = self._plus_sign(o)
-            args = (source, scale, zero, low + SIGN, high + SIGN)  # type: ignore[operator]
+            args = (source, scale, zero, low + SIGN, high + SIGN)
             self.unsigned[key] = insert_call(ops.quantize.default, args, before=o.codes), zero
         return self.unsigned[key]
 
@@ -141,11 +144,11 @@ def match(layer: Node) -> Operands | str:
     """Return the operands of a quantized linear the kernel can take, or why it cannot."""
     if not is_op(layer, aten.linear.default):
         return "no int8 kernel for this operator; it runs as float on dequantized values"
-    x, w, *bias = layer.args
+    x, w, *bias = args_of(layer)
     if not is_op(x, ops.dequantize.default):
         return "weight-only: the product is float, on a weight dequantized once when compiled"
-    codes, scale, zero, _ = x.args  # type: ignore[union-attr]
-    weight, w_scale, w_zero, _ = w.args  # type: ignore[union-attr]
+    codes, scale, zero, _ = args_of(x)
+    weight, w_scale, w_zero, _ = args_of(w)
     if w_zero is not None:
         return "no int8 kernel for an affine weight; use symmetric=True"
     if hint(shape_of(w_scale)[-1]) != 1:
@@ -177,8 +180,8 @@ def fusible_epilogue(layer: Node) -> tuple[Node, tuple[object, ...]]:
     elif silu := _only_user(last, aten.silu.default):
         last, activation = silu, "silu"
     quantize = _only_user(last, ops.quantize.default)
-    if quantize and is_single(quantize.args[1]) and quantize.args[4] <= 127:  # type: ignore
-        _, scale, zero, low, high = quantize.args
+    if quantize and is_single(args_of(quantize)[1]) and args_of(quantize)[4] <= 127:
+        _, scale, zero, low, high = args_of(quantize)
         return quantize, (dtype, activation, None, scale, zero, low, high)
     return last, (dtype, activation)
 

@@ -13,7 +13,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from fxq.canonicalize.pattern import ADD, DIV, MUL
-from fxq.graph import constant_value, dtype_of, insert_call, is_op, shape_of, val_of
+from fxq.graph import args_of, constant_value, dtype_of, insert_call, is_op, shape_of, val_of
 
 aten = torch.ops.aten
 SOFTMAX = (aten.softmax.int, aten._softmax.default)
@@ -40,15 +40,15 @@ def scaled_dot_product_attention(gm: GraphModule) -> int:
     """Replace every attention that is provably one."""
     count = 0
     for node in list(gm.graph.nodes):
-        if not is_op(node, *MATMUL) or not is_op(node.args[0], *SOFTMAX):
+        if not is_op(node, *MATMUL) or not is_op(args_of(node)[0], *SOFTMAX):
             continue
-        softmax = node.args[0]
-        axis, last = softmax.args[1], val_of(softmax).ndim - 1
+        softmax = args_of(node)[0]
+        axis, last = args_of(softmax)[1], val_of(softmax).ndim - 1
         if axis not in (-1, last) or len(softmax.users) != 1:
             continue
-        if dtype_of(softmax) != dtype_of(softmax.args[0]):
+        if dtype_of(softmax) != dtype_of(args_of(softmax)[0]):
             continue
-        scores = _unwrap(softmax.args[0])
+        scores = _unwrap(args_of(softmax)[0])
         if scores is not None:
             count += _rewrite(node, scores)
     return count
@@ -57,8 +57,8 @@ def scaled_dot_product_attention(gm: GraphModule) -> int:
 def _rewrite(node: Node, scores: _Scores) -> bool:
     """Replace one attention; `node` is its second product."""
     assert scores.product is not None
-    q, k_transposed = scores.product.args
-    v = node.args[1]
+    q, k_transposed = args_of(scores.product)
+    v = args_of(node)[1]
     if val_of(q).ndim < 3 or not _same_lead(q, k_transposed, v) or not _provable(scores):
         return False
     if any(dtype_of(term) != dtype_of(q) for term in scores.additive):
@@ -97,11 +97,11 @@ def _unwrap(node: Any) -> _Scores | None:
         if is_op(node, *MATMUL):
             scores.product = node
             return None if grouped else scores
-        if is_op(node, *MUL, *DIV) and (factor := _number(node.args[1])) is not None:
+        if is_op(node, *MUL, *DIV) and (factor := _number(args_of(node)[1])) is not None:
             scores.scale *= factor if is_op(node, *MUL) else 1.0 / factor
-            node = node.args[0]
-        elif is_op(node, *ADD) and isinstance(node.args[1], Node) and not node.kwargs:
-            inner, term = node.args
+            node = args_of(node)[0]
+        elif is_op(node, *ADD) and isinstance(args_of(node)[1], Node) and not node.kwargs:
+            inner, term = args_of(node)
             if not _leads_to_product(inner):
                 inner, term = term, inner
             if scores.scale != 1.0:
@@ -113,20 +113,20 @@ def _unwrap(node: Any) -> _Scores | None:
                 scores.additive.append(term)
             node = inner
         elif is_op(node, *WHERE) and scores.keep is None and scores.scale == 1.0:
-            keep, inner, other = node.args
-            value = _number(other)
-            if value is None or value > MOST_NEGATIVE or dtype_of(keep) != torch.bool:
+            keep, inner, other = args_of(node)
+            number = _number(other)
+            if number is None or number > MOST_NEGATIVE or dtype_of(keep) != torch.bool:
                 return None
             scores.keep, node = keep, inner
         elif is_op(node, *VIEW):
-            outer, inner = list(shape_of(node)), list(shape_of(node.args[0]))
+            outer, inner = list(shape_of(node)), list(shape_of(args_of(node)[0]))
             if scores.windows is None and outer[1:] == inner[2:] and len(outer) > 3:
                 scores.windows, grouped = inner[1:-2], True
             elif grouped and outer[2:] == inner[1:]:
                 grouped = False
             else:
                 return None
-            node = node.args[0]
+            node = args_of(node)[0]
         else:
             return None
     return None
@@ -158,7 +158,7 @@ def _leads_to_product(node: Any) -> bool:
             return True
         if not is_op(node, *MUL, *DIV, *ADD, *WHERE, *VIEW):
             return False
-        node = node.args[1] if is_op(node, *WHERE) else node.args[0]
+        node = args_of(node)[1] if is_op(node, *WHERE) else args_of(node)[0]
     return False
 
 
@@ -172,19 +172,19 @@ def _number(value: Any) -> float | None:
 
 def _unscaled(node: Node) -> tuple[Node, float]:
     """Split a multiplication by a number off a query or key."""
-    if is_op(node, *MUL) and (factor := _number(node.args[1])) is not None:
-        return node.args[0], factor  # type: ignore[return-value]
-    if is_op(node, *DIV) and (factor := _number(node.args[1])) is not None:
-        return node.args[0], 1.0 / factor  # type: ignore[return-value]
+    if is_op(node, *MUL) and (factor := _number(args_of(node)[1])) is not None:
+        return args_of(node)[0], factor
+    if is_op(node, *DIV) and (factor := _number(args_of(node)[1])) is not None:
+        return args_of(node)[0], 1.0 / factor
     return node, 1.0
 
 
 def _transposed(node: Node, user: Node) -> Node:
     """Return the node that `node` is the transpose of in its last two dimensions."""
     ndim = val_of(node).ndim
-    dims = {int(d) % ndim for d in node.args[1:3]} if is_op(node, aten.transpose.int) else set()
+    dims = {int(d) % ndim for d in args_of(node)[1:3]} if is_op(node, aten.transpose.int) else set()
     if dims == {ndim - 2, ndim - 1}:
-        return node.args[0]  # type: ignore[return-value]
+        return args_of(node)[0]
     return insert_call(aten.transpose.int, (node, -2, -1), before=user)
 
 

@@ -7,7 +7,7 @@ which `fxq.graph.weight_of` sees through.
 import torch
 from torch.fx import GraphModule, Node
 
-from fxq.graph import insert_call, is_constant, is_op, shape_of, val_of
+from fxq.graph import args_of, insert_call, is_constant, is_op, shape_of, val_of
 
 aten = torch.ops.aten
 
@@ -16,7 +16,7 @@ def linear_of_addmm(gm: GraphModule) -> int:
     """addmm(bias, x, W) equals linear(x, W.T, bias), provided W and a 1-D bias are constants."""
     count = 0
     for node in list(gm.graph.find_nodes(op="call_function", target=aten.addmm.default)):
-        bias, x, matrix = node.args
+        bias, x, matrix = args_of(node)
         if (
             node.kwargs
             or not is_constant(matrix)
@@ -33,9 +33,11 @@ def linear_of_matmul(gm: GraphModule) -> int:
     """mm(x, W) and matmul(x, W) equal linear(x, W.T), provided W is a constant matrix."""
     count = 0
     for node in list(gm.graph.nodes):
-        if not is_op(node, aten.mm.default, aten.matmul.default) or not is_constant(node.args[1]):
+        if not is_op(node, aten.mm.default, aten.matmul.default) or not is_constant(
+            args_of(node)[1]
+        ):
             continue
-        x, matrix = node.args
+        x, matrix = args_of(node)
         if val_of(matrix).ndim == 2 and not is_constant(x):
             _replace(node, aten.linear.default, (x, _transposed(matrix, node)))
             count += 1
@@ -47,7 +49,7 @@ def linear_with_bias(gm: GraphModule) -> int:
     width and dtype."""
     count = 0
     for node in list(gm.graph.find_nodes(op="call_function", target=aten.add.Tensor)):
-        for product, bias in (node.args[:2], node.args[1::-1]):
+        for product, bias in (args_of(node)[:2], args_of(node)[1::-1]):
             if (
                 is_op(product, aten.linear.default)
                 and len(product.args) == 2
@@ -73,13 +75,13 @@ def linear_of_rows(gm: GraphModule) -> int:
     for node in list(gm.graph.nodes):
         if not is_op(node, aten.view.default, aten.reshape.default):
             continue
-        product = node.args[0]
+        product = args_of(node)[0]
         if not is_op(product, aten.linear.default) or len(product.users) != 1:
             continue
-        rows = product.args[0]
+        rows = args_of(product)[0]
         if not is_op(rows, aten.view.default, aten.reshape.default):
             continue
-        x = rows.args[0]
+        x = args_of(rows)[0]
         shapes = shape_of(x), shape_of(node), shape_of(rows)
         same_lead = list(map(str, shapes[0][:-1])) == list(map(str, shapes[1][:-1]))
         if len(shapes[2]) == 2 and same_lead and shapes[0][-1] == shapes[2][-1]:
@@ -90,12 +92,15 @@ def linear_of_rows(gm: GraphModule) -> int:
 
 def _transposed(matrix: Node, user: Node) -> Node:
     """Return a node for `matrix.T`, without a second transpose where it is one already."""
-    if is_op(matrix, aten.t.default):
-        return matrix.args[0]
-    if is_op(matrix, aten.permute.default) and list(matrix.args[1]) == [1, 0]:
-        return matrix.args[0]
-    if is_op(matrix, aten.transpose.int) and {d % 2 for d in matrix.args[1:3]} == {0, 1}:
-        return matrix.args[0]
+    source, *dims = args_of(matrix) or (None,)
+    swaps = (
+        is_op(matrix, aten.t.default)
+        or (is_op(matrix, aten.permute.default) and list(dims[0]) == [1, 0])
+        or (is_op(matrix, aten.transpose.int) and {d % 2 for d in dims} == {0, 1})
+    )
+    if swaps:
+        assert isinstance(source, Node)
+        return source
     return insert_call(aten.permute.default, (matrix, [1, 0]), before=user)
 
 

@@ -1,0 +1,1 @@
+"""Thin, optional bridges to model libraries. Nothing in fxq imports them but the command line."""

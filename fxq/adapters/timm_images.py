@@ -1,0 +1,86 @@
+"""timm models by name, and a folder of pictures as their calibration batches."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxq.errors import did_you_mean
+
+IMAGES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
+
+
+def load_model(name: str, checkpoint: Path | None, arguments: Mapping[str, Any]) -> nn.Module:
+    """Return a timm model in eval mode.
+
+    Args:
+        name: a timm model name, e.g. `vit_tiny_patch16_224`.
+        checkpoint: a safetensors file of its weights; None for timm's pretrained ones, which timm
+            downloads.
+        arguments: keyword arguments of the model, e.g. `{"img_size": 32}`.
+    Raises:
+        ValueError: timm knows no such model.
+    """
+    import timm
+
+    base = name.partition(".")[0]
+    if not timm.is_model(base):
+        raise ValueError(
+            f"timm has no model {name!r}; {did_you_mean(base, timm.list_models())[:200]}"
+        )
+    model: nn.Module = timm.create_model(name, pretrained=checkpoint is None, **arguments)
+    if checkpoint is not None:
+        from safetensors.torch import load_file
+
+        model.load_state_dict(load_file(checkpoint))
+    return model.eval()
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """The pictures under a folder, as a model wants them, in batches; can be iterated again.
+
+    Args:
+        paths: the files, in order.
+        config: timm's data configuration: size, mean, std, interpolation.
+        batch_size: pictures per batch.
+    """
+
+    paths: tuple[Path, ...]
+    config: Mapping[str, Any]
+    batch_size: int
+
+    def __iter__(self) -> Iterator[Tensor]:
+        from PIL import Image
+        from timm.data import create_transform
+
+        transform = create_transform(**self.config, is_training=False)
+        for start in range(0, len(self.paths), self.batch_size):
+            images = []
+            for path in self.paths[start : start + self.batch_size]:
+                with Image.open(path) as image:
+                    images.append(transform(image.convert("RGB")))
+            yield torch.stack(images)  # [B, 3, H, W]
+
+
+def image_batches(model: nn.Module, folder: Path, limit: int, batch_size: int) -> ImageFolder:
+    """Return up to `limit` pictures under `folder`, sorted by path, preprocessed for `model`.
+
+    Raises:
+        ValueError: the folder is absent or has no picture.
+    """
+    from timm.data import resolve_model_data_config
+
+    if not folder.is_dir():
+        raise ValueError(f"--data: expected a folder of pictures, found no folder {folder}")
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGES)[:limit]
+    if not paths:
+        raise ValueError(
+            f"--data: expected pictures ({', '.join(sorted(IMAGES))}) under {folder}, found none"
+        )
+    config = resolve_model_data_config(model)
+    keys = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
+    return ImageFolder(tuple(paths), {k: config[k] for k in keys if k in config}, batch_size)

@@ -1,0 +1,324 @@
+"""A graph as JSON, and back, without executing anything the JSON names.
+
+None, bool, int, finite float, str and list stand for themselves. Anything else is a JSON object
+with one key, its tag: `{"node": "linear_1"}`, `{"tuple": [...]}`, `{"torch": "torch.float32"}`.
+Operators are names in three `torch.ops` namespaces; Python functions come from one closed table.
+FX generates Python source from names and targets, so every name is matched against `NAME` or `PATH`
+before it reaches a graph. No device is written: a program has one, and `load` chooses it.
+"""
+
+import math
+import operator
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor
+from torch._dynamo.source import ConstantSource
+from torch._subclasses import FakeTensorMode
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
+from fxq.account import Skip
+from fxq.errors import UnsupportedError
+from fxq.graph import hint, val_of
+
+NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
+PATH = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*", re.ASCII)
+OPERATOR = re.compile(r"(aten|prims|fxq)\.([A-Za-z_]\w*)\.([A-Za-z_]\w*)", re.ASCII)
+# `aten::from_file` opens, and may create, the file it is told.
+REFUSED = frozenset({"from_file"})
+
+# Arithmetic on symbolic sizes, and the choice of one of several results.
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    **{
+        f"operator.{f.__name__}": f
+        for f in (
+            operator.getitem, operator.add, operator.sub, operator.mul, operator.truediv,
+            operator.floordiv, operator.mod, operator.pow, operator.neg, operator.pos,
+            operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge,
+            operator.and_, operator.or_, operator.not_,
+        )
+    },
+    "math.ceil": math.ceil,
+    "math.floor": math.floor,
+    "math.trunc": math.trunc,
+    "torch.sym_max": torch.sym_max,
+    "torch.sym_min": torch.sym_min,
+    "torch.sym_not": torch.sym_not,
+    "torch.sym_float": torch.sym_float,
+    "torch.sym_ite": torch.sym_ite,
+}  # fmt: skip
+FUNCTION_NAMES = {function: name for name, function in FUNCTIONS.items()}
+CONSTANTS = {
+    str(value): value
+    for value in vars(torch).values()
+    if isinstance(value, torch.dtype | torch.layout | torch.memory_format)
+}
+FLOATS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
+
+
+def encode(value: Any) -> Any:
+    """Return a node argument or plain value as JSON.
+
+    Raises:
+        UnsupportedError: JSON has no form for it.
+    """
+    if value is None or type(value) in (bool, int, str):
+        return value
+    if type(value) is float:
+        return value if math.isfinite(value) else {"float": repr(value)}
+    if isinstance(value, Node):
+        return {"node": value.name}
+    if isinstance(value, tuple) and (type(value) is torch.Size or not hasattr(value, "_fields")):
+        return {"tuple": [encode(item) for item in value]}
+    if isinstance(value, list):
+        return [encode(item) for item in value]
+    if isinstance(value, dict):
+        return {"dict": [[encode(key), encode(item)] for key, item in value.items()]}
+    if isinstance(value, slice):
+        return {"slice": [encode(value.start), encode(value.stop), encode(value.step)]}
+    if isinstance(value, torch.dtype | torch.layout | torch.memory_format):
+        return {"torch": str(value)}
+    if isinstance(value, torch.device):
+        return {"device": "program"}
+    raise UnsupportedError(
+        f"expected a plain value, found {type(value).__name__} {value!r:.60}; a file holds numbers, "
+        "strings, containers of them and torch dtypes only"
+    )
+
+
+def decode(data: Any, nodes: Mapping[str, Node], device: torch.device) -> Any:
+    """Return what `encode` was given. Nodes are looked up by name; every device is `device`."""
+    if isinstance(data, list):
+        return [decode(item, nodes, device) for item in data]
+    if not isinstance(data, dict):
+        return data
+    ((tag, content),) = data.items()
+    match tag:
+        case "node":
+            return nodes[content]
+        case "tuple":
+            return tuple(decode(item, nodes, device) for item in content)
+        case "dict":
+            return {decode(k, nodes, device): decode(v, nodes, device) for k, v in content}
+        case "slice":
+            return slice(*(decode(item, nodes, device) for item in content))
+        case "float":
+            return FLOATS[content]
+        case "torch":
+            return CONSTANTS[content]
+        case "device":
+            return device
+    raise ValueError(f"expected a known tag, found {tag!r}; the file is damaged")
+
+
+def encode_target(target: Any) -> str:
+    """Return the name of an operator or function that `decode_target` finds again.
+
+    Raises:
+        UnsupportedError: it would not.
+    """
+    if target in FUNCTION_NAMES:
+        return FUNCTION_NAMES[target]
+    try:
+        if decode_target(str(target)) is target:
+            return str(target)
+    except ValueError:
+        pass
+    raise UnsupportedError(
+        f"expected operators of aten, prims or fxq, found {target}; a file cannot carry it"
+    )
+
+
+def decode_target(name: str) -> Callable[..., Any]:
+    """Return the operator `aten.linear.default` or the function `operator.add`.
+
+    Raises:
+        ValueError: neither a function of `FUNCTIONS` nor an operator this torch has.
+    """
+    if name in FUNCTIONS:
+        return FUNCTIONS[name]
+    if (parts := OPERATOR.fullmatch(name)) and parts[2] not in REFUSED:
+        packet = getattr(getattr(torch.ops, parts[1]), parts[2], None)
+        if isinstance(packet, torch._ops.OpOverloadPacket):
+            found = getattr(packet, parts[3], None)
+            if isinstance(found, torch._ops.OpOverload):
+                return found
+    raise ValueError(
+        f"expected an operator of aten, prims or fxq, found {name!r}, which torch "
+        f"{torch.__version__} does not have or a file may not call"
+    )
+
+
+class Symbols:
+    """The symbolic sizes of one graph: to JSON, where they are called s0, s1, ... as they come."""
+
+    def __init__(self) -> None:
+        self.names: dict[sympy.Symbol, str] = {}
+        self.facts: dict[str, dict[str, Any]] = {}  # name -> example size and bounds
+
+    def encode(self, size: int | torch.SymInt) -> Any:
+        """Return a size as JSON: a number, `{"symbol": name}`, `{"add": [...]}`, `{"mul": [...]}`."""
+        if isinstance(size, int):
+            return size
+        for symbol in sorted(size.node.expr.free_symbols, key=str):
+            if symbol not in self.names:
+                self.names[symbol] = name = f"s{len(self.names)}"
+                env = size.node.shape_env
+                bounds = env.var_to_range[symbol]
+                self.facts[name] = {
+                    "hint": hint(env.create_symintnode(symbol, hint=None)),
+                    "low": _bound(bounds.lower),
+                    "high": _bound(bounds.upper),
+                }
+        return self._expression(size.node.expr)
+
+    def _expression(self, expr: sympy.Expr) -> Any:
+        if expr.is_Integer:
+            return int(expr)
+        if expr.is_Symbol:
+            return {"symbol": self.names[expr]}
+        if expr.is_Add or expr.is_Mul:
+            tag = "add" if expr.is_Add else "mul"
+            return {tag: [self._expression(part) for part in expr.args]}
+        raise UnsupportedError(
+            f"expected inputs whose sizes are sums and products, found the size {expr}; "
+            "capture with dynamic_shapes= that leaves this size fixed"
+        )
+
+
+def _bound(value: Any) -> int | None:
+    return int(value) if value.is_Integer else None
+
+
+def decode_symbols(facts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return a SymInt per name, all of one new ShapeEnv, with the example's size as hint."""
+    env, sizes = ShapeEnv(), {}
+    for name, fact in facts.items():
+        source = ConstantSource(name)
+        symbol = env.create_symbol(
+            fact["hint"], source, DimDynamic.DYNAMIC, do_not_specialize_zero_one=True
+        )
+        high = sympy.oo if fact["high"] is None else fact["high"]
+        env.constrain_symbol_range(symbol, fact["low"], high)
+        sizes[name] = env.create_symintnode(symbol, hint=fact["hint"], source=source)
+    return sizes
+
+
+def _decode_size(data: Any, symbols: Mapping[str, Any]) -> Any:
+    if type(data) is int:
+        return data
+    ((tag, content),) = data.items()
+    if tag == "symbol":
+        return symbols[content]
+    parts = [_decode_size(part, symbols) for part in content]
+    return sum(parts) if tag == "add" else math.prod(parts)
+
+
+def encode_graph(gm: GraphModule) -> dict[str, Any]:
+    """Return the nodes of `gm` with the meta fxq reads, and the symbolic sizes of its inputs.
+
+    Raises:
+        UnsupportedError: a node or value that a file cannot carry.
+    """
+    symbols, nodes = Symbols(), []
+    buffers = dict(gm.named_buffers(remove_duplicate=False))
+    for node in gm.graph.nodes:
+        entry: dict[str, Any] = {"name": node.name, "op": node.op}
+        try:
+            if node.op == "placeholder":
+                entry["value"] = _encode_input(val_of(node), symbols)
+            elif node.op == "get_attr":
+                if node.target not in buffers:
+                    raise UnsupportedError(f"expected a buffer, found {node.target!r}")
+                entry["target"] = node.target
+            else:
+                if node.op == "call_function":
+                    entry["target"] = encode_target(node.target)
+                entry["args"] = [encode(arg) for arg in node.args]
+                entry["kwargs"] = {key: encode(arg) for key, arg in node.kwargs.items()}
+        except UnsupportedError as error:
+            raise UnsupportedError(f"{node.format_node()}: {error}") from error
+        nodes.append(entry | _encode_meta(node))
+    return {"nodes": nodes, "symbols": symbols.facts}
+
+
+def _encode_input(value: Any, symbols: Symbols) -> dict[str, Any]:
+    if not isinstance(value, Tensor):
+        raise UnsupportedError(f"expected a tensor input, found {type(value).__name__}")
+    return {
+        "shape": [symbols.encode(size) for size in value.shape],
+        "stride": [symbols.encode(step) for step in value.stride()],
+        "dtype": encode(value.dtype),
+    }
+
+
+def _encode_meta(node: Node) -> dict[str, Any]:
+    meta = {key: node.meta[key] for key in ("fxq_format", "fxq_note") if key in node.meta}
+    if skip := node.meta.get("fxq_skip"):
+        meta["fxq_skip"] = [skip.reason, skip.intended]
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    if stack and stack[-1][0]:
+        meta["module"] = stack[-1][0]  # all that `graph.owner_name` reads
+    return {"meta": meta} if meta else {}
+
+
+def decode_graph(data: Mapping[str, Any], device: torch.device) -> Graph:
+    """Return a graph whose inputs have fake values; `graph.propagate` gives them to the rest.
+
+    Raises:
+        ValueError: a name or target a file may not use.
+    """
+    graph, nodes = Graph(), {}
+    symbols = decode_symbols(data["symbols"])
+    env = next((size.node.shape_env for size in symbols.values()), ShapeEnv())
+    mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
+    for entry in data["nodes"]:
+        name, op = entry["name"], entry["op"]
+        if not NAME.fullmatch(name) or name in nodes:
+            raise ValueError(f"expected a new Python name for a node, found {name!r}")
+        args = tuple(decode(arg, nodes, device) for arg in entry.get("args", []))
+        kwargs = {k: decode(arg, nodes, device) for k, arg in entry.get("kwargs", {}).items()}
+        if bad := [key for key in kwargs if not NAME.fullmatch(key)]:
+            raise ValueError(f"expected names for keyword arguments of {name}, found {bad}")
+        match op:
+            case "placeholder":
+                target = name
+            case "get_attr":
+                target = entry["target"]
+                if not PATH.fullmatch(target):
+                    raise ValueError(f"expected the dotted name of a buffer, found {target!r}")
+            case "call_function":
+                target = decode_target(entry["target"])
+            case "output":
+                target = "output"
+            case _:
+                raise ValueError(f"expected placeholder, get_attr, call_function or output, {op!r}")
+        node = graph.create_node(op, target, args, kwargs, name)
+        _decode_meta(node, entry.get("meta", {}))
+        if op == "placeholder":
+            node.meta["val"] = _decode_input(entry["value"], symbols, mode, device)
+        nodes[name] = node
+    return graph
+
+
+def _decode_input(
+    data: Mapping[str, Any], symbols: Mapping[str, Any], mode: FakeTensorMode, device: torch.device
+) -> Tensor:
+    shape = [_decode_size(size, symbols) for size in data["shape"]]
+    stride = [_decode_size(step, symbols) for step in data["stride"]]
+    with mode:
+        return torch.empty_strided(
+            shape, stride, dtype=decode(data["dtype"], {}, device), device=device
+        )
+
+
+def _decode_meta(node: Node, meta: Mapping[str, Any]) -> None:
+    node.meta |= {key: meta[key] for key in ("fxq_format", "fxq_note") if key in meta}
+    if "fxq_skip" in meta:
+        node.meta["fxq_skip"] = Skip(*meta["fxq_skip"])
+    if "module" in meta:
+        node.meta["nn_module_stack"] = {"module": (meta["module"], "")}
