@@ -7,19 +7,20 @@ FX generates Python source from names and targets, so every name is matched agai
 before it reaches a graph. No device is written: a program has one, and `load` chooses it.
 """
 
+import contextlib
 import math
 import operator
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import sympy
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
-from torch._dynamo.source import ConstantSource
 from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._sympy.numbers import int_oo
 
 from fxq.account import Skip
 from fxq.errors import UnsupportedError
@@ -28,36 +29,28 @@ from fxq.graph import hint, val_of
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 PATH = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*", re.ASCII)
 OPERATOR = re.compile(r"(aten|prims|fxq)\.([A-Za-z_]\w*)\.([A-Za-z_]\w*)", re.ASCII)
+SYMBOL = re.compile(r"s[0-9]+")
 # `aten::from_file` opens, and may create, the file it is told.
 REFUSED = frozenset({"from_file"})
 
 # Arithmetic on symbolic sizes, and the choice of one of several results.
 FUNCTIONS: dict[str, Callable[..., Any]] = {
-    **{
-        f"operator.{f.__name__}": f
-        for f in (
-            operator.getitem, operator.add, operator.sub, operator.mul, operator.truediv,
-            operator.floordiv, operator.mod, operator.pow, operator.neg, operator.pos,
-            operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge,
-            operator.and_, operator.or_, operator.not_,
-        )
-    },
-    "math.ceil": math.ceil,
-    "math.floor": math.floor,
-    "math.trunc": math.trunc,
-    "torch.sym_max": torch.sym_max,
-    "torch.sym_min": torch.sym_min,
-    "torch.sym_not": torch.sym_not,
-    "torch.sym_float": torch.sym_float,
-    "torch.sym_ite": torch.sym_ite,
-}  # fmt: skip
+    f"{module.__name__}.{name}": getattr(module, name)
+    for module, names in (
+        (operator, "getitem add sub mul truediv floordiv mod pow neg pos eq ne lt le gt ge"),
+        (operator, "and_ or_ not_"),
+        (math, "ceil floor trunc"),
+        (torch, "sym_max sym_min sym_not sym_float sym_ite"),
+    )
+    for name in names.split()
+}
 FUNCTION_NAMES = {function: name for name, function in FUNCTIONS.items()}
 CONSTANTS = {
     str(value): value
     for value in vars(torch).values()
     if isinstance(value, torch.dtype | torch.layout | torch.memory_format)
 }
-FLOATS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
+META = ("fxq_format", "fxq_note")  # what is kept as it is
 
 
 def encode(value: Any) -> Any:
@@ -85,8 +78,8 @@ def encode(value: Any) -> Any:
     if isinstance(value, torch.device):
         return {"device": "program"}
     raise UnsupportedError(
-        f"expected a plain value, found {type(value).__name__} {value!r:.60}; a file holds numbers, "
-        "strings, containers of them and torch dtypes only"
+        f"expected a plain value, found {type(value).__name__} {repr(value)[:60]}; a file holds "
+        "numbers, strings, containers of them and torch dtypes only"
     )
 
 
@@ -107,7 +100,7 @@ def decode(data: Any, nodes: Mapping[str, Node], device: torch.device) -> Any:
         case "slice":
             return slice(*(decode(item, nodes, device) for item in content))
         case "float":
-            return FLOATS[content]
+            return float(content)
         case "torch":
             return CONSTANTS[content]
         case "device":
@@ -121,15 +114,12 @@ def encode_target(target: Any) -> str:
     Raises:
         UnsupportedError: it would not.
     """
-    if target in FUNCTION_NAMES:
-        return FUNCTION_NAMES[target]
-    try:
-        if decode_target(str(target)) is target:
-            return str(target)
-    except ValueError:
-        pass
+    name = FUNCTION_NAMES.get(target) or str(target)
+    with contextlib.suppress(ValueError):
+        if decode_target(name) is target:
+            return name
     raise UnsupportedError(
-        f"expected operators of aten, prims or fxq, found {target}; a file cannot carry it"
+        f"expected operators of aten, prims or fxq, found {target}, which a file cannot carry"
     )
 
 
@@ -153,58 +143,49 @@ def decode_target(name: str) -> Callable[..., Any]:
     )
 
 
-class Symbols:
-    """The symbolic sizes of one graph: to JSON, where they are called s0, s1, ... as they come."""
-
-    def __init__(self) -> None:
-        self.names: dict[sympy.Symbol, str] = {}
-        self.facts: dict[str, dict[str, Any]] = {}  # name -> example size and bounds
-
-    def encode(self, size: int | torch.SymInt) -> Any:
-        """Return a size as JSON: a number, `{"symbol": name}`, `{"add": [...]}`, `{"mul": [...]}`."""
-        if isinstance(size, int):
-            return size
-        for symbol in sorted(size.node.expr.free_symbols, key=str):
-            if symbol not in self.names:
-                self.names[symbol] = name = f"s{len(self.names)}"
-                env = size.node.shape_env
-                bounds = env.var_to_range[symbol]
-                self.facts[name] = {
-                    "hint": hint(env.create_symintnode(symbol, hint=None)),
-                    "low": _bound(bounds.lower),
-                    "high": _bound(bounds.upper),
-                }
-        return self._expression(size.node.expr)
-
-    def _expression(self, expr: sympy.Expr) -> Any:
-        if expr.is_Integer:
-            return int(expr)
-        if expr.is_Symbol:
-            return {"symbol": self.names[expr]}
-        if expr.is_Add or expr.is_Mul:
-            tag = "add" if expr.is_Add else "mul"
-            return {tag: [self._expression(part) for part in expr.args]}
-        raise UnsupportedError(
-            f"expected inputs whose sizes are sums and products, found the size {expr}; "
-            "capture with dynamic_shapes= that leaves this size fixed"
-        )
+def _encode_size(size: int | torch.SymInt, symbols: dict[str, Any]) -> Any:
+    """Return a size as JSON, and add to `symbols` the free sizes it is made of."""
+    if isinstance(size, int):
+        return size
+    env = size.node.shape_env
+    assert env is not None
+    for symbol in size.node.expr.free_symbols:
+        bounds = env.var_to_range[symbol]
+        symbols[symbol.name] = {
+            "hint": hint(env.create_symintnode(symbol, hint=None)),
+            "low": int(bounds.lower),
+            "high": int(bounds.upper) if bounds.upper.is_Integer else None,
+        }
+    return _encode_expression(size.node.expr)
 
 
-def _bound(value: Any) -> int | None:
-    return int(value) if value.is_Integer else None
+def _encode_expression(expr: sympy.Expr) -> Any:
+    if expr.is_Integer:
+        return int(expr)
+    if expr.is_Symbol:
+        return {"symbol": expr.name}
+    if expr.is_Add or expr.is_Mul:
+        return {"add" if expr.is_Add else "mul": [_encode_expression(part) for part in expr.args]}
+    raise UnsupportedError(
+        f"expected inputs whose sizes are sums and products, found the size {expr}; "
+        "capture with dynamic_shapes= that leaves this size fixed"
+    )
 
 
 def decode_symbols(facts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return a SymInt per name, all of one new ShapeEnv, with the example's size as hint."""
+    """Return a SymInt per name, all of one new ShapeEnv, with the value at capture as hint."""
     env, sizes = ShapeEnv(), {}
     for name, fact in facts.items():
-        source = ConstantSource(name)
-        symbol = env.create_symbol(
-            fact["hint"], source, DimDynamic.DYNAMIC, do_not_specialize_zero_one=True
-        )
-        high = sympy.oo if fact["high"] is None else fact["high"]
+        numbers = all(type(value) in (int, type(None)) for value in fact.values())
+        if not SYMBOL.fullmatch(name) or not numbers:
+            raise ValueError(f"expected a free size and its bounds, found {name!r}: {fact}")
+        symbol = sympy.Symbol(name, positive=True, integer=True)  # as ShapeEnv makes its own
+        # The second name is that of older torch.
+        add = getattr(env, "add_backed_var_to_val", None) or env.add_var_to_val
+        add(symbol, fact["hint"])
+        high = int_oo if fact["high"] is None else fact["high"]
         env.constrain_symbol_range(symbol, fact["low"], high)
-        sizes[name] = env.create_symintnode(symbol, hint=fact["hint"], source=source)
+        sizes[name] = env.create_symintnode(symbol, hint=fact["hint"])
     return sizes
 
 
@@ -224,7 +205,8 @@ def encode_graph(gm: GraphModule) -> dict[str, Any]:
     Raises:
         UnsupportedError: a node or value that a file cannot carry.
     """
-    symbols, nodes = Symbols(), []
+    symbols: dict[str, Any] = {}  # name -> value at capture, and bounds
+    nodes = []
     buffers = dict(gm.named_buffers(remove_duplicate=False))
     for node in gm.graph.nodes:
         entry: dict[str, Any] = {"name": node.name, "op": node.op}
@@ -243,21 +225,21 @@ def encode_graph(gm: GraphModule) -> dict[str, Any]:
         except UnsupportedError as error:
             raise UnsupportedError(f"{node.format_node()}: {error}") from error
         nodes.append(entry | _encode_meta(node))
-    return {"nodes": nodes, "symbols": symbols.facts}
+    return {"nodes": nodes, "symbols": symbols}
 
 
-def _encode_input(value: Any, symbols: Symbols) -> dict[str, Any]:
+def _encode_input(value: Any, symbols: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(value, Tensor):
         raise UnsupportedError(f"expected a tensor input, found {type(value).__name__}")
     return {
-        "shape": [symbols.encode(size) for size in value.shape],
-        "stride": [symbols.encode(step) for step in value.stride()],
+        "shape": [_encode_size(size, symbols) for size in value.shape],
+        "stride": [_encode_size(step, symbols) for step in value.stride()],
         "dtype": encode(value.dtype),
     }
 
 
 def _encode_meta(node: Node) -> dict[str, Any]:
-    meta = {key: node.meta[key] for key in ("fxq_format", "fxq_note") if key in node.meta}
+    meta: dict[str, Any] = {key: node.meta[key] for key in META if key in node.meta}
     if skip := node.meta.get("fxq_skip"):
         meta["fxq_skip"] = [skip.reason, skip.intended]
     stack = list(node.meta.get("nn_module_stack", {}).values())
@@ -272,7 +254,8 @@ def decode_graph(data: Mapping[str, Any], device: torch.device) -> Graph:
     Raises:
         ValueError: a name or target a file may not use.
     """
-    graph, nodes = Graph(), {}
+    graph = Graph()
+    nodes: dict[str, Node] = {}
     symbols = decode_symbols(data["symbols"])
     env = next((size.node.shape_env for size in symbols.values()), ShapeEnv())
     mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
@@ -284,20 +267,7 @@ def decode_graph(data: Mapping[str, Any], device: torch.device) -> Graph:
         kwargs = {k: decode(arg, nodes, device) for k, arg in entry.get("kwargs", {}).items()}
         if bad := [key for key in kwargs if not NAME.fullmatch(key)]:
             raise ValueError(f"expected names for keyword arguments of {name}, found {bad}")
-        match op:
-            case "placeholder":
-                target = name
-            case "get_attr":
-                target = entry["target"]
-                if not PATH.fullmatch(target):
-                    raise ValueError(f"expected the dotted name of a buffer, found {target!r}")
-            case "call_function":
-                target = decode_target(entry["target"])
-            case "output":
-                target = "output"
-            case _:
-                raise ValueError(f"expected placeholder, get_attr, call_function or output, {op!r}")
-        node = graph.create_node(op, target, args, kwargs, name)
+        node = graph.create_node(op, _decode_node_target(entry), args, kwargs, name)
         _decode_meta(node, entry.get("meta", {}))
         if op == "placeholder":
             node.meta["val"] = _decode_input(entry["value"], symbols, mode, device)
@@ -305,19 +275,29 @@ def decode_graph(data: Mapping[str, Any], device: torch.device) -> Graph:
     return graph
 
 
+def _decode_node_target(entry: Mapping[str, Any]) -> Any:
+    op, name, target = entry["op"], entry["name"], entry.get("target", "")
+    if op == "call_function":
+        return decode_target(target)
+    if op == "get_attr" and PATH.fullmatch(target):
+        return target
+    if op in ("placeholder", "output"):
+        return name
+    raise ValueError(f"{name}: expected an input, buffer, operator or output, found {op} {target}")
+
+
 def _decode_input(
     data: Mapping[str, Any], symbols: Mapping[str, Any], mode: FakeTensorMode, device: torch.device
 ) -> Tensor:
     shape = [_decode_size(size, symbols) for size in data["shape"]]
     stride = [_decode_size(step, symbols) for step in data["stride"]]
+    dtype = decode(data["dtype"], {}, device)
     with mode:
-        return torch.empty_strided(
-            shape, stride, dtype=decode(data["dtype"], {}, device), device=device
-        )
+        return torch.empty_strided(shape, stride, dtype=dtype, device=device)
 
 
 def _decode_meta(node: Node, meta: Mapping[str, Any]) -> None:
-    node.meta |= {key: meta[key] for key in ("fxq_format", "fxq_note") if key in meta}
+    node.meta |= {key: meta[key] for key in META if key in meta}
     if "fxq_skip" in meta:
         node.meta["fxq_skip"] = Skip(*meta["fxq_skip"])
     if "module" in meta:

@@ -6,9 +6,9 @@ packed. Loading executes nothing that the file names: `fxq.graph_json` resolves 
 `_resolve` the types of results.
 """
 
+import contextlib
 import importlib
 import json
-import math
 import os
 import warnings
 from collections import OrderedDict
@@ -28,6 +28,7 @@ from fxq.dialect import QUANTIZED
 from fxq.errors import FxqWarning, UnsupportedError
 from fxq.graph import propagate
 from fxq.graph_json import PATH, decode, decode_graph, encode, encode_graph
+from fxq.packing import decode_tensors, encode_tensors, register
 from fxq.program import PLAIN, Config, Program
 
 VERSION = 1
@@ -54,7 +55,7 @@ def save(program: Program, path: str | os.PathLike[str]) -> None:
         )
     gm = program.graph_module
     QUANTIZED.check(gm)
-    tensors, table = _encode_tensors(gm)
+    tensors, table = encode_tensors(gm)
     attributes, config, dropped = _encode_attributes(program.attributes)
     content = {
         "version": VERSION,
@@ -74,6 +75,8 @@ def save(program: Program, path: str | os.PathLike[str]) -> None:
     try:
         safetensors.torch.save_file(tensors, partial, {"fxq": text})
         os.replace(partial, path)
+    except KeyError as error:
+        raise UnsupportedError(f"expected tensors safetensors can hold, found {error}") from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -103,9 +106,10 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Pr
     try:
         return _decode_program(content, stored, device)
     except Exception as error:  # a damaged file can break anything, operators of torch among it
+        reason = str(error) if isinstance(error, ValueError) else f"the file is damaged: {error!r}"
         raise ValueError(
-            f"{path} cannot be loaded (written with torch {content.get('torch')}, here "
-            f"{torch.__version__}): {type(error).__name__}: {error}"
+            f"{path} cannot be loaded: {reason} (written with torch {content.get('torch')}, here "
+            f"{torch.__version__})"
         ) from error
 
 
@@ -131,8 +135,8 @@ def _decode_program(
     content: Mapping[str, Any], stored: Mapping[str, Tensor], device: torch.device
 ) -> Program:
     gm = GraphModule(nn.Module(), Graph())
-    for name, value in _decode_tensors(content["tensors"], stored, device).items():
-        _register(gm, name, value)
+    for name, value in decode_tensors(content["tensors"], stored, device).items():
+        register(gm, name, value)
     graph = decode_graph(content["graph"], device)
     graph.lint()
     gm.graph = graph
@@ -158,120 +162,138 @@ def _check_counts(gm: GraphModule, signature: Signature) -> None:
         )
 
 
-# Tensors
+# Signature
 
 
-def pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """Return the low `bits` bits of every code, one behind the other.
+def _encode_signature(signature: Signature) -> dict[str, Any]:
+    return {
+        "names": signature.names,
+        "known": signature.known,
+        "given": signature.given,
+        "defaults": encode(dict(signature.defaults)),
+        "in_spec": _encode_spec(signature.in_spec),
+        "leaves": [_encode_leaf(leaf) for leaf in signature.leaves],
+        "out_spec": _encode_spec(signature.out_spec),
+        "ranges": encode(dict(signature.ranges)),
+        "example_sizes": encode(dict(signature.example_sizes)),
+    }
 
-    Args:
-        codes: any shape, int8 or uint8.
-        bits: 2 to 8.
-    Returns:
-        bytes `[ceil(numel * bits / 8)]`, uint8; the first code is in the lowest bits of the first.
+
+def _decode_signature(data: Mapping[str, Any], device: torch.device) -> Signature:
+    return Signature(
+        tuple(data["names"]),
+        tuple(data["known"]),
+        tuple(data["given"]),
+        decode(data["defaults"], {}, device),
+        _decode_spec(data["in_spec"]),
+        tuple(_decode_leaf(leaf, device) for leaf in data["leaves"]),
+        _decode_spec(data["out_spec"]),
+        decode(data["ranges"], {}, device),
+        decode(data["example_sizes"], {}, device),
+    )
+
+
+def _encode_leaf(leaf: Any) -> dict[str, Any]:
+    if isinstance(leaf, Leaf):
+        return {"input": leaf.name, "shape": leaf.shape, "dtype": encode(leaf.dtype)}
+    try:
+        return {"constant": encode(leaf)}
+    except UnsupportedError as error:
+        raise UnsupportedError(f"a constant argument of the example: {error}") from error
+
+
+def _decode_leaf(data: Mapping[str, Any], device: torch.device) -> Any:
+    if "input" in data:
+        return Leaf(data["input"], tuple(data["shape"]), decode(data["dtype"], {}, device))
+    return decode(data["constant"], {}, device)
+
+
+def _encode_spec(spec: pytree.TreeSpec) -> dict[str, Any] | None:
+    """Return the structure of a call or result as JSON; a leaf is None."""
+    if spec.is_leaf():
+        return None
+    return {
+        "type": _type_name(spec.type),
+        "context": encode(spec.context),  # keys of a dict, fields of a dataclass
+        "children": [_encode_spec(child) for child in spec.children()],
+    }
+
+
+def _decode_spec(data: Mapping[str, Any] | None) -> pytree.TreeSpec:
+    if data is None:
+        return pytree.treespec_leaf()
+    children = [_decode_spec(child) for child in data["children"]]
+    context = decode(data["context"], {}, torch.device("cpu"))
+    return pytree.TreeSpec(_resolve(data["type"]), context, children)
+
+
+def _type_name(kind: type) -> str:
+    if kind in NATIVE_TYPES.values():
+        return kind.__name__
+    registered = pytree.SUPPORTED_SERIALIZED_TYPES.get(kind)
+    name = registered.serialized_type_name if registered else None
+    if pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE.get(name or "") is not kind:
+        raise UnsupportedError(
+            f"expected tuples, lists, dicts and registered dataclasses in calls and results, found "
+            f"{kind.__name__}; register it with torch.export.register_dataclass and give it a "
+            "serialized_type_name"
+        )
+    return str(name)
+
+
+def _resolve(name: str) -> type:
+    """Return the registered pytree type called `name`.
+
+    Raises:
+        ValueError: no such type, though its module was imported where a file may ask for that.
     """
-    flat = codes.contiguous().view(torch.uint8).flatten()
-    eights = nn.functional.pad(flat, (0, -len(flat) % 8)).view(-1, 8)  # [numel / 8, 8]
-    words = torch.zeros(len(eights), dtype=torch.int64)  # 8 codes are `bits` bytes: one word
-    for i in range(8):
-        words |= (eights[:, i].long() & (2**bits - 1)) << (i * bits)
-    packed = words.view(torch.uint8).view(-1, 8)[:, :bits].flatten()
-    return packed[: math.ceil(len(flat) * bits / 8)].clone()
+    if name in NATIVE_TYPES:
+        return NATIVE_TYPES[name]
+    known = pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE
+    package, module = name.partition(".")[0], name.rpartition(".")[0]
+    if name not in known and package in RESULT_PACKAGES and PATH.fullmatch(name):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(module)
+    if name not in known:
+        raise ValueError(
+            f"expected the result type {name!r} to be registered with torch's pytree, found it is "
+            f"not; import {module or name} before fxq.load"
+        )
+    return known[name]
 
 
-def unpack_codes(packed: Tensor, bits: int, numel: int, *, signed: bool) -> Tensor:
-    """Return what `pack_codes` was given, flat.
-
-    Args:
-        packed: bytes `[ceil(numel * bits / 8)]`, uint8.
-        bits: 2 to 8.
-        numel: how many codes.
-        signed: whether the top bit of a code is its sign.
-    Returns:
-        codes `[numel]`, int8 where `signed`, else uint8.
-    """
-    padded = nn.functional.pad(packed, (0, -len(packed) % bits)).view(-1, bits)
-    words = nn.functional.pad(padded, (0, 8 - bits)).view(torch.int64).flatten()
-    eights = torch.stack([(words >> (i * bits)) & (2**bits - 1) for i in range(8)], dim=1)
-    codes = eights.flatten()[:numel]
-    if not signed:
-        return codes.to(torch.uint8)
-    return torch.where(codes >= 2 ** (bits - 1), codes - 2**bits, codes).to(torch.int8)
+# Attributes
 
 
-def width_of(codes: Tensor) -> tuple[int, bool]:
-    """Return how many bits, 2 to 8, hold every code, and whether one is a sign."""
-    if codes.numel() == 0:
-        return 8, codes.dtype == torch.int8
-    low, high = int(codes.min()), int(codes.max())
-    signed = low < 0
-    bits = max(high.bit_length(), (-low - 1).bit_length() if signed else 0) + signed
-    return max(bits, 2), signed
+def _encode_attributes(attributes: Mapping[str, Any]) -> tuple[Any, Any, list[str]]:
+    """Return plain attributes, the entries of `config`, and the names of what could not be kept."""
+    kept, lost = _keep_plain({k: v for k, v in attributes.items() if k != "config"})
+    if plain := [name for name in lost if isinstance(attributes[name], (*PLAIN, tuple, list))]:
+        warnings.warn(
+            f"attributes {plain} of the program are of a type a file cannot hold and are left out; "
+            "make them plain numbers or strings",
+            FxqWarning,
+            stacklevel=3,
+        )
+    if attributes.get("config") is None:
+        return encode(kept), None, lost
+    entries, lost_entries = _keep_plain(_config_entries(attributes["config"]))
+    return encode(kept), encode(entries), lost + [f"config.{name}" for name in lost_entries]
 
 
-def _encode_tensors(gm: GraphModule) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return what is stored, and per buffer what it takes to make it again."""
-    stored: dict[str, Tensor] = {}
-    table: dict[str, Any] = {}
-    first: dict[Tensor, str] = {}
-    for name, value in gm.named_buffers(remove_duplicate=False):
-        if value in first:
-            table[name] = {"same_as": first[value]}
-            continue
-        first[value] = name
-        # Memory order is kept: a convolution may choose another algorithm for channels_last.
-        order = sorted(range(value.ndim), key=lambda dim: -value.stride(dim))  # noqa: B023
-        plain = value.detach().cpu().permute(order).contiguous()
-        table[name] = entry = {
-            "shape": list(plain.shape),
-            "dtype": encode(value.dtype),
-            "order": order,
-        }
-        if value.dtype in (torch.int8, torch.uint8):
-            bits, signed = width_of(plain)
-            if bits < 8:
-                entry |= {"bits": bits, "signed": signed}
-                plain = pack_codes(plain, bits)
-        stored[name] = plain
-    return stored, table
+def _config_entries(config: Any) -> dict[str, Any]:
+    if hasattr(config, "to_dict"):  # transformers
+        return dict(config.to_dict())
+    return dict(config if isinstance(config, Mapping) else getattr(config, "__dict__", {}))
 
 
-def _decode_tensors(
-    table: Mapping[str, Any], stored: Mapping[str, Tensor], device: torch.device
-) -> dict[str, Tensor]:
-    values: dict[str, Tensor] = {}
-    own = {name for name, entry in table.items() if "same_as" not in entry}
-    if own != stored.keys():
-        raise ValueError(f"expected the tensors {sorted(own)[:9]}, found {sorted(stored)[:9]}")
-    for name in own:
-        entry, value = table[name], stored[name]
-        shape, dtype = entry["shape"], decode(entry["dtype"], {}, device)
-        if "bits" in entry:
-            numel, bits = math.prod(shape), entry["bits"]
-            if value.shape != (math.ceil(numel * bits / 8),) or value.dtype != torch.uint8:
-                raise ValueError(
-                    f"tensor {name!r}: expected {numel} codes of {bits} bits, found "
-                    f"{value.dtype} {list(value.shape)}"
-                )
-            value = unpack_codes(value, bits, numel, signed=entry["signed"]).to(dtype).view(shape)
-        if list(value.shape) != shape or value.dtype != dtype:
-            raise ValueError(
-                f"tensor {name!r}: expected {dtype} {shape}, found {value.dtype} "
-                f"{list(value.shape)}"
-            )
-        order = entry["order"]
-        values[name] = value.permute([order.index(dim) for dim in range(len(order))]).to(device)
-    return {name: values[entry.get("same_as", name)] for name, entry in table.items()}
-
-
-def _register(gm: GraphModule, name: str, value: Tensor) -> None:
-    """Register a buffer under a dotted name; torch refuses one that hides an attribute."""
-    if not PATH.fullmatch(name):
-        raise ValueError(f"expected a dotted name for a tensor, found {name!r}")
-    *path, leaf = name.split(".")
-    owner: nn.Module = gm
-    for part in path:
-        if part not in owner._modules:
-            owner.add_module(part, nn.Module())
-        owner = owner._modules[part]  # type: ignore[assignment]
-    owner.register_buffer(leaf, value)
+def _keep_plain(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    kept, lost = {}, []
+    for name, value in values.items():
+        try:
+            encode(value)
+        except UnsupportedError:
+            lost.append(name)
+        else:
+            kept[name] = value
+    return kept, lost

@@ -1,0 +1,300 @@
+"""int8_linear on CUDA: s8 x s8 -> s32 on tensor cores, with scales, bias, activation, residual and
+requantize.
+
+    acc = x @ w.T                                      x [M, K], w [N, K]: both K-contiguous, as
+    wgmma s8 needs acc -= x_zero_point * w_sum                        int32, exact
+    y = act(acc * (x_scale * w_scale) + bias) + residual
+    out = y, or clamp(rint(y / out_scale) + out_zero_point)
+
+x_scale and x_zero_point hold one entry, or one per row. The accumulator is int32 until the scales
+are applied; everything after is fp32. Programs are ordered in groups of rows, so that neighbours
+share tiles of w in L2.
+
+Not measured yet on a GPU: `CONFIGS` was chosen so that every configuration compiles for sm_90 with
+wgmma, asynchronous copies and zero spills (tests/lowering/test_int8_linear_aot.py).
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ACTIVATION = {"none": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3}
+
+
+class Config(NamedTuple):
+    """Tile sizes and launch parameters."""
+
+    bm: int
+    bn: int
+    bk: int
+    num_warps: int
+    num_stages: int
+
+
+CONFIGS = {
+    "large": Config(128, 256, 128, 8, 3),
+    "medium": Config(128, 128, 128, 8, 3),
+    "rows": Config(64, 128, 128, 4, 4),
+    "few": Config(16, 64, 256, 4, 4),
+}
+GROUP_M = 8
+
+
+class Case(NamedTuple):
+    """A shape and epilogue that tests and benchmarks run.
+
+    Args:
+        m, n, k: sizes.
+        per_row: a scale and zero-point per row instead of one.
+        zero_point: activations are affine.
+        bias: add one.
+        activation: a key of `ACTIVATION`.
+        residual: add one.
+        requantize: return codes.
+    """
+
+    m: int
+    n: int
+    k: int
+    per_row: bool = False
+    zero_point: bool = False
+    bias: bool = False
+    activation: str = "none"
+    residual: bool = False
+    requantize: bool = False
+
+
+CASES = (
+    Case(1, 1, 1),
+    Case(1, 63, 129, per_row=True, zero_point=True, bias=True),
+    Case(63, 129, 63, zero_point=True, bias=True, activation="gelu"),
+    Case(129, 64, 256, per_row=True, residual=True),
+    Case(64, 128, 128, bias=True, activation="silu", residual=True, requantize=True),
+    Case(
+        17,
+        65,
+        100,
+        per_row=True,
+        zero_point=True,
+        bias=True,
+        activation="gelu_tanh",
+        requantize=True,
+    ),
+    Case(130, 257, 384, zero_point=True, requantize=True),
+)
+BENCHMARK_CASES = (
+    Case(4096, 4096, 4096, bias=True),
+    Case(8192, 8192, 8192, bias=True),
+    Case(
+        4096,
+        4096,
+        4096,
+        per_row=True,
+        zero_point=True,
+        bias=True,
+        activation="gelu",
+        requantize=True,
+    ),
+    Case(1576, 3072, 768, bias=True, activation="gelu", requantize=True),
+    Case(16, 4096, 4096, per_row=True, bias=True),
+)
+
+
+def choose_config(m: int, n: int, *, light: bool) -> Config:
+    """Return the tiles for `[m, K] x [K, n]`.
+
+    Frozen, so that a program compiles to the same code every time.
+
+    Args:
+        m: rows of the activations.
+        n: output channels.
+        light: the epilogue fits the registers that a 128 x 256 accumulator leaves (`is_light`).
+    """
+    if m <= 16:
+        return CONFIGS["few"]
+    if m <= 64:
+        return CONFIGS["rows"]
+    tiles = triton.cdiv(m, 128) * triton.cdiv(n, 256)
+    return CONFIGS["large" if light and tiles >= 132 else "medium"]  # 132 multiprocessors, H100
+
+
+def is_light(flags: Mapping[str, Any]) -> bool:
+    """Tell whether an epilogue compiles without spills in the largest tile."""
+    return not (flags["HAS_RESIDUAL"] or flags["HAS_ZERO"] or flags["ACT"] == ACTIVATION["gelu"])
+
+
+@triton.jit
+def _tanh(x):  # type: ignore[no-untyped-def]
+    return 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
+
+
+@triton.jit
+def _activate(y, ACT: tl.constexpr):  # type: ignore[no-untyped-def]
+    if ACT == 1:
+        y = 0.5 * y * (1.0 + tl.erf(y * 0.7071067811865476))
+    elif ACT == 2:
+        y = 0.5 * y * (1.0 + _tanh(0.7978845608028654 * (y + 0.044715 * y * y * y)))
+    elif ACT == 3:
+        y = y / (1.0 + tl.exp(-y))
+    return y
+
+
+@triton.jit
+def _round_half_even(y):  # type: ignore[no-untyped-def]
+    # Adding 1.5 * 2^23 leaves no bits behind the point; exact for |y| < 2^22, and larger values are
+    # clamped anyway.
+    bounded = tl.minimum(tl.maximum(y, -4194303.0), 4194303.0)
+    return (bounded + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def int8_linear_kernel(  # type: ignore[no-untyped-def]
+    x_ptr, w_ptr, out_ptr, x_scale_ptr, x_zero_ptr, w_scale_ptr, w_sum_ptr, bias_ptr, residual_ptr,
+    out_scale_ptr, out_zero_ptr,
+    M, N, K, quant_min, quant_max,
+    PER_ROW_SCALE: tl.constexpr, PER_ROW_ZERO: tl.constexpr, HAS_ZERO: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_OUT_SCALE: tl.constexpr,
+    HAS_OUT_ZERO: tl.constexpr, ACT: tl.constexpr, EVEN_K: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    n_rows, n_cols = tl.cdiv(M, BM), tl.cdiv(N, BN)
+    group = pid // (GROUP * n_cols)
+    first = group * GROUP
+    height = min(n_rows - first, GROUP)
+    tile_m = first + (pid % (GROUP * n_cols)) % height
+    tile_n = (pid % (GROUP * n_cols)) // height
+
+    rows = tile_m * BM + tl.arange(0, BM)
+    cols = tile_n * BN + tl.arange(0, BN)
+    # Rows beyond the end wrap around: they load real data and are masked when stored.
+    offs_m = (rows % M).to(tl.int64)
+    offs_n = (cols % N).to(tl.int64)
+    offs_k = tl.arange(0, BK)
+    x_ptrs = x_ptr + offs_m[:, None] * K + offs_k[None, :]
+    w_ptrs = w_ptr + offs_n[None, :] * K + offs_k[:, None]
+    acc = tl.zeros((BM, BN), dtype=tl.int32)
+    for k in range(0, tl.cdiv(K, BK)):
+        if EVEN_K:
+            x = tl.load(x_ptrs)
+            w = tl.load(w_ptrs)
+        else:
+            left = K - k * BK
+            x = tl.load(x_ptrs, mask=offs_k[None, :] < left, other=0)
+            w = tl.load(w_ptrs, mask=offs_k[:, None] < left, other=0)
+        acc = tl.dot(x, w, acc, out_dtype=tl.int32)
+        x_ptrs += BK
+        w_ptrs += BK
+
+    if HAS_ZERO:
+        w_sum = tl.load(w_sum_ptr + offs_n)
+        if PER_ROW_ZERO:
+            acc -= tl.load(x_zero_ptr + offs_m)[:, None] * w_sum[None, :]
+        else:
+            acc -= (tl.load(x_zero_ptr) * w_sum)[None, :]
+    w_scale = tl.load(w_scale_ptr + offs_n)
+    if PER_ROW_SCALE:
+        y = acc.to(tl.float32) * (tl.load(x_scale_ptr + offs_m)[:, None] * w_scale[None, :])
+    else:
+        y = acc.to(tl.float32) * (tl.load(x_scale_ptr) * w_scale)[None, :]
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + offs_n)[None, :]
+    y = _activate(y, ACT)
+    mask = (rows < M)[:, None] & (cols < N)[None, :]
+    offs = offs_m[:, None] * N + offs_n[None, :]
+    if HAS_RESIDUAL:
+        y += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    if HAS_OUT_SCALE:
+        y = _round_half_even(y * (1.0 / tl.load(out_scale_ptr)))
+        if HAS_OUT_ZERO:
+            y += tl.load(out_zero_ptr).to(tl.float32)
+        y = tl.minimum(tl.maximum(y, quant_min.to(tl.float32)), quant_max.to(tl.float32))
+    tl.store(out_ptr + offs, y.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def allocate(m: int, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the uninitialised output. Tests replace this to poison it."""
+    return torch.empty((m, n), dtype=dtype, device=device)
+
+
+def launch(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor | None,
+    weight: Tensor,
+    w_scale: Tensor,
+    w_sum: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    activation: str,
+    residual: Tensor | None,
+    out_scale: Tensor | None,
+    out_zero_point: Tensor | None,
+    quant_min: int,
+    quant_max: int,
+    config: Config | None = None,
+) -> Tensor:
+    """Run the kernel. All tensors contiguous and on one device.
+
+    Args:
+        x: codes `[M, K]`, int8.
+        x_scale: `[1]` or `[M]`, fp32.
+        x_zero_point: `[1]` or `[M]`, int32.
+        weight: codes `[N, K]`, int8.
+        w_scale: `[N]`, fp32.
+        w_sum: `[N]`, int32, sums of the weight's rows.
+        bias: `[N]`, fp32.
+        out_dtype: fp32, fp16 or bf16; ignored with `out_scale`.
+        activation: a key of `ACTIVATION`.
+        residual: `[M, N]`, any float dtype.
+        out_scale: one element, fp32: return int8 codes.
+        out_zero_point: one element, int32.
+        quant_min: smallest code of the result.
+        quant_max: largest code of the result.
+        config: tiles; chosen by shape unless given.
+    Returns:
+        `[M, N]` in `out_dtype`, or int8 codes.
+    """
+    (m, k), n = x.shape, weight.shape[0]
+    flags = epilogue_flags(
+        x_scale, x_zero_point, bias, residual, out_scale, out_zero_point, activation
+    )
+    tiles = config or choose_config(m, n, light=is_light(flags))
+    out = allocate(m, n, out_dtype if out_scale is None else torch.int8, x.device)
+    if out.numel() == 0:
+        return out
+    grid = (triton.cdiv(m, tiles.bm) * triton.cdiv(n, tiles.bn),)
+    int8_linear_kernel[grid](
+        x, weight, out, x_scale, x_zero_point, w_scale, w_sum, bias, residual,
+        out_scale, out_zero_point, m, n, k, quant_min, quant_max,
+        **flags,
+        EVEN_K=k % tiles.bk == 0, BM=tiles.bm, BN=tiles.bn, BK=tiles.bk, GROUP=GROUP_M,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+    )  # fmt: skip
+    return out
+
+
+def epilogue_flags(
+    x_scale: Tensor,
+    x_zero_point: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_scale: Tensor | None,
+    out_zero_point: Tensor | None,
+    activation: str,
+) -> dict[str, Any]:
+    """Return the kernel's compile-time flags."""
+    return {
+        "PER_ROW_SCALE": x_scale.numel() > 1,
+        "PER_ROW_ZERO": x_zero_point is not None and x_zero_point.numel() > 1,
+        "HAS_ZERO": x_zero_point is not None,
+        "HAS_BIAS": bias is not None,
+        "HAS_RESIDUAL": residual is not None,
+        "HAS_OUT_SCALE": out_scale is not None,
+        "HAS_OUT_ZERO": out_zero_point is not None,
+        "ACT": ACTIVATION[activation],
+    }
