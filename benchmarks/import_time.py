@@ -15,19 +15,24 @@ import sys
 from common import Machine, Table, Timing, publish
 
 ROUNDS = 7
-STATEMENTS = {
-    "import torch": "import torch",
-    "import fxq": "import fxq",
-    "import torch, fxq": "import torch, fxq",
-    "import torch, fxq and use": "import torch, fxq; fxq.compress; fxq.report",
+STATEMENTS = {  # name -> (what runs first, untimed; what is timed)
+    "import torch": ("", "import torch"),
+    "import fxq": ("", "import fxq"),
+    "import fxq, after import torch": ("import torch", "import fxq"),
+    "fxq.compress and fxq.report, after import torch": (
+        "import torch",
+        "import fxq; fxq.compress; fxq.report",
+    ),
 }
 WATCHED = ("torch", "triton", "torch._inductor", "torch._dynamo")
 PROBE = """
 import json, sys, time
-began = time.perf_counter()
 exec(sys.argv[1])
+before = set(sys.modules)
+began = time.perf_counter()
+exec(sys.argv[2])
 seconds = time.perf_counter() - began
-loaded = [name for name in sys.argv[2:] if name in sys.modules]
+loaded = [name for name in sys.argv[3:] if name in sys.modules and name not in before]
 torch = sys.modules.get("torch")
 if torch is not None and torch.cuda.is_initialized():
     loaded.append("a CUDA context")
@@ -37,9 +42,9 @@ print(json.dumps([seconds, loaded]))
 """
 
 
-def import_once(statement: str) -> tuple[float, list[str]]:
-    """Return the seconds `statement` takes in a fresh process, and what of `WATCHED` it loaded."""
-    command = [sys.executable, "-W", "ignore", "-c", PROBE, statement, *WATCHED]
+def import_once(before: str, statement: str) -> tuple[float, list[str]]:
+    """Return the seconds `statement` takes in a fresh process after `before`, and what it loads."""
+    command = [sys.executable, "-W", "ignore", "-c", PROBE, before, statement, *WATCHED]
     found = subprocess.run(command, capture_output=True, text=True, check=True)
     seconds, loaded = json.loads(found.stdout.splitlines()[-1])
     return seconds, loaded
@@ -51,35 +56,32 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help=argparse.SUPPRESS)
     smoke = parser.parse_args().smoke
     machine = Machine.here()
-    loaded = {name: import_once(s)[1] for name, s in STATEMENTS.items()}  # also compiles bytecode
+    loaded = {n: import_once(*parts)[1] for n, parts in STATEMENTS.items()}  # and writes bytecode
     samples: dict[str, list[float]] = {name: [] for name in STATEMENTS}
     for _ in range(1 if smoke else ROUNDS):
-        for name, statement in STATEMENTS.items():
-            samples[name].append(1e3 * import_once(statement)[0])
+        for name, parts in STATEMENTS.items():
+            samples[name].append(1e3 * import_once(*parts)[0])
     timings = {name: Timing(tuple(values)) for name, values in samples.items()}
-    base = timings["import torch"].median_ms
-    at_base = set(loaded["import torch"])
+    base = timings["import torch"]
     rows = [
         {
             "statement": name,
-            "ms": t.median_ms,
-            "p10": t.p10_ms,
-            "p90": t.p90_ms,
-            "ms beyond import torch": t.median_ms - base,
-            "loads": ", ".join(loaded[name]) or "none of these",
-            "loads beyond import torch": ", ".join(n for n in loaded[name] if n not in at_base)
-            or "none of these",
+            "ms": timing.median_ms,
+            "p10": timing.p10_ms,
+            "p90": timing.p90_ms,
+            "share of import torch": timing.median_ms / base.median_ms,
+            "newly loads": ", ".join(loaded[name]) or "none of them",
         }
-        for name, t in timings.items()
+        for name, timing in timings.items()
     ]
     table = Table(
         name="import_time",
         title="Import time",
-        settings={"processes per statement": len(samples["import torch"]), "watched": WATCHED},
+        settings={"processes per statement": len(base.samples_ms), "watched": list(WATCHED)},
         machine=machine,
         columns=tuple(rows[0]),
         rows=tuple(rows),
-        notes=("`import fxq` alone is below `import torch` because it does not load torch.",),
+        notes=("Timed inside the process: what runs before the statement is not counted.",),
     )
     publish(table, smoke=smoke)
 

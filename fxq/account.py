@@ -62,7 +62,7 @@ class Row:
         kind: a key of `KINDS`.
         flops: floating-point operations, a multiply-add counting as two.
         format: `"int8 x int8"` and the like (activation x weight), None where float.
-        skip: why float, None where quantized.
+        skip: why float, None where quantized or about to be.
         note: a remark of the pass that quantized it.
     """
 
@@ -119,7 +119,7 @@ def account(gm: GraphModule, sizes: Mapping[str, int] | None = None) -> list[Row
             continue
         format = node.meta.get("fxq_format")
         skip = None
-        if format is None:
+        if format is None and "fxq_spec" not in node.meta:
             skip = node.meta.get("fxq_skip", Skip("no pass looked at it", intended=False))
         note = node.meta.get("fxq_note")
         rows.append(

@@ -23,6 +23,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses import FakeTensor
 from torch.fx import GraphModule, Node
 
+from fxq.canonicalize.cleanup import DROPOUT
 from fxq.capturing import from_dynamo
 from fxq.errors import FxqWarning, SkippedError, did_you_mean
 from fxq.graph import bind, is_op
@@ -120,7 +121,7 @@ class Compiled:
         is_static = [_is_static(node) for node in gm.graph.nodes if node.op == "placeholder"]
         self.static = [i for i, static in enumerate(is_static) if static]
         self.live = [i for i, static in enumerate(is_static) if not static]
-        _refuse_training(gm, [example_inputs[i] for i in self.live])
+        _refuse_gradients([example_inputs[i] for i in self.live])
         if torch.is_grad_enabled() and any(example_inputs[i].requires_grad for i in self.static):
             warnings.warn(
                 "backend 'fxq' compiles for inference: outputs carry no gradient. Call the model "
@@ -130,6 +131,7 @@ class Compiled:
                 stacklevel=2,
             )
         self.graph_module = from_dynamo(gm)
+        _refuse_train_mode(self.graph_module)
         self.builds: dict[tuple[int, ...], Build] = {}
         self._build(example_inputs)
 
@@ -183,7 +185,21 @@ def _device_of(tensors: Sequence[Any]) -> torch.device:
     return next((t.device for t in tensors if isinstance(t, Tensor)), torch.device("cpu"))
 
 
-def _refuse_training(gm: GraphModule, inputs: Sequence[Any]) -> None:
+def _refuse_train_mode(gm: GraphModule) -> None:
+    """Raise where an operator behaves as in training: eval-mode dropout has been removed
+    already."""
+    for node in gm.graph.nodes:
+        dropout = is_op(node, *DROPOUT)
+        batch_norm = is_op(node, torch.ops.aten.batch_norm.default) and node.args[5] is True
+        has_statistics = batch_norm and node.args[3] is not None
+        if dropout or has_statistics:
+            raise ValueError(
+                f"backend 'fxq' compiles for inference, found {node.target} in train mode; call "
+                "model.eval() first"
+            )
+
+
+def _refuse_gradients(inputs: Sequence[Any]) -> None:
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
         raise ValueError(
             "backend 'fxq' compiles for inference, found an input that requires grad; detach it or "

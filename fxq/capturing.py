@@ -94,13 +94,22 @@ class Signature:
     example_sizes: Mapping[str, int]
 
     def flatten(
-        self, args: Sequence[Any], kwargs: Mapping[str, Any], where: str = "call"
+        self,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        where: str = "call",
+        device: torch.device | None = None,
     ) -> list[Tensor]:
         """Return the graph's inputs for a call.
 
+        Args:
+            args: the call's positional arguments.
+            kwargs: its keyword arguments.
+            where: how messages name the call.
+            device: where the tensors must be; None for anywhere.
         Raises:
             TypeError: arguments missing, unknown or given twice, or of another structure.
-            ValueError: a constant, shape or dtype differs from the example's.
+            ValueError: a constant, shape, dtype or device differs from what the graph was made for.
         """
         values = dict(self.defaults) | self._by_name(args, kwargs, where)
         for name in self.given:
@@ -119,6 +128,11 @@ class Signature:
         for leaf, value in zip(self.leaves, flat, strict=True):
             if isinstance(leaf, Leaf):
                 leaf.check(value, where)
+                if device is not None and value.device != device:
+                    raise ValueError(
+                        f"{where}: expected {leaf.name!r} on {device}, found {value.device}; move "
+                        "it there"
+                    )
                 inputs.append(value)
             elif isinstance(value, Tensor) or value != leaf:
                 raise ValueError(

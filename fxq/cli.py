@@ -88,7 +88,8 @@ def compress(
     if out is not None:
         fxq.save(program, out)
         say(
-            f"saved {out} ({out.stat().st_size / 1e6:.2f} MB); fxq.load reads it, torch is all it needs"
+            f"saved {out} ({out.stat().st_size / 1e6:.2f} MB); fxq.load reads it, torch is all it "
+            "needs"
         )
 
 

@@ -186,6 +186,7 @@ def decode_symbols(facts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         high = int_oo if fact["high"] is None else fact["high"]
         env.constrain_symbol_range(symbol, fact["low"], high)
         sizes[name] = env.create_symintnode(symbol, hint=fact["hint"])
+    env.freeze()  # as torch.export leaves it: asking whether a size is 2 must not make it 2
     return sizes
 
 

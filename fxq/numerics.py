@@ -162,7 +162,7 @@ def is_pair_safe(codes: Tensor) -> bool:
 def sqnr_db(reference: Tensor, other: Tensor) -> float:
     """Return the signal-to-quantization-noise ratio in dB: 10 log10(|ref|^2 / |ref - other|^2), inf
     where equal."""
-    reference, other = reference.double(), other.double()
+    reference, other = reference.detach().double(), other.detach().double()
     noise = (reference - other).square().sum()
     if noise == 0:
         return float("inf")

@@ -5,7 +5,7 @@ read off their values, so that nothing else has to remember it and the round tri
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -66,21 +66,22 @@ def width_of(codes: Tensor) -> tuple[int, bool]:
     return max(bits, 2), signed
 
 
-def encode_tensors(gm: GraphModule) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def encode_tensors(gm: GraphModule) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     """Return what is stored, and per buffer what it takes to make it again, as JSON."""
     stored: dict[str, Tensor] = {}
-    table: dict[str, Any] = {}
+    table: list[dict[str, Any]] = []
     first: dict[Tensor, str] = {}
     for name, value in gm.named_buffers(remove_duplicate=False):
         if value in first:
-            table[name] = {"same_as": first[value]}
+            table.append({"name": name, "same_as": first[value]})
             continue
         first[value] = name
         # Memory order is kept: a convolution may choose another algorithm for channels_last.
         strides = value.stride()
         order = sorted(range(value.ndim), key=strides.__getitem__, reverse=True)
         plain = value.detach().cpu().permute(order).contiguous()
-        table[name] = entry = {
+        entry = {
+            "name": name,
             "shape": list(plain.shape),
             "dtype": encode(value.dtype),
             "order": order,
@@ -91,11 +92,12 @@ def encode_tensors(gm: GraphModule) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 entry |= {"bits": bits, "signed": signed}
                 plain = pack_codes(plain, bits)
         stored[name] = plain
+        table.append(entry)
     return stored, table
 
 
 def decode_tensors(
-    table: Mapping[str, Any], stored: Mapping[str, Tensor], device: torch.device
+    table: Sequence[Mapping[str, Any]], stored: Mapping[str, Tensor], device: torch.device
 ) -> dict[str, Tensor]:
     """Return the buffers that `encode_tensors` was given, each with memory of its own.
 
@@ -103,15 +105,18 @@ def decode_tensors(
         ValueError: a tensor is missing, too many, or of another shape or dtype than `table` says.
     """
     values: dict[str, Tensor] = {}
-    own = {name for name, entry in table.items() if "same_as" not in entry}
+    own = {entry["name"] for entry in table if "same_as" not in entry}
     if own != stored.keys():
         raise ValueError(
             f"expected the tensors the file lists, found {sorted(own - stored.keys())[:5]} missing "
             f"and {sorted(stored.keys() - own)[:5]} too many; the file is damaged"
         )
-    for name in own:
-        entry, value = table[name], stored[name]
-        shape, dtype = entry["shape"], decode(entry["dtype"], {}, device)
+    for entry in table:
+        name = entry["name"]
+        if "same_as" in entry:
+            values[name] = values[entry["same_as"]]
+            continue
+        value, shape, dtype = stored[name], entry["shape"], decode(entry["dtype"], {}, device)
         if "bits" in entry:
             numel, bits = math.prod(shape), entry["bits"]
             if value.shape != (math.ceil(numel * bits / 8),) or value.dtype != torch.uint8:
@@ -127,7 +132,7 @@ def decode_tensors(
             )
         order = entry["order"]
         values[name] = value.permute([order.index(dim) for dim in range(len(order))]).to(device)
-    return {name: values[entry.get("same_as", name)] for name, entry in table.items()}
+    return values
 
 
 def register(gm: GraphModule, name: str, value: Tensor) -> None:

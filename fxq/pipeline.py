@@ -8,6 +8,7 @@ is the order; nothing else decides it. `repr(recipe)` is the whole record of an 
 
 import hashlib
 import importlib.metadata
+import itertools
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -170,7 +171,9 @@ def compress(
         torch.no_grad(),
     ):  # tensors made here must count their versions
         captured = capture(model, example_inputs, dynamic_shapes)
-        batches = None if data is None else CheckedBatches(captured.signature, data)
+        batches = (
+            None if data is None else CheckedBatches(captured.signature, data, device_of(model))
+        )
         gm = recipe.apply(captured.graph_module, batches, progress)
         if strict and (skips := unintended_skips(gm)):
             listing = "\n  ".join(f"{name}: {why}" for name, why in skips.items())
@@ -180,17 +183,25 @@ def compress(
         return Program.from_captured(captured, gm, recipe=repr(recipe), model=model)
 
 
+def device_of(model: nn.Module) -> torch.device | None:
+    """Return the device of a model's first tensor, None where it has none."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return next((tensor.device for tensor in tensors), None)
+
+
 class CheckedBatches:
     """The user's batches as the graph's inputs, checked one by one, and iterable again."""
 
-    def __init__(self, signature: Signature, data: Iterable[Any]) -> None:
-        self.signature = signature
+    def __init__(
+        self, signature: Signature, data: Iterable[Any], device: torch.device | None
+    ) -> None:
+        self.signature, self.device = signature, device
         self.data = list(data) if isinstance(data, Iterator) else data
 
     def __iter__(self) -> Iterator[Sequence[Any]]:
         for index, batch in enumerate(self.data):
             args, kwargs = split_inputs(batch)
-            leaves = self.signature.flatten(args, kwargs, where=f"data batch {index}")
+            leaves = self.signature.flatten(args, kwargs, f"data batch {index}", self.device)
             for leaf, value in zip(self.signature.tensors, leaves, strict=True):
                 if value.is_floating_point() and (bad := int((~value.isfinite()).sum())):
                     raise ValueError(

@@ -68,16 +68,15 @@ class Program(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the graph as the original model would be called."""
-        # Transformers and diffusers models return a dataclass, or with return_dict=False the tuple
-        # of its values.
-        as_tuple = (
-            kwargs.get("return_dict") is False and self.signature.constant("return_dict") is True
-        )
-        if as_tuple:
-            kwargs = kwargs | {"return_dict": True}
-        leaves = self.graph_module(*self.signature.flatten(args, kwargs))
+        # Models of transformers and diffusers return a dataclass, or with return_dict=False the
+        # tuple of its values; some take this argument without naming it.
+        as_tuple = kwargs.get("return_dict") is False
+        if "return_dict" in kwargs and self.signature.constant("return_dict") is not False:
+            kwargs = {name: value for name, value in kwargs.items() if name != "return_dict"}
+        inputs = self.signature.flatten(args, kwargs, device=self.device)
+        leaves = self.graph_module(*inputs)
         result = pytree.tree_unflatten(list(leaves), self.signature.out_spec)
-        return result.to_tuple() if as_tuple else result
+        return result.to_tuple() if as_tuple and hasattr(result, "to_tuple") else result
 
     def __getattr__(self, name: str) -> Any:
         attributes = self.__dict__.get("attributes", {})

@@ -11,7 +11,11 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "tests" / "lowering")]
+sys.path[:0] = [
+    str(ROOT / "examples"),
+    str(ROOT / "tests" / "lowering"),
+    str(ROOT / "tests" / "passes"),
+]
 
 
 @pytest.fixture(autouse=True)

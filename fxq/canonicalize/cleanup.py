@@ -9,7 +9,7 @@ from fxq.graph import args_of, dtype_of, is_op, shape_of, val_of
 
 aten = torch.ops.aten
 
-DROPOUT = (aten.dropout.default, aten.feature_dropout.default, aten.native_dropout.default)
+DROPOUT = (aten.dropout.default, aten.feature_dropout.default)
 ALIASES = (
     aten.detach.default,
     aten.detach_.default,
@@ -35,7 +35,7 @@ def drop_no_ops(gm: GraphModule) -> int:
 
 
 def _does_nothing(node: Node) -> bool:
-    if is_op(node, *DROPOUT[:2]):
+    if is_op(node, *DROPOUT):
         return bool(args_of(node)[1] == 0.0 or args_of(node)[2] is False)
     if is_op(node, *ALIASES):
         return True

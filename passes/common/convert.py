@@ -61,6 +61,8 @@ def quantize_weight(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor, Te
     Raises:
         ValueError: the weight holds NaN or Inf, or the granularity does not divide it.
     """
+    if not bool(weight.isfinite().all()):
+        raise ValueError("expected finite values, found NaN or Inf; repair the checkpoint")
     if spec.pair_safe:
         high = numerics.pair_safe_amax(weight).reshape(-1, *[1] * (weight.ndim - 1))
         low = -high

@@ -1,0 +1,162 @@
+"""int8 on x86 is exact with every instruction set, for weights that would saturate too."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from fxq.lowering.cpu.int8_linear import split_pairs
+from fxq.lowering.cpu.profit import slower_than_float
+from fxq.lowering.device import cpu_int8
+from fxq.lowering.int8_linear import activate, reference
+from fxq.numerics import is_pair_safe, sqnr_db
+
+needs_x86 = pytest.mark.skipif(not cpu_int8().available, reason="no oneDNN int8 on this CPU")
+
+PROBE = """
+import json, torch
+from fxq.lowering.device import cpu_int8
+from fxq.lowering.cpu.int8_linear import launch, split_pairs
+from fxq.lowering.int8_linear import accumulate
+torch.manual_seed(0)
+found = {"saturates": cpu_int8().saturates, "wrong": []}
+one = torch.ones(1, 1)
+for m, k, n in [(1, 64, 32), (7, 65, 33), (63, 129, 129), (200, 256, 96), (16, 1024, 64)]:
+    worst = torch.where(torch.rand(n, k) < 0.5, -127, 127).to(torch.int8)
+    random = torch.randint(-127, 128, (n, k)).to(torch.int8)
+    for name, w in {"worst": worst, "random": random, "safe": split_pairs(random)[0]}.items():
+        for per_row in (False, True):
+            zero = torch.randint(-128, 128, (m if per_row else 1, 1), dtype=torch.int32)
+            x = torch.randint(-128, 128, (m, k)).to(torch.int8)
+            x[0] = 127  # the largest unsigned code, 255
+            exact = accumulate(x, zero, w).float()
+            signed = launch(x, one, zero, w, one, None)
+            unsigned = launch((x.int() + 128).to(torch.uint8), one, zero + 128, w, one, None)
+            if not (torch.equal(signed, exact) and torch.equal(unsigned, exact)):
+                found["wrong"].append([name, m, k, n, per_row])
+print(json.dumps(found))
+"""
+
+
+@functools.cache
+def probe(isa: str) -> dict[str, object]:
+    env = os.environ | ({"ONEDNN_MAX_CPU_ISA": isa} if isa != "native" else {})
+    command = [sys.executable, "-W", "ignore", "-c", PROBE]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+@needs_x86
+@pytest.mark.parametrize("isa", ["native", "AVX2", "AVX512_CORE"])
+def test_accumulators_are_exact_with_every_instruction_set(isa: str) -> None:
+    assert probe(isa)["wrong"] == []
+
+
+@needs_x86
+def test_the_probe_sees_that_avx2_saturates() -> None:
+    assert probe("AVX2")["saturates"] is True
+
+
+def test_split_pairs_is_exact_and_safe() -> None:
+    weight = torch.tensor([[127, 127, -100, -100, 3, 127], [64, 64, 65, 64, -127, 0]]).to(
+        torch.int8
+    )
+
+    safe, excess = split_pairs(weight)
+
+    assert torch.equal(safe + excess, weight)
+    assert is_pair_safe(safe)
+    # 127 + 127 exceeds 128 by 126, -200 by -72, 3 + 127 by 2; the first of the pair carries it, the
+    # larger one.
+    assert excess.tolist() == [[126, 0, -72, 0, 0, 2], [0, 0, 1, 0, 0, 0]]
+
+
+SAMPLES = {
+    "plain": {},
+    "gelu": {"activation": "gelu"},
+    "tanh gelu, residual": {"activation": "gelu_tanh", "residual": torch.ones(2, 5, 7)},
+    "silu, requantize": {
+        "activation": "silu",
+        "out_scale": torch.tensor([0.1]),
+        "out_zero_point": torch.tensor([3], dtype=torch.int32),
+    },
+}
+
+
+def sample(per_token: bool, dtype: torch.dtype) -> tuple[object, ...]:
+    low, high = (0, 256) if dtype == torch.uint8 else (-128, 128)
+    shape = (2, 5, 1) if per_token else (1, 1, 1)
+    return (
+        torch.randint(low, high, (2, 5, 6)).to(dtype),
+        torch.rand(shape) + 0.5,
+        torch.randint(low, high, shape, dtype=torch.int32),
+        torch.randint(-60, 60, (7, 6)).to(torch.int8),
+        torch.rand(7, 1),
+        torch.randn(7),
+        torch.float32,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8], ids=str)
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("epilogue", SAMPLES)
+def test_op_equals_reference_and_passes_opcheck(
+    epilogue: str, per_token: bool, dtype: torch.dtype
+) -> None:
+    args, kwargs = sample(per_token, dtype), SAMPLES[epilogue]
+
+    found = torch.ops.fxq.int8_linear(*args, **kwargs)
+
+    expected = reference(*args, **kwargs)  # type: ignore[arg-type]
+    assert found.dtype == expected.dtype
+    assert sqnr_db(expected, found) >= 120.0
+    opcheck(torch.ops.fxq.int8_linear, args, kwargs)
+
+
+def test_reference_by_hand() -> None:
+    x = torch.tensor([[10, 20]], dtype=torch.int8)
+    weight = torch.tensor([[1, 2], [-3, 4]], dtype=torch.int8)
+    zero = torch.tensor([[5]], dtype=torch.int32)
+
+    y = reference(
+    # Excess over 128: 254 by 126, -200 by -72, 130 by 2 and 129 by 1, on the larger of the pair.
+        torch.float32,
+    )  # fmt: skip
+
+    # (5, 15) . (1, 2) = 35, times 0.5 * 2, plus 1; (5, 15) . (-3, 4) = 45, times 0.5.
+    assert y.tolist() == [[36.0, 22.5]]
+
+
+def test_unknown_activation_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"expected one of .*found 'relu6'"):
+        activate(torch.zeros(1), "relu6")
+
+
+@needs_x86
+def test_a_weight_written_in_place_is_seen() -> None:
+    x = torch.full((4, 8), 2, dtype=torch.uint8)
+    weight = torch.ones(3, 8, dtype=torch.int8)
+    scale = torch.ones(1, 1)
+    before = torch.ops.fxq.int8_linear(x, scale, None, weight, scale, None, torch.float32)
+
+    weight.mul_(3)
+    after = torch.ops.fxq.int8_linear(x, scale, None, weight, scale, None, torch.float32)
+
+    assert torch.equal(after, before * 3)
+
+
+@pytest.mark.parametrize(
+    ("shape", "exact", "reason"),
+    [((8, 64, 64), True, "too small"), ((394, 768, 768), True, None)],
+)
+def test_small_products_stay_float_and_say_so(
+    shape: tuple[int, int, int], exact: bool, reason: str | None
+) -> None:
+    why = slower_than_float(*shape, exact=exact)
+
+    assert (why is None) if reason is None else reason in str(why)

@@ -1,0 +1,138 @@
+"""InsertObservers: which layers, which edges, and a reason for everything left alone."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from models import Block, OutOfOrder, Twice
+from torch import nn
+from torch.fx import GraphModule
+
+from fxq.account import account
+from fxq.capturing import capture
+from fxq.dialect import OBSERVED
+from fxq.graph import owner_name
+from fxq.observers import RangeObserver
+from fxq.passes.common import FIRST, LAST, InsertObservers
+from fxq.spec import LayerSpec, PerChannel, PerGroup, PerTensor, PerToken, QuantSpec
+
+WEIGHT = QuantSpec(granularity=PerChannel(0))
+STATIC = LayerSpec(QuantSpec(granularity=PerTensor()), WEIGHT)
+
+
+def graph(model: nn.Module, *shape: int) -> GraphModule:
+    return capture(model.eval(), torch.randn(*shape)).graph_module
+
+
+def chosen(gm: GraphModule) -> set[str]:
+    return {owner_name(n) for n in gm.graph.nodes if "fxq_spec" in n.meta}
+
+
+def reasons(gm: GraphModule) -> dict[str, str]:
+    return {row.module: row.skip.reason for row in account(gm) if row.skip}
+
+
+def test_layers_that_share_an_input_share_an_observer() -> None:
+    gm = graph(Block(), 2, 5, 64)
+
+    result = InsertObservers(STATIC).run(gm)
+
+    OBSERVED.check(gm)
+    observers = [m for m in gm.modules() if isinstance(m, RangeObserver)]
+    assert result.modified
+    assert chosen(gm) == {"q", "k", "v", "proj", "up", "down"}
+    assert len(observers) == 4  # q, k and v read one edge
+
+
+def test_observed_graph_computes_the_same() -> None:
+    model = Block().eval()
+    x = torch.randn(2, 5, 64)
+    gm = graph(model, 2, 5, 64)
+
+    InsertObservers(STATIC).run(gm)
+    gm.recompile()
+
+    assert torch.equal(gm(x)[0], model(x))
+
+
+def test_a_dynamic_range_needs_no_observer() -> None:
+    gm = graph(Block(), 2, 5, 64)
+    dynamic = LayerSpec(QuantSpec(granularity=PerToken(), dynamic=True), WEIGHT)
+
+    InsertObservers(dynamic).run(gm)
+
+    assert not [m for m in gm.modules() if isinstance(m, RangeObserver)]
+    assert len(chosen(gm)) == 6
+
+
+def test_a_module_called_twice_is_observed_at_each_call() -> None:
+    gm = graph(Twice(), 2, 64)
+
+    InsertObservers(STATIC).run(gm)
+
+    assert len([m for m in gm.modules() if isinstance(m, RangeObserver)]) == 2
+
+
+def test_first_and_last_go_by_data_flow() -> None:
+    gm = graph(OutOfOrder(), 2, 16)
+
+    InsertObservers(STATIC, overrides=((FIRST, None), (LAST, None))).run(gm)
+
+    assert chosen(gm) == {"b"}
+    assert reasons(gm) == {"a": "override '<first>'", "c": "override '<last>'"}
+
+
+def test_the_first_matching_override_wins() -> None:
+    gm = graph(OutOfOrder(), 2, 16)
+    four_bits = replace(STATIC, weight=replace(WEIGHT, bits=4))
+
+    InsertObservers(STATIC, overrides=(("a", four_bits), ("[ab]", None))).run(gm)
+
+    specs = {owner_name(n): n.meta["fxq_spec"] for n in gm.graph.nodes if "fxq_spec" in n.meta}
+    assert specs == {"a": four_bits, "c": STATIC}
+
+
+def test_an_override_that_matches_nothing_is_an_error() -> None:
+    gm = graph(OutOfOrder(), 2, 16)
+
+    with pytest.raises(ValueError, match=r"override 'aa' matches no layer; did you mean 'a'"):
+        InsertObservers(STATIC, overrides=(("aa", None),)).run(gm)
+
+
+def test_what_is_not_a_target_says_so() -> None:
+    model = nn.Sequential(nn.Conv1d(3, 4, 1), nn.Linear(5, 6))
+    gm = graph(model, 2, 3, 5)
+
+    InsertObservers(STATIC).run(gm)
+
+    assert reasons(gm) == {"0": "this recipe quantizes linear only"}
+
+
+def test_a_group_that_does_not_divide_is_skipped_with_the_reason() -> None:
+    gm = graph(OutOfOrder(), 2, 16)
+    spec = LayerSpec(None, QuantSpec(granularity=PerGroup(64)))
+
+    InsertObservers(spec).run(gm)
+
+    (row,) = [row for row in account(gm) if row.module == "a" and row.skip]
+    assert row.skip is not None
+    assert not row.skip.intended
+    assert "divisible by 64, found 16" in row.skip.reason
+    assert chosen(gm) == {"b", "c"}
+
+
+def test_a_static_scale_per_token_without_a_token_axis_becomes_one_scale() -> None:
+    gm = graph(OutOfOrder(), 2, 16)
+    per_token = LayerSpec(QuantSpec(granularity=PerToken()), WEIGHT)
+
+    InsertObservers(per_token).run(gm)
+
+    (layer, *_) = [n for n in gm.graph.nodes if "fxq_spec" in n.meta]
+    assert layer.meta["fxq_spec"].activation.granularity == PerTensor()
+    assert "no fixed token axis" in layer.meta["fxq_note"]
+
+
+def test_nothing_to_do_is_not_called_a_change() -> None:
+    gm = graph(nn.Conv1d(3, 4, 1), 2, 3, 5)
+
+    assert not InsertObservers(STATIC).run(gm).modified
