@@ -27,10 +27,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import rich
-import rich.markup
-import rich.table
 import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table as RichTable
 from torch import Tensor
 
 import fxq
@@ -40,6 +40,7 @@ MIN_ROUNDS = 20  # below this a median moves by more than the differences that a
 WARMUP_ROUNDS = 3
 MIN_SAMPLE_S = 1e-3  # shorter calls are repeated until one sample lasts this long
 CACHE_BYTES = 64 << 20  # weights are cycled through copies of this size together
+WIDTH = 180  # of the terminal tables: a wrapped number helps nobody
 RESULTS = Path(__file__).parent / "results"
 
 Isa = Literal["native", "avx2", "avx512"]
@@ -386,16 +387,16 @@ class Table:
 
     def show(self) -> None:
         """Print the table to the terminal."""
-        table = rich.table.Table(title=self.title, caption=_line(self.settings))
+        table = RichTable(title=self.title, caption=_line(self.settings))
         for column in self.columns:
             table.add_column(column, justify="left" if self._is_text(column) else "right")
         for row in self.rows:
-            table.add_row(*(rich.markup.escape(show(value)) for value in row.values()))
-        rich.print(table)
-        m = self.machine
-        rich.print(f"{m.cpu}, int8 {m.int8}, {m.threads} threads, load {m.load}, commit {m.commit}")
+            table.add_row(*(escape(show(value)) for value in row.values()))
+        m, console = self.machine, Console(width=WIDTH)
+        console.print(table)
+        console.print(f"{m.cpu}, int8 {m.int8}, {m.threads} threads, load {m.load}, commit {m.commit}")
         for note in self.notes:
-            rich.print(rich.markup.escape(note))
+            console.print(escape(note))
 
     def save(self, folder: Path) -> Path:
         """Write `<name>.json` and `<name>.md` into `folder` and return the former's path."""

@@ -46,6 +46,7 @@ from common import (
 )
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from fxq.lowering.lower import lower
 from fxq.numerics import sqnr_db
@@ -102,15 +103,15 @@ class Candidate:
     """A variant ready to compile.
 
     Args:
-        simulate: what it should compute, run by eager PyTorch.
-        compile: returns the compiled model. Compilation itself happens at the first call.
-        inductor: Inductor's settings for that call.
+        module: computes in eager PyTorch what the compiled code should.
+        backend: of `torch.compile`.
+        inductor: Inductor's settings beyond its defaults.
         int8: how many of its layers run in integers, where that can be asked.
         faithful: hold it to `MAX_GAP_DB`.
     """
 
-    simulate: Callable[[Tensor], Tensor]
-    compile: Callable[[], Callable[[Tensor], Tensor]]
+    module: nn.Module
+    backend: str = "inductor"
     inductor: dict[str, Any] = dataclasses.field(default_factory=dict)
     int8: str | None = None
     faithful: bool = True
@@ -136,7 +137,7 @@ def make_task(size: Size, batch: int) -> Task:
 
 def prepare_float(task: Task, inductor: dict[str, Any] | None = None) -> Candidate:
     """The baseline, or with `freezing` a stronger one: weights packed for MKL or oneDNN."""
-    return Candidate(task.model, lambda: torch.compile(task.model), inductor or {})
+    return Candidate(task.model, inductor=inductor or {})
 
 
 def prepare_fxq(task: Task, recipe: Recipe) -> Candidate:
@@ -145,8 +146,7 @@ def prepare_fxq(task: Task, recipe: Recipe) -> Candidate:
     program = compress(task.model, task.images, recipe, data)
     decisions = lower(program.graph_module, torch.device("cpu"))[1].values()
     n_int8 = sum(d.kernel is not None for d in decisions)
-    compiled = functools.partial(torch.compile, program, backend="fxq", fullgraph=True)
-    return Candidate(program, compiled, int8=f"{n_int8}/{len(decisions)}")
+    return Candidate(program, "fxq", int8=f"{n_int8}/{len(decisions)}")
 
 
 def full_range(recipe: Recipe) -> Recipe:
@@ -169,8 +169,7 @@ def prepare_pt2e(task: Task, reduce_range: bool) -> Candidate:
     for batch in task.calibration:
         prepared(batch)
     converted = convert_pt2e(prepared)
-    compiled = functools.partial(torch.compile, converted)
-    return Candidate(converted, compiled, {"freezing": True}, faithful=False)
+    return Candidate(converted, inductor={"freezing": True}, faithful=False)
 
 
 def prepare_quantize_(task: Task) -> Candidate:
@@ -179,8 +178,7 @@ def prepare_quantize_(task: Task) -> Candidate:
 
     model = copy.deepcopy(task.model)
     quantize_(model, Int8DynamicActivationInt8WeightConfig())
-    compiled = functools.partial(torch.compile, model)
-    return Candidate(model, compiled, {"freezing": True}, faithful=False)
+    return Candidate(model, inductor={"freezing": True}, faithful=False)
 
 
 # torchao stands last: its last variant changes Inductor's settings for the whole process.
@@ -198,10 +196,22 @@ VARIANTS: dict[str, Callable[[Task], Candidate]] = {
 
 
 def first_call(candidate: Candidate, images: Tensor) -> Callable[[Tensor], Tensor]:
-    """Compile `candidate` and run it once."""
-    compiled = candidate.compile()
+    """Compile `candidate` and run it once.
+
+    Raises:
+        RuntimeError: Dynamo found that the code of an earlier variant would do.
+    """
+    # Settings are given twice: as options they tell this backend from the same one with others, so
+    # that Dynamo does not reuse its code; as a patch they are also seen by Dynamo itself.
+    options = candidate.inductor or None
+    compiled = torch.compile(
+        candidate.module, backend=candidate.backend, fullgraph=True, options=options
+    )
+    before = counters["stats"]["unique_graphs"]
     with torch._inductor.config.patch(candidate.inductor):
         compiled(images)
+    if counters["stats"]["unique_graphs"] == before:
+        raise RuntimeError("nothing was compiled: this is the code of an earlier variant")
     return compiled
 
 
@@ -252,7 +262,7 @@ def prepare_variant(
     row["int8 layers"] = candidate.int8
     is_float = name.startswith(BASE)
     if not is_float:
-        row["simulated dB"] = sqnr_db(expected, candidate.simulate(task.images))
+        row["simulated dB"] = sqnr_db(expected, candidate.module(task.images))
     compiled = first_call(candidate, task.images)
     row["compiled dB"] = sqnr_db(expected, compiled(task.images))
     row["verdict"] = "ok"
@@ -304,18 +314,19 @@ def run_all(args: argparse.Namespace) -> list[dict[str, Cell]]:
     for name in VARIANTS:
         print(f"compiling {name}", flush=True)
         found = attempt(functools.partial(in_child, "--child", name))
-        compile_cells[name] = {} if isinstance(found, str) else found
-    base_s = compile_cells[BASE].get("compile s")
-    rows = []
+        compile_cells[name] = {"compile s": found} if isinstance(found, str) else found
+    base_s = compile_cells[BASE]["compile s"]
+    for cells in compile_cells.values():
+        if isinstance(base_s, float) and isinstance(cells["compile s"], float):
+            cells["compile ratio"] = cells["compile s"] / base_s
+    rows: list[dict[str, Cell]] = []
     for batch in args.batch:
         print(f"timing batch {batch}", flush=True)
-        for row in in_child("--child", "timing", "--batch", str(batch)):
-            cells = compile_cells[row["variant"]]
-            if batch == args.batch[0]:
-                row |= cells
-                if base_s and "compile s" in cells:
-                    row["compile ratio"] = cells["compile s"] / base_s
-            rows.append(row)
+        found = attempt(functools.partial(in_child, "--child", "timing", "--batch", str(batch)))
+        if isinstance(found, str):
+            found = [{"batch": batch, "variant": "all", "verdict": found}]
+        first = batch == args.batch[0]
+        rows += [row | (compile_cells.get(row["variant"], {}) if first else {}) for row in found]
     return rows
 
 
@@ -337,7 +348,7 @@ def main() -> None:
     args = parse_args()
     reexec_with_isa(args.isa)
     torch.set_num_threads(args.threads)
-    size = Size(64, 2, args.blocks, 32, 8) if args.smoke else Size(768, 12, args.blocks, 224, 16)
+    size = Size(128, 2, args.blocks, 64, 8) if args.smoke else Size(768, 12, args.blocks, 224, 16)
     if args.child:
         with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=64):
             if args.child == "timing":

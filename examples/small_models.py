@@ -40,7 +40,8 @@ def swin() -> Example:
     from timm.models.swin_transformer import SwinTransformer
 
     model = SwinTransformer(
-        img_size=32, patch_size=2, window_size=4, embed_dim=16, depths=(2, 2), num_heads=(2, 4), num_classes=5
+        img_size=32, patch_size=2, window_size=4, embed_dim=16, depths=(2, 2), num_heads=(2, 4),
+        num_classes=5
     )  # fmt: skip
     return model, torch.randn(1, 3, 32, 32)
 
@@ -94,7 +95,8 @@ def unet() -> Example:
     from diffusers import UNet2DModel
 
     model = UNet2DModel(
-        sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(16, 32),
+        sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(16,
+        32),
         norm_num_groups=4, down_block_types=("DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D"), attention_head_dim=8,
     )  # fmt: skip
@@ -106,9 +108,11 @@ def unet_condition() -> Example:
     from diffusers import UNet2DConditionModel
 
     model = UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(16, 32),
+        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(16,
+        32),
         norm_num_groups=4, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=24, attention_head_dim=8,
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=24,
+        attention_head_dim=8,
     )  # fmt: skip
     return model, (torch.randn(1, 4, 8, 8), torch.tensor([3]), torch.randn(1, 5, 24))
 
@@ -171,7 +175,8 @@ def flux() -> Example:
 
     model = FluxTransformer2DModel(
         patch_size=1, in_channels=8, num_layers=1, num_single_layers=1, attention_head_dim=16,
-        num_attention_heads=2, joint_attention_dim=24, pooled_projection_dim=12, axes_dims_rope=(4, 6, 6),
+        num_attention_heads=2, joint_attention_dim=24, pooled_projection_dim=12,
+        axes_dims_rope=(4, 6, 6),
     )  # fmt: skip
     example = {
         "hidden_states": torch.randn(1, 16, 8),
@@ -189,8 +194,10 @@ def cogvideox() -> Example:
     from diffusers import CogVideoXTransformer3DModel
 
     model = CogVideoXTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=8,
-        text_embed_dim=24, num_layers=1, sample_width=8, sample_height=8, sample_frames=5, patch_size=2,
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4,
+        time_embed_dim=8,
+        text_embed_dim=24, num_layers=1, sample_width=8, sample_height=8, sample_frames=5,
+        patch_size=2,
         max_text_seq_length=5,
     )  # fmt: skip
     example = {

@@ -28,10 +28,9 @@ from fxq.graph import hint, val_of
 
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 PATH = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*", re.ASCII)
-OPERATOR = re.compile(r"(aten|prims|fxq)\.([A-Za-z_]\w*)\.([A-Za-z_]\w*)", re.ASCII)
+# Not `aten::from_file`, which opens, and may create, the file it is told.
+OPERATOR = re.compile(r"(aten|prims|fxq)\.(?!from_file\.)([A-Za-z_]\w*)\.([A-Za-z_]\w*)", re.ASCII)
 SYMBOL = re.compile(r"s[0-9]+")
-# `aten::from_file` opens, and may create, the file it is told.
-REFUSED = frozenset({"from_file"})
 
 # Arithmetic on symbolic sizes, and the choice of one of several results.
 FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -131,7 +130,7 @@ def decode_target(name: str) -> Callable[..., Any]:
     """
     if name in FUNCTIONS:
         return FUNCTIONS[name]
-    if (parts := OPERATOR.fullmatch(name)) and parts[2] not in REFUSED:
+    if parts := OPERATOR.fullmatch(name):
         packet = getattr(getattr(torch.ops, parts[1]), parts[2], None)
         if isinstance(packet, torch._ops.OpOverloadPacket):
             found = getattr(packet, parts[3], None)
@@ -172,8 +171,8 @@ def _encode_expression(expr: sympy.Expr) -> Any:
     )
 
 
-def decode_symbols(facts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return a SymInt per name, all of one new ShapeEnv, with the value at capture as hint."""
+def decode_symbols(facts: Mapping[str, Mapping[str, Any]]) -> tuple[ShapeEnv, dict[str, Any]]:
+    """Return a new ShapeEnv and a SymInt of it per name, with the value at capture as hint."""
     env, sizes = ShapeEnv(), {}
     for name, fact in facts.items():
         numbers = all(type(value) in (int, type(None)) for value in fact.values())
@@ -186,8 +185,7 @@ def decode_symbols(facts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         high = int_oo if fact["high"] is None else fact["high"]
         env.constrain_symbol_range(symbol, fact["low"], high)
         sizes[name] = env.create_symintnode(symbol, hint=fact["hint"])
-    env.freeze()  # as torch.export leaves it: asking whether a size is 2 must not make it 2
-    return sizes
+    return env, sizes
 
 
 def _decode_size(data: Any, symbols: Mapping[str, Any]) -> Any:
@@ -257,8 +255,7 @@ def decode_graph(data: Mapping[str, Any], device: torch.device) -> Graph:
     """
     graph = Graph()
     nodes: dict[str, Node] = {}
-    symbols = decode_symbols(data["symbols"])
-    env = next((size.node.shape_env for size in symbols.values()), ShapeEnv())
+    env, symbols = decode_symbols(data["symbols"])
     mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
     for entry in data["nodes"]:
         name, op = entry["name"], entry["op"]

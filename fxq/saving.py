@@ -20,6 +20,7 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import Graph, GraphModule
 from torch.utils import _pytree as pytree
 
@@ -140,7 +141,8 @@ def _decode_program(
     graph = decode_graph(content["graph"], device)
     graph.lint()
     gm.graph = graph
-    propagate(gm)
+    with enable_python_dispatcher():  # as torch.export traces: C++ kernels take sizes for numbers
+        propagate(gm)
     QUANTIZED.check(gm)
     signature = _decode_signature(content["signature"], device)
     _check_counts(gm, signature)
@@ -160,9 +162,6 @@ def _check_counts(gm: GraphModule, signature: Signature) -> None:
             f"expected a signature of {expected} tensors, arguments and results, as the graph has, "
             f"found {found}"
         )
-
-
-# Signature
 
 
 def _encode_signature(signature: Signature) -> dict[str, Any]:
@@ -260,9 +259,6 @@ def _resolve(name: str) -> type:
             f"not; import {module or name} before fxq.load"
         )
     return known[name]
-
-
-# Attributes
 
 
 def _encode_attributes(attributes: Mapping[str, Any]) -> tuple[Any, Any, list[str]]:

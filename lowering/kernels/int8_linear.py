@@ -128,12 +128,12 @@ def is_light(flags: Mapping[str, Any]) -> bool:
 
 
 @triton.jit
-def _tanh(x):  # type: ignore[no-untyped-def]
+def _tanh(x):
     return 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
 
 
 @triton.jit
-def _activate(y, ACT: tl.constexpr):  # type: ignore[no-untyped-def]
+def _activate(y, ACT: tl.constexpr):
     if ACT == 1:
         y = 0.5 * y * (1.0 + tl.erf(y * 0.7071067811865476))
     elif ACT == 2:
@@ -144,7 +144,7 @@ def _activate(y, ACT: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _round_half_even(y):  # type: ignore[no-untyped-def]
+def _round_half_even(y):
     # Adding 1.5 * 2^23 leaves no bits behind the point; exact for |y| < 2^22, and larger values are
     # clamped anyway.
     bounded = tl.minimum(tl.maximum(y, -4194303.0), 4194303.0)
@@ -152,7 +152,7 @@ def _round_half_even(y):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def int8_linear_kernel(  # type: ignore[no-untyped-def]
+def int8_linear_kernel(
     x_ptr, w_ptr, out_ptr, x_scale_ptr, x_zero_ptr, w_scale_ptr, w_sum_ptr, bias_ptr, residual_ptr,
     out_scale_ptr, out_zero_ptr,
     M, N, K, quant_min, quant_max,

@@ -212,13 +212,8 @@ print("ok")
 
 
 def test_the_backend_is_found_in_a_fresh_process_without_import_fxq() -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", FRESH],
-        env=os.environ,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, "-W", "ignore", "-c", FRESH]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
 
     assert done.stdout.strip() == "ok", done.stderr[-2000:]
 

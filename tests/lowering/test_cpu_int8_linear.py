@@ -71,8 +71,7 @@ def test_split_pairs_is_exact_and_safe() -> None:
 
     assert torch.equal(safe + excess, weight)
     assert is_pair_safe(safe)
-    # 127 + 127 exceeds 128 by 126, -200 by -72, 3 + 127 by 2; the first of the pair carries it, the
-    # larger one.
+    # Excess over 128: 254 by 126, -200 by -72, 130 by 2 and 129 by 1, on the larger of the pair.
     assert excess.tolist() == [[126, 0, -72, 0, 0, 2], [0, 0, 1, 0, 0, 0]]
 
 
@@ -124,8 +123,8 @@ def test_reference_by_hand() -> None:
     zero = torch.tensor([[5]], dtype=torch.int32)
 
     y = reference(
-    # Excess over 128: 254 by 126, -200 by -72, 130 by 2 and 129 by 1, on the larger of the pair.
-        torch.float32,
+        x, torch.tensor([[0.5]]), zero, weight, torch.tensor([[2.0], [1.0]]),
+        torch.tensor([1.0, 0.0]), torch.float32,
     )  # fmt: skip
 
     # (5, 15) . (1, 2) = 35, times 0.5 * 2, plus 1; (5, 15) . (-3, 4) = 45, times 0.5.
