@@ -110,7 +110,8 @@ class Machine:
             load=round(os.getloadavg()[0], 2),
             versions={
                 "python": platform.python_version(),
-                **{name: _version(name) for name in ("torch", "triton", "torchao", "timm")},
+                "torch": torch.__version__,  # with its build tag
+                **{name: _version(name) for name in ("triton", "torchao", "timm")},
                 "fxq": fxq.__version__,
             },
             commit=_commit(),
@@ -394,7 +395,9 @@ class Table:
             table.add_row(*(escape(show(value)) for value in row.values()))
         m, console = self.machine, Console(width=WIDTH)
         console.print(table)
-        console.print(f"{m.cpu}, int8 {m.int8}, {m.threads} threads, load {m.load}, commit {m.commit}")
+        console.print(
+            f"{m.cpu}, int8 {m.int8}, {m.threads} threads, load {m.load}, commit {m.commit}"
+        )
         for note in self.notes:
             console.print(escape(note))
 

@@ -20,7 +20,7 @@ import fxq
 from fxq.passes import w8a8
 from fxq.scorecard import measure
 
-EPOCHS, BATCH, PEAK_LR = 30, 32, 4e-3
+EPOCHS, BATCH, PEAK_LR = 40, 32, 3e-3
 
 
 def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -35,6 +35,13 @@ def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return images[train], labels[train], images[test], labels[test]
 
 
+def shifted(images: Tensor) -> Tensor:
+    """Return all nine shifts of the images by up to one pixel `[9, N, 1, 8, 8]`; entry 4 is
+    unshifted."""
+    padded = F.pad(images, (1, 1, 1, 1), value=float(images.min()))
+    return torch.stack([padded[:, :, i : i + 8, j : j + 8] for i in range(3) for j in range(3)])
+
+
 def train_vit(images: Tensor, labels: Tensor, width: int = 64, depth: int = 3) -> VisionTransformer:
     """Return a ViT trained on 2 x 2 patches, in eval mode."""
     torch.manual_seed(0)
@@ -42,6 +49,7 @@ def train_vit(images: Tensor, labels: Tensor, width: int = 64, depth: int = 3) -
         img_size=8, patch_size=2, in_chans=1, num_classes=10, embed_dim=width, depth=depth,
         num_heads=width // 32, class_token=False, global_pool="avg",
     )  # fmt: skip
+    views = shifted(images)
     steps = len(images) // BATCH * EPOCHS
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -51,9 +59,11 @@ def train_vit(images: Tensor, labels: Tensor, width: int = 64, depth: int = 3) -
         order = torch.randperm(len(images))
         for start in range(0, len(images) - BATCH + 1, BATCH):
             batch = order[start : start + BATCH]
-            loss = F.cross_entropy(model(images[batch]), labels[batch], label_smoothing=0.1)
+            view = torch.where(torch.rand(BATCH) < 0.5, torch.randint(0, 9, (BATCH,)), 4)
+            loss = F.cross_entropy(model(views[view, batch]), labels[batch], label_smoothing=0.1)
             optimizer.zero_grad()
             loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
     return model.eval()

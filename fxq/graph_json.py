@@ -123,19 +123,17 @@ def encode_target(target: Any) -> str:
 
 
 def decode_target(name: str) -> Callable[..., Any]:
-    """Return the operator `aten.linear.default` or the function `operator.add`.
-
-    Raises:
-        ValueError: neither a function of `FUNCTIONS` nor an operator this torch has.
-    """
+    """Return the operator `aten.linear.default` or the function `operator.add`; raise for any
+    other."""
     if name in FUNCTIONS:
         return FUNCTIONS[name]
     if parts := OPERATOR.fullmatch(name):
         packet = getattr(getattr(torch.ops, parts[1]), parts[2], None)
-        if isinstance(packet, torch._ops.OpOverloadPacket):
-            found = getattr(packet, parts[3], None)
-            if isinstance(found, torch._ops.OpOverload):
-                return found
+        is_packet = isinstance(packet, torch._ops.OpOverloadPacket)
+        found = getattr(packet, parts[3], None) if is_packet else None
+        # The dispatcher's only: TorchScript adds others, of which `aten::save` writes files.
+        if isinstance(found, torch._ops.OpOverload) and torch._C._dispatch_has_kernel(found._name):
+            return found
     raise ValueError(
         f"expected an operator of aten, prims or fxq, found {name!r}, which torch "
         f"{torch.__version__} does not have or a file may not call"
@@ -175,12 +173,10 @@ def decode_symbols(facts: Mapping[str, Mapping[str, Any]]) -> tuple[ShapeEnv, di
     """Return a new ShapeEnv and a SymInt of it per name, with the value at capture as hint."""
     env, sizes = ShapeEnv(), {}
     for name, fact in facts.items():
-        numbers = all(type(value) in (int, type(None)) for value in fact.values())
-        if not SYMBOL.fullmatch(name) or not numbers:
+        if not SYMBOL.fullmatch(name) or {type(v) for v in fact.values()} - {int, type(None)}:
             raise ValueError(f"expected a free size and its bounds, found {name!r}: {fact}")
         symbol = sympy.Symbol(name, positive=True, integer=True)  # as ShapeEnv makes its own
-        # The second name is that of older torch.
-        add = getattr(env, "add_backed_var_to_val", None) or env.add_var_to_val
+        add = getattr(env, "add_backed_var_to_val", None) or env.add_var_to_val  # its older name
         add(symbol, fact["hint"])
         high = int_oo if fact["high"] is None else fact["high"]
         env.constrain_symbol_range(symbol, fact["low"], high)

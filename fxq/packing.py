@@ -62,7 +62,7 @@ def width_of(codes: Tensor) -> tuple[int, bool]:
         return 8, codes.dtype == torch.int8
     low, high = int(codes.min()), int(codes.max())
     signed = low < 0
-    bits = max(high.bit_length(), (-low - 1).bit_length() if signed else 0) + signed
+    bits = max(high, -low - 1).bit_length() + signed  # two's complement reaches one further below
     return max(bits, 2), signed
 
 

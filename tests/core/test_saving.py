@@ -277,7 +277,15 @@ def test_shared_and_narrow_tensors_come_back_shared_and_packed(path: Path) -> No
         assert "same_codes" not in file.keys()  # noqa: SIM118
 
 
-@settings(max_examples=60, deadline=None)
+def test_width_counts_the_sign_once() -> None:
+    cases = {(-8, 7): 4, (-8, -8): 4, (-9, 0): 5, (0, 15): 4, (0, 0): 2, (-128, 0): 8, (0, 127): 7}
+
+    found = {ends: width_of(torch.tensor(ends, dtype=torch.int8))[0] for ends in cases}
+
+    assert found == cases
+
+
+@settings(max_examples=100, deadline=None)
 @given(bits=st.integers(2, 8), signed=st.booleans(), data=st.data())
 def test_packing_is_exact(bits: int, signed: bool, data: st.DataObject) -> None:
     low = -(2 ** (bits - 1)) if signed else 0
@@ -299,6 +307,7 @@ def test_packing_is_exact(bits: int, signed: bool, data: st.DataObject) -> None:
 
 
 EVIL = [
+    "aten.save.default",
     "os.system", "builtins.eval", "aten.__class__", "aten.__class__.__init__", "aten.add.__call__",
     "aten.linear", "aten.linear.default.redispatch", "fxq.os.system", "torch.load", "math.__doc__",
     "aten.from_file.default", "aten.add.default\nimport os", "operator.attrgetter",
