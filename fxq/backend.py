@@ -27,6 +27,7 @@ from fxq.canonicalize.cleanup import DROPOUT
 from fxq.capturing import from_dynamo
 from fxq.errors import FxqWarning, SkippedError, did_you_mean
 from fxq.graph import bind, is_op
+from fxq.lowering.derived import version_of
 from fxq.lowering.lower import lower
 from fxq.ops import decompositions
 from fxq.pipeline import Recipe, resolve_recipe
@@ -125,12 +126,12 @@ class Compiled:
         if torch.is_grad_enabled() and any(example_inputs[i].requires_grad for i in self.static):
             warnings.warn(
                 "backend 'fxq' compiles for inference: outputs carry no gradient. Call the model "
-                "under "
-                "torch.no_grad() to say that this is meant.",
+                "under torch.no_grad() to say that this is meant.",
                 FxqWarning,
                 stacklevel=2,
             )
         self.graph_module = from_dynamo(gm)
+        self.is_program = _holds_program(self.graph_module)
         _refuse_train_mode(self.graph_module)
         self.builds: dict[tuple[int, ...], Build] = {}
         self._build(example_inputs)
@@ -139,9 +140,14 @@ class Compiled:
         """Run on Dynamo's arguments, building first where these weights are new or have changed."""
         static = [args[i] for i in self.static]
         build = self.builds.get(tuple(map(id, static)))
-        if build is not None and build.versions == tuple(weight._version for weight in static):
+        if build is None:
+            run = self._build(args)
+        elif build.versions == tuple(map(version_of, static)):
             run = build.run
         else:
+            warnings.warn(
+                "weights have changed in place: compiling again", FxqWarning, stacklevel=2
+            )
             run = self._build(args)
         return run(*[args[i] for i in self.live])
 
@@ -151,7 +157,7 @@ class Compiled:
         inputs = [nodes[i].meta["val"] for i in self.live]
         with torch.inference_mode(False), torch.no_grad(), _tracing(inputs):
             bound = bind(self.graph_module, {nodes[i].name: args[i].detach() for i in self.static})
-            if not any(is_op(n, torch.ops.fxq.dequantize.default) for n in bound.graph.nodes):
+            if not self.is_program:
                 bound = self.recipe.apply(bound)
             lowered, decisions = lower(bound, _device_of(weights))
             declined = {name: d.reason for name, d in decisions.items() if d.kernel is None}
@@ -160,10 +166,20 @@ class Compiled:
                 raise SkippedError(f"strict=True, and no integer kernel here for\n  {listing}")
             table = select_decomp_table() | decompositions()
             run: Any = compile_fx(lowered, inputs, config_patches=self.config, decompositions=table)
-        versions = tuple(w._version for w in weights)
+        versions = tuple(map(version_of, weights))
         # The entry keeps the weights alive, so that their ids are not given to others.
         self.builds[tuple(map(id, weights))] = Build(versions, weights, run)
         return run
+
+
+def _holds_program(gm: GraphModule) -> bool:
+    """Tell whether a graph came from a `Program`, all of whose layers are decided already.
+
+    Dynamo does not say which modules it traced, but each parameter's path does: a program's go
+    through its attribute `graph_module`.
+    """
+    sources = [str(n.meta["source"]) for n in gm.graph.nodes if n.op == "placeholder"]
+    return any("graph_module" in source.split(".") for source in sources)
 
 
 def _is_static(placeholder: Node) -> bool:

@@ -26,178 +26,7 @@ from torch.utils import _pytree as pytree
 from fxq.canonicalize import canonicalize
 from fxq.errors import UnsupportedError, did_you_mean
 from fxq.graph import shape_of
-
-Inputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Leaf:
-    """One tensor input of a captured graph.
-
-    Args:
-        name: where it is in the call, e.g. `x` or `cond['text']`.
-        shape: sizes; a string names a free one, which is the same wherever the name stands.
-        dtype: its dtype.
-    """
-
-    name: str
-    shape: tuple[int | str, ...]
-    dtype: torch.dtype
-
-    def check(self, value: Any, where: str) -> None:
-        """Raise where `value` cannot stand for this input."""
-        if not isinstance(value, Tensor):
-            raise TypeError(
-                f"{where}: expected a tensor for {self.name!r}, found {type(value).__name__}"
-            )
-        if value.dtype != self.dtype:
-            raise ValueError(
-                f"{where}: expected {self.dtype} for {self.name!r}, found {value.dtype}; "
-                f"convert it, or compress the model in {value.dtype}"
-            )
-        fits = len(value.shape) == len(self.shape) and all(
-            isinstance(want, str) or want == size
-            for want, size in zip(self.shape, value.shape, strict=True)
-        )
-        if not fits:
-            want = ["any" if isinstance(size, str) else size for size in self.shape]
-            raise ValueError(
-                f"{where}: expected shape {want} for {self.name!r}, found {list(value.shape)}; "
-                "capture with dynamic_shapes= if this size should be free"
-            )
-
-
-@dataclass(frozen=True)
-class Signature:
-    """How a call's arguments map to a flat graph's inputs, and its outputs back.
-
-    Args:
-        names: parameters that can be given by position, in order.
-        known: every parameter the model takes.
-        given: those the graph was captured with, in order; defaults among them.
-        defaults: values of parameters that a call may leave out.
-        in_spec: the pytree of the values of `given`.
-        leaves: per leaf of that pytree a `Leaf` for a tensor, or the constant it was captured with.
-        out_spec: the pytree of the result; the graph returns its leaves.
-        ranges: smallest and largest value (None: any) of the free sizes that the model bounds.
-        example_sizes: the free sizes' values in the example.
-    """
-
-    names: tuple[str, ...]
-    known: tuple[str, ...]
-    given: tuple[str, ...]
-    defaults: Mapping[str, Any]
-    in_spec: pytree.TreeSpec
-    leaves: tuple[Any, ...]
-    out_spec: pytree.TreeSpec
-    ranges: Mapping[str, tuple[int, int | None]]
-    example_sizes: Mapping[str, int]
-
-    def flatten(
-        self,
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        where: str = "call",
-        device: torch.device | None = None,
-    ) -> list[Tensor]:
-        """Return the graph's inputs for a call.
-
-        Args:
-            args: the call's positional arguments.
-            kwargs: its keyword arguments.
-            where: how messages name the call.
-            device: where the tensors must be; None for anywhere.
-        Raises:
-            TypeError: arguments missing, unknown or given twice, or of another structure.
-            ValueError: a constant, shape, dtype or device differs from what the graph was made for.
-        """
-        values = dict(self.defaults) | self._by_name(args, kwargs, where)
-        for name in self.given:
-            if name not in values:
-                raise TypeError(f"{where}: argument {name!r} is missing; the example had it")
-        for name, value in values.items():
-            if name not in self.given and value is not None:
-                raise ValueError(
-                    f"{where}: expected no {name!r}, as in the example, found "
-                    f"{type(value).__name__}; capture again with an example that has it"
-                )
-        flat, spec = pytree.tree_flatten([values[name] for name in self.given])
-        if spec != self.in_spec:
-            raise TypeError(f"{where}: expected the structure {self.in_spec}, found {spec}")
-        inputs = []
-        for leaf, value in zip(self.leaves, flat, strict=True):
-            if isinstance(leaf, Leaf):
-                leaf.check(value, where)
-                if device is not None and value.device != device:
-                    raise ValueError(
-                        f"{where}: expected {leaf.name!r} on {device}, found {value.device}; move "
-                        "it there"
-                    )
-                inputs.append(value)
-            elif isinstance(value, Tensor) or value != leaf:
-                raise ValueError(
-                    f"{where}: expected the constant {leaf!r} of the example, found {value!r}; "
-                    "capture again with an example that has this value"
-                )
-        self._check_free_sizes(inputs, where)
-        return inputs
-
-    def sizes_of(self, inputs: Sequence[Tensor]) -> dict[str, int]:
-        """Return the values of the free sizes in the graph's inputs."""
-        return _free_sizes(self.tensors, inputs)
-
-    def _check_free_sizes(self, inputs: Sequence[Tensor], where: str) -> None:
-        sizes: dict[str, tuple[int, str]] = {}
-        for leaf, value in zip(self.tensors, inputs, strict=True):
-            for dim, symbol in enumerate(leaf.shape):
-                if not isinstance(symbol, str):
-                    continue
-                size = value.shape[dim]
-                known, place = sizes.setdefault(symbol, (size, leaf.name))
-                if known != size:
-                    raise ValueError(
-                        f"{where}: expected {known} in dimension {dim} of {leaf.name!r} as in "
-                        f"{place!r}, found {size}"
-                    )
-                low, high = self.ranges.get(symbol, (1, None))
-                if size < low or (high is not None and size > high):
-                    raise ValueError(
-                        f"{where}: expected {low} to {high or 'any'} in dimension {dim} of "
-                        f"{leaf.name!r}, found {size}: the "
-                        "model computes otherwise beyond; capture again with an example of that "
-                        "size"
-                    )
-
-    def _by_name(
-        self, args: Sequence[Any], kwargs: Mapping[str, Any], where: str
-    ) -> dict[str, Any]:
-        if len(args) > len(self.names):
-            raise TypeError(
-                f"{where}: expected at most {len(self.names)} positional arguments "
-                f"({', '.join(self.names)}), found {len(args)}"
-            )
-        values = dict(zip(self.names, args, strict=False))
-        for name, value in kwargs.items():
-            if name in values:
-                raise TypeError(f"{where}: argument {name!r} given twice")
-            if name not in self.known:
-                raise TypeError(f"{where}: no argument {name!r}; {did_you_mean(name, self.known)}")
-            values[name] = value
-        return values
-
-    def constant(self, name: str) -> Any:
-        """Return the constant a parameter was captured with; None where it is no plain constant."""
-        index = self.given.index(name) if name in self.given else None
-        if index is None or not self.in_spec.child(index).is_leaf():
-            return None
-        before = sum(self.in_spec.child(i).num_leaves for i in range(index))
-        leaf = self.leaves[before]
-        return None if isinstance(leaf, Leaf) else leaf
-
-    @property
-    def tensors(self) -> list[Leaf]:
-        """The graph's inputs, in order."""
-        return [leaf for leaf in self.leaves if isinstance(leaf, Leaf)]
+from fxq.signature import Inputs, Leaf, Signature, free_sizes, split_inputs
 
 
 @dataclass(frozen=True)
@@ -265,7 +94,7 @@ def capture(model: nn.Module, example_inputs: Inputs, dynamic_shapes: Any = "bat
         tuple(leaves),
         out_spec,
         _ranges(exported),
-        _free_sizes(leaves, flat),
+        free_sizes(leaves, flat),
     )
     if dynamic_shapes == "batch" and not notes:
         fixed = [leaf for leaf in signature.tensors if leaf.shape]
@@ -322,15 +151,6 @@ def _bind(
     )
 
 
-def split_inputs(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the positional and keyword arguments that a user's inputs stand for."""
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    if isinstance(inputs, tuple | list):
-        return tuple(inputs), {}
-    return (inputs,), {}
-
-
 def _check_finite(values: Mapping[str, Any]) -> None:
     for path, value in pytree.tree_flatten_with_path(dict(values))[0]:
         if isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
@@ -375,16 +195,6 @@ def _try_export(
                 f"{type(model).__name__} cannot be captured by torch.export: {reason.strip()} "
                 "(torch.export.draft_export shows the place in its source)"
             ) from error
-
-
-def _free_sizes(leaves: Sequence[Any], values: Sequence[Any]) -> dict[str, int]:
-    return {
-        symbol: value.shape[dim]
-        for leaf, value in zip(leaves, values, strict=True)
-        if isinstance(leaf, Leaf)
-        for dim, symbol in enumerate(leaf.shape)
-        if isinstance(symbol, str)
-    }
 
 
 def _ranges(exported: torch.export.ExportedProgram) -> dict[str, tuple[int, int | None]]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule, Interpreter, Node
@@ -252,7 +253,8 @@ def propagate(gm: GraphModule) -> None:
     if mode is None:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         inputs = [mode.from_tensor(v) if isinstance(v, Tensor) else v for v in inputs]
-    with torch.no_grad(), mode:
+    # As torch.export traces: without the Python dispatcher C++ kernels take free sizes for numbers.
+    with torch.no_grad(), mode, enable_python_dispatcher():
         _Propagate(gm, mode).run(*inputs)
 
 

@@ -21,11 +21,12 @@ from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
 from fxq.account import unintended_skips
-from fxq.capturing import Signature, capture, split_inputs
+from fxq.capturing import capture
 from fxq.dialect import Dialect
 from fxq.errors import SkippedError, did_you_mean
 from fxq.graph import propagate
 from fxq.program import Program
+from fxq.signature import Signature, split_inputs
 
 Batches = Iterable[Sequence[Any]]  # each batch: the graph's inputs in order
 Progress = Callable[[str], None]

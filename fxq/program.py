@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from fxq.capturing import Captured, Signature
+from fxq.capturing import Captured
 from fxq.graph import copy_graph
+from fxq.signature import Signature
 
 PLAIN = (bool, int, float, str, type(None), torch.dtype)
 

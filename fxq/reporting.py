@@ -11,9 +11,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from fxq.account import Row, account
-from fxq.capturing import Inputs, split_inputs
 from fxq.lowering.lower import lower
 from fxq.program import Program
+from fxq.signature import Inputs, split_inputs
 
 Status = Literal["lowered", "simulated", "float"]
 

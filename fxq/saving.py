@@ -20,17 +20,16 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import Graph, GraphModule
 from torch.utils import _pytree as pytree
 
-from fxq.capturing import Leaf, Signature
 from fxq.dialect import QUANTIZED
 from fxq.errors import FxqWarning, UnsupportedError
 from fxq.graph import propagate
 from fxq.graph_json import PATH, decode, decode_graph, encode, encode_graph
 from fxq.packing import decode_tensors, encode_tensors, register
 from fxq.program import PLAIN, Config, Program
+from fxq.signature import Leaf, Signature
 
 VERSION = 1
 # Whose result types a file may cause to be imported: the two libraries whose models return a class
@@ -141,8 +140,7 @@ def _decode_program(
     graph = decode_graph(content["graph"], device)
     graph.lint()
     gm.graph = graph
-    with enable_python_dispatcher():  # as torch.export traces: C++ kernels take sizes for numbers
-        propagate(gm)
+    propagate(gm)
     QUANTIZED.check(gm)
     signature = _decode_signature(content["signature"], device)
     _check_counts(gm, signature)

@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_arg
 
-from fxq.capturing import Inputs, split_inputs
 from fxq.graph import args_of, owner_name, tensor_of
 from fxq.lowering.int8_linear import accumulate
 from fxq.lowering.lower import lower
 from fxq.numerics import sqnr_db
 from fxq.program import Program
+from fxq.signature import Inputs, split_inputs
 
 MIN_SQNR_DB = 120.0  # fp32 sums of thousands of terms in another order differ at 130 dB and more
 MAX_ROUNDED_SHARE = 1e-3  # of outputs in a narrower format that may round to the neighbouring value

@@ -16,6 +16,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 T = TypeVar("T")
 
 
+def version_of(tensor: Tensor) -> int:
+    """Return how often a tensor has been written to; 0 for inference tensors, which do not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 class Derived:
     """A cache from (weight, name of the derived value) to the value."""
 
@@ -32,11 +37,11 @@ class Derived:
         storage = weight.untyped_storage()
         key = (int(storage._cdata), int(weight.storage_offset()), weight.shape, name)
         entry = self._entries.get(key)
-        if entry is not None and entry[1] == weight._version and not entry[0].expired():
+        if entry is not None and entry[1] == version_of(weight) and not entry[0].expired():
             return entry[2]  # type: ignore[return-value]
         self._drop_dead()
         value = compute(weight)
-        self._entries[key] = (StorageWeakRef(storage), weight._version, value)
+        self._entries[key] = (StorageWeakRef(storage), version_of(weight), value)
         return value
 
     def _drop_dead(self) -> None:

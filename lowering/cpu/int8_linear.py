@@ -11,6 +11,8 @@ into a pair-safe part and the sparse excess (about 1 % of a Gaussian weight),
 both exact in fp32 as long as their sums stay below 2^24.
 """
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -48,7 +50,9 @@ class PackedWeight:
         self.excess: Tensor | None = None
         if cpu_int8().saturates and not is_pair_safe(weight):
             weight, excess = split_pairs(weight)
-            self.excess = excess.float().to_sparse_csr()
+            with warnings.catch_warnings():  # torch announces that CSR is in beta
+                warnings.simplefilter("ignore")
+                self.excess = excess.float().to_sparse_csr()
         self.codes = torch.ops.onednn.qlinear_prepack(
             weight.contiguous(), [n_rows, weight.shape[1]]
         )

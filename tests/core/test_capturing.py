@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fxq.account import kind_of
-from fxq.capturing import capture, split_inputs
+from fxq.capturing import capture
 from fxq.dialect import ATEN
 from fxq.errors import UnsupportedError
 from fxq.graph import shape_of
+from fxq.signature import split_inputs
 
 # linear, conv, attention, matmul, layer_norm + rms_norm after canonicalisation: a regression shows
 # here.

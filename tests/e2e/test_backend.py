@@ -16,6 +16,7 @@ from fxq.lowering.cpu import profit
 from fxq.lowering.decision import Decision
 from fxq.numerics import sqnr_db
 from fxq.passes import w8a8, weight_only
+from fxq.passes.common import Convert, InsertObservers
 from fxq.pipeline import Recipe
 
 Decisions = list[dict[str, Decision]]
@@ -33,6 +34,7 @@ def decisions(monkeypatch: pytest.MonkeyPatch) -> Decisions:
         return result
 
     monkeypatch.setattr(profit, "MIN_MACS", 0)
+    monkeypatch.setattr(profit, "MIN_MACS_SATURATING", 0)
     monkeypatch.setattr(backend, "lower", recording)
     return made
 
@@ -99,7 +101,8 @@ def test_a_weight_changed_in_place_is_seen(decisions: Decisions) -> None:
 
         model[0].weight.mul_(2.0)
         model[0].bias.mul_(2.0)
-        after = compiled(x)
+        with pytest.warns(FxqWarning, match="changed in place: compiling again"):
+            after = compiled(x)
 
     torch.testing.assert_close(after, before * 2)
 
@@ -113,7 +116,25 @@ def test_a_program_changed_in_place_is_seen(decisions: Decisions) -> None:
     (scale,) = [b for name, b in program.named_buffers() if name.endswith("weight_scale")]
     scale.mul_(2.0)
 
-    torch.testing.assert_close(compiled(x), before * 2)
+    with pytest.warns(FxqWarning, match="changed in place"):
+        torch.testing.assert_close(compiled(x), before * 2)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_program_with_nothing_quantized_stays_as_it_is(
+    nested: bool, decisions: Decisions
+) -> None:
+    x = torch.randn(16, 64)
+    nothing = Recipe("nothing", (InsertObservers(None), Convert()))
+    program = fxq.compress(nn.Linear(64, 32).eval(), x, nothing)
+
+    compiled = torch.compile(
+        nn.Sequential(program, nn.ReLU()) if nested else program, backend="fxq"
+    )
+
+    expected = program(x).relu() if nested else program(x)
+    torch.testing.assert_close(compiled(x), expected)
+    assert decisions == [{}]
 
 
 def test_one_graph_serves_modules_with_different_weights(decisions: Decisions) -> None:
@@ -202,7 +223,7 @@ import torch
 from torch import nn
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64)).eval()
-x = torch.randn(512, 64)
+x = torch.randn(16384, 64)
 with torch.no_grad():
     y = torch.compile(model, backend="fxq")(x)
     z = model(x)

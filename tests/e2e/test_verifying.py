@@ -14,6 +14,7 @@ from fxq.passes import w8a8
 @pytest.fixture
 def program(monkeypatch: pytest.MonkeyPatch) -> fxq.Program:
     monkeypatch.setattr(profit, "MIN_MACS", 0)
+    monkeypatch.setattr(profit, "MIN_MACS_SATURATING", 0)
     return fxq.compress(Block().eval(), torch.randn(2, 5, 64), w8a8.DYNAMIC)
 
 

@@ -151,7 +151,15 @@ def test_a_weight_written_in_place_is_seen() -> None:
 
 @pytest.mark.parametrize(
     ("shape", "exact", "reason"),
-    [((8, 64, 64), True, "too small"), ((394, 768, 768), True, None)],
+    [
+        ((8, 64, 64), True, "too small"),
+        ((394, 768, 768), True, None),
+        ((1, 3072, 768), True, None),
+        ((394, 768, 768), False, "avoids them"),
+        ((394, 3072, 768), False, None),
+        ((1576, 3072, 768), False, "sparse excess costs more"),
+        ((1576, 4096, 4096), False, None),
+    ],
 )
 def test_small_products_stay_float_and_say_so(
     shape: tuple[int, int, int], exact: bool, reason: str | None

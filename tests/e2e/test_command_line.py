@@ -1,0 +1,104 @@
+"""The command line on a real pretrained ViT and real pictures, and its answers to mistakes."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import fxq
+from fxq.cli import app, main, parse_argument
+
+CIFAR_VIT = [
+    "--model", "timm:vit_tiny_patch16_224",
+    *[f"--model-arg={a}" for a in (
+        "img_size=32", "patch_size=4", "embed_dim=128", "depth=4", "num_heads=4", "mlp_ratio=2",
+        "num_classes=10",
+    )],
+]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_compress_runs_on_a_pretrained_vit_and_a_folder_of_pictures(
+    shared_data: Path, tmp_path: Path
+) -> None:
+    sys.path.insert(0, str(shared_data))
+    zoo = importlib.import_module("zoo")
+    from PIL import Image
+
+    images, _ = zoo.cifar10("test", normalise=False)
+    for index in range(96):
+        pixels = (images[index].permute(1, 2, 0) * 255).round().byte().numpy()
+        Image.fromarray(pixels).save(tmp_path / f"{index:03}.png")
+    out = tmp_path / "vit.safetensors"
+
+    result = CliRunner().invoke(
+        app,
+        [
+            "compress", *CIFAR_VIT, "--data", str(tmp_path), "--out", str(out),
+            "--checkpoint", str(shared_data / "vit_cifar10.safetensors"),
+            "--calibration-images", "48", "--batch-size", "24",
+        ],
+    )  # fmt: skip
+
+    assert result.exit_code == 0, result.output
+    assert "agrees with float" in result.output
+    assert "accumulators bit-equal" in " ".join(result.output.split())
+    assert out.stat().st_size < 1_000_000  # 0.55 M parameters
+    assert fxq.load(out).num_classes == 10
+
+
+@pytest.mark.slow
+def test_w8a8_keeps_the_accuracy_of_a_pretrained_vit(shared_data: Path) -> None:
+    sys.path.insert(0, str(shared_data))
+    zoo = importlib.import_module("zoo")
+    model = zoo.vit_cifar10()
+    images, labels = zoo.cifar10("test")
+    calibration, _ = zoo.cifar10("calib")
+
+    program = fxq.compress(model, images[:2], "w8a8_static", data=list(calibration[:256].split(64)))
+
+    def accuracy(f: object) -> float:
+        hits = [(f(x).argmax(-1) == y).float().sum() for x, y in zip(  # type: ignore[operator]
+            images[:1000].split(250), labels[:1000].split(250), strict=True)]  # fmt: skip
+        return float(sum(hits)) / 1000
+
+    assert accuracy(program) >= accuracy(model) - 0.01
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compress", "--model", "vit", "--data", "."], "expected timm:<name>, found 'vit'"),
+        (["compress", "--model", "timm:vit_tny_patch16_224", "--data", "."], "did you mean"),
+        (["report", "nowhere.safetensors"], "nowhere.safetensors"),
+    ],
+)
+def test_a_mistake_ends_in_one_line(
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["fxq", *arguments])
+
+    with pytest.raises(SystemExit) as stop:
+        main()
+
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert message in " ".join(error.split())
+    assert "Traceback" not in error
+
+
+def test_recipes_are_listed() -> None:
+    assert "w8a8_static " in CliRunner().invoke(app, ["recipes"]).output
+
+
+def test_model_arguments_are_numbers_truth_values_or_strings() -> None:
+    pairs = [parse_argument(text) for text in ("a=3", "b=0.5", "c=True", "d=avg")]
+
+    assert pairs == [("a", 3), ("b", 0.5), ("c", True), ("d", "avg")]
+    with pytest.raises(ValueError, match="expected name=value, found 'img_size'"):
+        parse_argument("img_size")
