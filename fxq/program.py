@@ -92,12 +92,13 @@ class Program(nn.Module):
         for leaf in self.signature.tensors:
             if leaf.dtype.is_floating_point:
                 return leaf.dtype
-        return next(b.dtype for b in self.buffers() if b.is_floating_point())
+        floating = (b.dtype for b in self.buffers() if b.is_floating_point())
+        return next(floating, torch.get_default_dtype())
 
     @property
     def device(self) -> torch.device:
-        """Where the tensors are."""
-        return next(self.buffers()).device
+        """Where the tensors are; the CPU where there are none."""
+        return next((b.device for b in self.buffers()), torch.device("cpu"))
 
     def train(self, mode: bool = True) -> "Program":
         """Accept eval mode only.

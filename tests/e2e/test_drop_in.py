@@ -89,6 +89,14 @@ def test_a_program_keeps_no_tensor_of_the_model() -> None:
     assert torch.equal(program(x), before)
 
 
+def test_a_model_without_tensors_is_a_program_too() -> None:
+    program = fxq.compress(nn.ReLU().eval(), torch.randn(2, 8), w8a8.DYNAMIC)
+
+    assert bool((program(torch.randn(3, 8)) >= 0).all())
+    assert program.dtype == torch.float32
+    assert fxq.report(program).flops == 0
+
+
 def test_eval_is_accepted_and_train_refused() -> None:
     program = fxq.compress(nn.Linear(8, 8).eval(), torch.randn(2, 8), w8a8.DYNAMIC)
 
