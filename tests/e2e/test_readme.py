@@ -1,0 +1,47 @@
+"""The README's walkthrough works as it is printed."""
+
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import nn
+
+import fxq
+from fxq.passes import w8a8
+from fxq.pipeline import Recipe
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+
+
+def block(containing: str) -> str:
+    (found,) = [b for b in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if containing in b]
+    return found
+
+
+def test_the_pass_of_the_readme_runs_in_front_of_a_recipe() -> None:
+    module = ModuleType("readme_pass")
+    sys.modules["readme_pass"] = module  # dataclasses look their module up
+    exec(block("class ReluToIdentity"), module.__dict__)
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU()).eval(), torch.randn(4, 8)
+
+    recipe = Recipe("mine", (module.ReluToIdentity(), *w8a8.DYNAMIC.passes))
+    program = fxq.compress(model, x, recipe)
+
+    assert bool((program(x) < 0).any())
+
+
+def test_the_recipe_variant_of_the_readme_keeps_its_layers_float() -> None:
+    scope: dict[str, object] = {"w8a8": w8a8}
+    exec(block("overrides=((FIRST"), scope)
+    model = nn.Sequential()
+    model.add_module("stem", nn.Linear(8, 8))
+    model.add_module("body", nn.Linear(8, 8))
+    model.add_module("head", nn.Linear(8, 8))
+    x = torch.randn(4, 8)
+
+    program = fxq.compress(model.eval(), x, scope["mine"], [x])  # type: ignore[arg-type]
+
+    rows = {r.row.module: r.row.format for r in fxq.report(program).rows}
+    assert rows == {"stem": None, "body": "int8 x int8", "head": None}
