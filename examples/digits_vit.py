@@ -20,7 +20,7 @@ import fxq
 from fxq.passes import w8a8
 from fxq.scorecard import measure
 
-EPOCHS, BATCH, PEAK_LR = 30, 32, 3e-3
+EPOCHS, BATCH, PEAK_LR = 40, 32, 3e-3
 
 
 def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -161,7 +161,7 @@ def insert_call(
     neighbour = after or before
     assert neighbour is not None
     graph = neighbour.graph
-    with graph.inserting_after(after) if after else graph.inserting_before(before):
+    with graph.inserting_after(behind(after)) if after else graph.inserting_before(before):
         node = graph.call_function(target, args, dict(kwargs or {}))
     inherit(node, like or neighbour)
     fake_args, fake_kwargs = map_arg((args, dict(kwargs or {})), val_of)
@@ -175,10 +175,17 @@ def insert_module(gm: GraphModule, name: str, module: nn.Module, *, after: Node)
     """Insert a call of a module that returns its input, behind the node it reads."""
     name = unique_name(gm, name)
     gm.add_submodule(name, module)
-    with gm.graph.inserting_after(after):
+    with gm.graph.inserting_after(behind(after)):
         node = gm.graph.call_module(name, (after,))
     inherit(node, after)
     node.meta["val"] = after.meta["val"]
+    return node
+
+
+def behind(node: Node) -> Node:
+    """Return where to insert what reads `node`: behind it, but never between placeholders."""
+    while node.op == "placeholder" and node.next.op == "placeholder":
+        node = node.next
     return node
 
 
