@@ -33,8 +33,8 @@ def decisions(monkeypatch: pytest.MonkeyPatch) -> Decisions:
         made.append(result[1])
         return result
 
-    monkeypatch.setattr(profit, "MIN_MACS", 0)
-    monkeypatch.setattr(profit, "MIN_MACS_SATURATING", 0)
+    monkeypatch.setattr(profit, "WITH_VNNI", profit.Thresholds(0, 0))
+    monkeypatch.setattr(profit, "WITHOUT_VNNI", profit.Thresholds(0, 0))
     monkeypatch.setattr(backend, "lower", recording)
     return made
 

@@ -13,8 +13,8 @@ from fxq.passes import w8a8
 
 @pytest.fixture
 def program(monkeypatch: pytest.MonkeyPatch) -> fxq.Program:
-    monkeypatch.setattr(profit, "MIN_MACS", 0)
-    monkeypatch.setattr(profit, "MIN_MACS_SATURATING", 0)
+    monkeypatch.setattr(profit, "WITH_VNNI", profit.Thresholds(0, 0))
+    monkeypatch.setattr(profit, "WITHOUT_VNNI", profit.Thresholds(0, 0))
     return fxq.compress(Block().eval(), torch.randn(2, 5, 64), w8a8.DYNAMIC)
 
 
