@@ -75,7 +75,7 @@ def compress(
     say(f"loading {name}")
     arguments = dict(map(parse_argument, model_arg or []))
     module = load_model(name, checkpoint, arguments).to(device)
-    folder = image_batches(module, data, 2 * calibration_images, batch_size)
+    folder = image_batches(module, arguments, data, 2 * calibration_images, batch_size)
     say(f"reading {len(folder.paths)} pictures from {data}")
     batches = [batch.to(device) for batch in folder]
     n_calibrate = max(1, len(batches) // 2)

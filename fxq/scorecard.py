@@ -61,7 +61,7 @@ class Scorecard:
         sizes = [f"{size / 1e6:.2f} MB" for size in self.size_bytes]
         ratio = self.size_bytes[0] / self.size_bytes[1]
         table.add_row("size", sizes[0], "", f"{sizes[1]} ({ratio:.2f}x smaller)")
-        equal = "accumulators bit-equal" if self.accumulators_equal else "ACCUMULATORS DIFFER"
+        equal = "exact sums" if self.accumulators_equal else "SUMS DIFFER"
         table.add_row("worst kernel", "", "", f"{self.worst_node_db:.1f} dB, {equal}")
         table.add_row("FLOPs on integer kernels", "", "", f"{self.lowered:.1%}")
         return table

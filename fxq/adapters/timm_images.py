@@ -66,13 +66,22 @@ class ImageFolder:
             yield torch.stack(images)  # [B, 3, H, W]
 
 
-def image_batches(model: nn.Module, folder: Path, limit: int, batch_size: int) -> ImageFolder:
+def image_batches(
+    model: nn.Module, arguments: Mapping[str, Any], folder: Path, limit: int, batch_size: int
+) -> ImageFolder:
     """Return up to `limit` pictures under `folder`, sorted by path, preprocessed for `model`.
+
+    Args:
+        model: as `load_model` returned it.
+        arguments: what it was built with; an `img_size` among them overrides the model's usual one.
+        folder: searched with its subfolders.
+        limit: pictures at most.
+        batch_size: pictures per batch.
 
     Raises:
         ValueError: the folder is absent or has no picture.
     """
-    from timm.data import resolve_model_data_config
+    from timm.data import resolve_data_config
 
     if not folder.is_dir():
         raise ValueError(f"--data: expected a folder of pictures, found no folder {folder}")
@@ -81,6 +90,7 @@ def image_batches(model: nn.Module, folder: Path, limit: int, batch_size: int) -
         raise ValueError(
             f"--data: expected pictures ({', '.join(sorted(IMAGES))}) under {folder}, found none"
         )
-    config = resolve_model_data_config(model)
+    size = {k: v for k, v in arguments.items() if k == "img_size"}
+    config = resolve_data_config(size, model=model, use_test_size=True)
     keys = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
     return ImageFolder(tuple(paths), {k: config[k] for k in keys if k in config}, batch_size)
