@@ -17,7 +17,8 @@ T = TypeVar("T")
 
 
 def version_of(tensor: Tensor) -> int:
-    """Return how often a tensor has been written to; 0 for inference tensors, which do not count."""
+    """Return how often a tensor has been written to; 0 for inference tensors, which do not
+    count."""
     return 0 if tensor.is_inference() else tensor._version
 
 
