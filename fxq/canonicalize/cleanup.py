@@ -14,7 +14,6 @@ ALIASES = (
     aten.detach.default,
     aten.detach_.default,
     aten.alias.default,
-    aten.lift_fresh_copy.default,  # of a constant that nothing writes to
 )
 CHECKS = (
     aten._assert_tensor_metadata.default,
@@ -34,11 +33,18 @@ def drop_no_ops(gm: GraphModule) -> int:
     return count
 
 
+def _writes(node: Node) -> bool:
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and bool(target._schema.is_mutable)
+
+
 def _does_nothing(node: Node) -> bool:
     if is_op(node, *DROPOUT):
         return bool(args_of(node)[1] == 0.0 or args_of(node)[2] is False)
     if is_op(node, *ALIASES):
         return True
+    if is_op(node, aten.lift_fresh_copy.default):  # of a constant; needed only to write to it
+        return not any(_writes(user) for user in node.users)
     if is_op(node, aten.to.dtype, aten.to.dtype_layout):
         before, after = val_of(args_of(node)[0]), val_of(node)
         return bool(before.dtype == after.dtype and before.device == after.device)

@@ -220,6 +220,18 @@ def test_eval_dropout_and_casts_to_the_same_dtype_go() -> None:
     assert [n.target for n in gm.graph.nodes if n.op == "call_function"] == [ATEN.add.Tensor]
 
 
+def test_a_constant_that_is_written_to_is_copied_first() -> None:
+    def count_up(m: nn.Module, x: Tensor) -> Tensor:
+        start = torch.tensor([1.0])
+        start.add_(1.0)
+        return x + start
+
+    gm = capture(One(count_up).eval(), X).graph_module
+
+    assert torch.equal(gm(X)[0], X + 2.0)
+    assert torch.equal(gm(X)[0], X + 2.0)  # and again
+
+
 def test_the_transpose_of_a_constant_costs_no_copy() -> None:
     model = One(lambda m, x: x @ m.w, w=W.clone()).eval()
 
