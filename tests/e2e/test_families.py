@@ -1,0 +1,33 @@
+"""Every model family, compressed: each kernel equals what it replaces, and the model stays close to
+float."""
+
+import pytest
+import torch
+from small_models import ZOO, seeded
+from torch.utils._pytree import tree_leaves
+
+import fxq
+from fxq.lowering.cpu import profit
+from fxq.numerics import sqnr_db
+from fxq.passes import w8a8
+from fxq.signature import split_inputs
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_compressed_families_verify_and_stay_close_to_float(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(profit, "WITH_VNNI", profit.Thresholds(0, 0))
+    monkeypatch.setattr(profit, "WITHOUT_VNNI", profit.Thresholds(0, 0))
+    model, example = seeded(ZOO[name])
+
+    program = fxq.compress(model, example, w8a8.DYNAMIC, strict=True)
+
+    verification = fxq.verify(program, example)
+    assert verification.ok, str(verification)
+    assert len(verification.checks) >= 5
+    args, kwargs = split_inputs(example)
+    with torch.no_grad():
+        expected, found = (tree_leaves(f(*args, **kwargs))[0] for f in (model, program))
+    # Measured 32.6 dB (Swin) to 48.9 dB.
+    assert sqnr_db(expected, found) > 30.0
