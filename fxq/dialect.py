@@ -2,8 +2,9 @@
 
     ATEN       aten operators, in canonical form: what `fxq.capture` gives
     OBSERVED   ATEN, with range observers on edges and a `LayerSpec` in the meta of every layer to
-    be quantized QUANTIZED  ATEN, with fxq::quantize and fxq::dequantize: runs anywhere, is saved
-    and inspected LOWERED    QUANTIZED, with kernels of `fxq.lowering` in place of what they compute
+               be quantized
+    QUANTIZED  ATEN, with fxq::quantize and fxq::dequantize: runs anywhere, is saved and inspected
+    LOWERED    QUANTIZED, with kernels of `fxq.lowering` in place of what they compute
 
 A dialect is a function from a node to a complaint, or None. `check` collects the complaints of a
 whole graph.

@@ -50,6 +50,7 @@ def compile_for(
     num_warps: int,
     num_stages: int,
     divisible_by_16: tuple[str, ...] = (),
+    fp_fusion: bool = True,
     capability: int = 90,
 ) -> AotReport:
     """Compile `kernel` ahead of time.
@@ -61,6 +62,7 @@ def compile_for(
         num_warps: warps per program.
         num_stages: software pipelining depth.
         divisible_by_16: pointers and sizes a launch would find divisible by 16.
+        fp_fusion: a product and a sum may become one FMA, Triton's default.
         capability: compute capability times 10.
     """
     order = list(signature)
@@ -69,31 +71,36 @@ def compile_for(
         fn=kernel, signature=dict(signature), constexprs=dict(constexprs), attrs=attributes
     )
     target = GPUTarget("cuda", capability, 32)
-    compiled = triton.compile(
-        source,
-        target=target,
-        options={"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True},
-    )
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": fp_fusion}
+    compiled = triton.compile(source, target=target, options=options)
     ptx = compiled.asm["ptx"]
-    log = _ptxas_log(ptx, capability)
-    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log)
+    log = _ptxas_log(ptx, capability, fp_fusion)
     return AotReport(
         ptx=ptx,
-        registers=int((re.findall(r"Used (\d+) registers", log) or [0])[-1]),
-        spill_bytes=sum(map(int, spills)),
+        registers=max(_numbers(r"Used (\d+) registers", log)),
+        spill_bytes=sum(_numbers(r"(\d+) bytes spill (?:stores|loads)", log)),
         shared_bytes=int(compiled.metadata.shared),
         has_wgmma="wgmma.mma_async" in ptx,
-        has_async_copy="cp.async" in ptx,
+        has_async_copy=re.search(r"cp\.async\.(c[ag]\.shared|bulk\.tensor)", ptx) is not None,
         serialized="serialized" in log,
     )
 
 
-def _ptxas_log(ptx: str, capability: int) -> str:
+def _numbers(pattern: str, log: str) -> list[int]:
+    found = [int(number) for number in re.findall(pattern, log)]
+    if not found:  # a changed log must not read as "no spills"
+        raise RuntimeError(f"ptxas -v: expected a line like {pattern!r}, found: {log}")
+    return found
+
+
+def _ptxas_log(ptx: str, capability: int, fp_fusion: bool) -> str:
     tool = get_ptxas(capability).path  # the one Triton itself would run
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "kernel.ptx")
         Path(path).write_text(ptx)
         command = [str(tool), "-v", f"-arch=sm_{capability}a", path, "-o", os.devnull]
+        if not fp_fusion:
+            command.append("--fmad=false")
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"ptxas refused the kernel: {done.stderr}")

@@ -2,16 +2,15 @@
 
 Three recipes that differ in when and how finely activations get their scale:
 
-    STATIC             one scale per tensor, from calibration data: the fastest
-    STATIC_PER_TOKEN   one scale per token position, from calibration data (for models with a fixed
-    number of tokens) DYNAMIC            one scale per token, computed at run time: needs no data,
-    and is what `torch.compile(model,
-                       backend="fxq")` does by default
+    STATIC            one scale per tensor, from calibration data: the fastest
+    STATIC_PER_TOKEN  one scale per token position, from calibration data, for models with a fixed
+                      number of tokens
+    DYNAMIC           one scale per token, computed at run time: needs no data, and is what
+                      `torch.compile(model, backend="fxq")` does by default
 
 Weights are scaled so that every x86 multiplies them exactly at full speed (`QuantSpec.pair_safe`).
-On VNNI or a GPU that
-is not needed: `FULL_RANGE` as the weight's spec gains a little accuracy there and costs speed
-elsewhere.
+On VNNI or a GPU that is not needed: `FULL_RANGE` as the weight's spec gains a little accuracy there
+and costs speed elsewhere.
 """
 
 from fxq.passes.common import Calibrate, Convert, InsertObservers

@@ -1,17 +1,19 @@
-"""int8_linear on CUDA: s8 x s8 -> s32 on tensor cores, with scales, bias, activation, residual and
-requantize.
+"""int8_linear on CUDA: s8 x s8 -> s32 on tensor cores, with the whole epilogue in registers.
 
-    acc = x @ w.T                                      x [M, K], w [N, K]: both K-contiguous, as
-    wgmma s8 needs acc -= x_zero_point * w_sum                        int32, exact
-    y = act(acc * (x_scale * w_scale) + bias) + residual
-    out = y, or clamp(rint(y / out_scale) + out_zero_point)
+    acc = x @ w.T - x_zero_point * w_sum               int32, exact
+    y   = act(acc * (x_scale * w_scale) + bias) + residual                      fp32
+    out = y, or clamp(rint(y * (1 / out_scale)) + out_zero_point)
 
-x_scale and x_zero_point hold one entry, or one per row. The accumulator is int32 until the scales
-are applied; everything after is fp32. Programs are ordered in groups of rows, so that neighbours
-share tiles of w in L2.
+x [M, K] and w [N, K] are int8 and both K-contiguous, as wgmma s8 needs; w_scale, w_sum and bias are
+[N], residual and out [M, N]. x_scale and x_zero_point hold one entry, or one per row. The
+accumulator is int32 until the scales are applied; everything after is fp32. Programs are ordered in
+groups of rows, so that neighbours share tiles of w in L2.
 
-Not measured yet on a GPU: `CONFIGS` was chosen so that every configuration compiles for sm_90 with
-wgmma, asynchronous copies and zero spills (tests/lowering/test_int8_linear_aot.py).
+Codes must not depend on how the kernel was compiled: the reciprocal is correctly rounded, and
+products and sums are not contracted to FMA (`FP_FUSION`), because eager PyTorch does neither.
+
+Not measured yet on a GPU: `CONFIGS` was chosen so that what `choose_config` returns compiles for
+sm_90 with wgmma, asynchronous copies and zero spills (tests/lowering/test_int8_linear_aot.py).
 """
 
 from collections.abc import Mapping
@@ -40,8 +42,10 @@ CONFIGS = {
     "medium": Config(128, 128, 128, 8, 3),
     "rows": Config(64, 128, 128, 4, 4),
     "few": Config(16, 64, 256, 4, 4),
+    "odd": Config(64, 64, 32, 4, 2),
 }
 GROUP_M = 8
+FP_FUSION = False
 
 
 class Case(NamedTuple):
@@ -104,27 +108,33 @@ BENCHMARK_CASES = (
 )
 
 
-def choose_config(m: int, n: int, *, light: bool) -> Config:
-    """Return the tiles for `[m, K] x [K, n]`.
+def choose_config(m: int, n: int, k: int, *, light: bool) -> Config:
+    """Return the tiles for `[m, k] x [k, n]`.
 
     Frozen, so that a program compiles to the same code every time.
 
     Args:
         m: rows of the activations.
         n: output channels.
+        k: input channels.
         light: the epilogue fits the registers that a 128 x 256 accumulator leaves (`is_light`).
     """
+    if k % 16:  # rows are not aligned: byte loads, whose addresses spill in larger tiles
+        return CONFIGS["odd"]
     if m <= 16:
         return CONFIGS["few"]
-    if m <= 64:
+    if m <= 64 or n % 16:  # stores that are not aligned take registers as well
         return CONFIGS["rows"]
-    tiles = triton.cdiv(m, 128) * triton.cdiv(n, 256)
-    return CONFIGS["large" if light and tiles >= 132 else "medium"]  # 132 multiprocessors, H100
+    large = CONFIGS["large"]
+    tiles = triton.cdiv(m, large.bm) * triton.cdiv(n, large.bn)
+    fills = tiles >= 132  # multiprocessors of an H100
+    return CONFIGS["large" if light and fills and k % large.bk == 0 else "medium"]
 
 
 def is_light(flags: Mapping[str, Any]) -> bool:
     """Tell whether an epilogue compiles without spills in the largest tile."""
-    return not (flags["HAS_RESIDUAL"] or flags["HAS_ZERO"] or flags["ACT"] == ACTIVATION["gelu"])
+    heavy = (ACTIVATION["gelu"], ACTIVATION["gelu_tanh"])
+    return not (flags["HAS_RESIDUAL"] or flags["HAS_OUT_SCALE"] or flags["ACT"] in heavy)
 
 
 @triton.jit
@@ -152,31 +162,28 @@ def _round_half_even(y):
 
 
 @triton.jit
-def int8_linear_kernel(
-    x_ptr, w_ptr, out_ptr, x_scale_ptr, x_zero_ptr, w_scale_ptr, w_sum_ptr, bias_ptr, residual_ptr,
-    out_scale_ptr, out_zero_ptr,
-    M, N, K, quant_min, quant_max,
-    PER_ROW_SCALE: tl.constexpr, PER_ROW_ZERO: tl.constexpr, HAS_ZERO: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_OUT_SCALE: tl.constexpr,
-    HAS_OUT_ZERO: tl.constexpr, ACT: tl.constexpr, EVEN_K: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
+def _tile(M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
+    """First row and column of this program's tile; a group of rows is walked column by column."""
     pid = tl.program_id(0)
     n_rows, n_cols = tl.cdiv(M, BM), tl.cdiv(N, BN)
-    group = pid // (GROUP * n_cols)
-    first = group * GROUP
+    first = pid // (GROUP * n_cols) * GROUP
     height = min(n_rows - first, GROUP)
-    tile_m = first + (pid % (GROUP * n_cols)) % height
-    tile_n = (pid % (GROUP * n_cols)) // height
+    inside = pid % (GROUP * n_cols)
+    return (first + inside % height) * BM, inside // height * BN
 
-    rows = tile_m * BM + tl.arange(0, BM)
-    cols = tile_n * BN + tl.arange(0, BN)
-    # Rows beyond the end wrap around: they load real data and are masked when stored.
-    offs_m = (rows % M).to(tl.int64)
-    offs_n = (cols % N).to(tl.int64)
+
+@triton.jit
+def _accumulate(
+    x_ptr, w_ptr, row0, col0, M, N, K,
+    EVEN_K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    # One 64-bit base per tile, 32-bit offsets inside: exact for any M and N, and few registers.
+    # Rows beyond the end repeat the last one: they load real data and are masked when stored.
+    offs_m = tl.minimum(tl.arange(0, BM), M - 1 - row0)
+    offs_n = tl.minimum(tl.arange(0, BN), N - 1 - col0)
     offs_k = tl.arange(0, BK)
-    x_ptrs = x_ptr + offs_m[:, None] * K + offs_k[None, :]
-    w_ptrs = w_ptr + offs_n[None, :] * K + offs_k[:, None]
+    x_ptrs = x_ptr + row0.to(tl.int64) * K + (offs_m[:, None] * K + offs_k[None, :])
+    w_ptrs = w_ptr + col0.to(tl.int64) * K + (offs_n[None, :] * K + offs_k[:, None])
     acc = tl.zeros((BM, BN), dtype=tl.int32)
     for k in range(0, tl.cdiv(K, BK)):
         if EVEN_K:
@@ -189,31 +196,51 @@ def int8_linear_kernel(
         acc = tl.dot(x, w, acc, out_dtype=tl.int32)
         x_ptrs += BK
         w_ptrs += BK
+    return acc
 
+
+@triton.jit
+def int8_linear_kernel(
+    x_ptr, w_ptr, out_ptr, x_scale_ptr, x_zero_ptr, w_scale_ptr, w_sum_ptr, bias_ptr, residual_ptr,
+    out_scale_ptr, out_zero_ptr,
+    M, N, K, quant_min, quant_max,
+    PER_ROW_SCALE: tl.constexpr, PER_ROW_ZERO: tl.constexpr, HAS_ZERO: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_OUT_SCALE: tl.constexpr,
+    HAS_OUT_ZERO: tl.constexpr, ACT: tl.constexpr, EVEN_K: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    row0, col0 = _tile(M, N, BM, BN, GROUP)
+    acc = _accumulate(x_ptr, w_ptr, row0, col0, M, N, K, EVEN_K, BM, BN, BK)
+
+    rows, cols = row0 + tl.arange(0, BM), col0 + tl.arange(0, BN)
+    mask_m, mask_n = rows < M, cols < N
     if HAS_ZERO:
-        w_sum = tl.load(w_sum_ptr + offs_n)
+        w_sum = tl.load(w_sum_ptr + cols, mask=mask_n, other=0)
         if PER_ROW_ZERO:
-            acc -= tl.load(x_zero_ptr + offs_m)[:, None] * w_sum[None, :]
+            acc -= tl.load(x_zero_ptr + rows, mask=mask_m, other=0)[:, None] * w_sum[None, :]
         else:
             acc -= (tl.load(x_zero_ptr) * w_sum)[None, :]
-    w_scale = tl.load(w_scale_ptr + offs_n)
+    w_scale = tl.load(w_scale_ptr + cols, mask=mask_n, other=0.0)
     if PER_ROW_SCALE:
-        y = acc.to(tl.float32) * (tl.load(x_scale_ptr + offs_m)[:, None] * w_scale[None, :])
+        x_scale = tl.load(x_scale_ptr + rows, mask=mask_m, other=0.0)
+        y = acc.to(tl.float32) * (x_scale[:, None] * w_scale[None, :])
     else:
         y = acc.to(tl.float32) * (tl.load(x_scale_ptr) * w_scale)[None, :]
     if HAS_BIAS:
-        y += tl.load(bias_ptr + offs_n)[None, :]
+        y += tl.load(bias_ptr + cols, mask=mask_n, other=0.0)[None, :]
     y = _activate(y, ACT)
-    mask = (rows < M)[:, None] & (cols < N)[None, :]
-    offs = offs_m[:, None] * N + offs_n[None, :]
+
+    mask = mask_m[:, None] & mask_n[None, :]
+    base = row0.to(tl.int64) * N + col0
+    offs = tl.arange(0, BM)[:, None] * N + tl.arange(0, BN)[None, :]
     if HAS_RESIDUAL:
-        y += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        y += tl.load(residual_ptr + base + offs, mask=mask, other=0.0).to(tl.float32)
     if HAS_OUT_SCALE:
-        y = _round_half_even(y * (1.0 / tl.load(out_scale_ptr)))
+        y = _round_half_even(y * tl.div_rn(1.0, tl.load(out_scale_ptr)))
         if HAS_OUT_ZERO:
             y += tl.load(out_zero_ptr).to(tl.float32)
-        y = tl.minimum(tl.maximum(y, quant_min.to(tl.float32)), quant_max.to(tl.float32))
-    tl.store(out_ptr + offs, y.to(out_ptr.dtype.element_ty), mask=mask)
+        y = tl.minimum(tl.maximum(y, quant_min), quant_max)
+    tl.store(out_ptr + base + offs, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def allocate(m: int, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -263,7 +290,7 @@ def launch(
     flags = epilogue_flags(
         x_scale, x_zero_point, bias, residual, out_scale, out_zero_point, activation
     )
-    tiles = config or choose_config(m, n, light=is_light(flags))
+    tiles = config or choose_config(m, n, k, light=is_light(flags))
     out = allocate(m, n, out_dtype if out_scale is None else torch.int8, x.device)
     if out.numel() == 0:
         return out
@@ -273,7 +300,7 @@ def launch(
         out_scale, out_zero_point, m, n, k, quant_min, quant_max,
         **flags,
         EVEN_K=k % tiles.bk == 0, BM=tiles.bm, BN=tiles.bn, BK=tiles.bk, GROUP=GROUP_M,
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages, enable_fp_fusion=FP_FUSION,
     )  # fmt: skip
     return out
 
