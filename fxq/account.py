@@ -85,6 +85,12 @@ def mark_skip(node: Node, skip: Skip) -> None:
     node.meta["fxq_skip"] = skip
 
 
+def add_note(node: Node, note: str) -> None:
+    """Add a remark that the report shows beside `node`."""
+    notes = [node.meta["fxq_note"]] if "fxq_note" in node.meta else []
+    node.meta["fxq_note"] = "; ".join([*notes, note])
+
+
 def flops_of(node: Node, sizes: Mapping[str, int] | None = None) -> int:
     """Return a node's floating-point operations, 0 for a node that does not multiply.
 

@@ -20,47 +20,20 @@ from fxq.spec import LayerSpec, MeanSquaredError, PerChannel, PerTensor, PerToke
 WEIGHT = QuantSpec(bits=8, symmetric=True, granularity=PerChannel(0), pair_safe=True)
 FULL_RANGE = QuantSpec(bits=8, symmetric=True, granularity=PerChannel(0))
 
-STATIC = Recipe(
-    "w8a8_static",
-    (
-        InsertObservers(
-            LayerSpec(
-                activation=QuantSpec(
-                    symmetric=False, granularity=PerTensor(), observer=MeanSquaredError()
-                ),
-                weight=WEIGHT,
-            )
-        ),
-        Calibrate(),
-        Convert(),
-    ),
+STATIC_LAYER = LayerSpec(
+    activation=QuantSpec(symmetric=False, granularity=PerTensor(), observer=MeanSquaredError()),
+    weight=WEIGHT,
+)
+PER_TOKEN_LAYER = LayerSpec(
+    activation=QuantSpec(symmetric=False, granularity=PerToken(), observer=MeanSquaredError()),
+    weight=WEIGHT,
+)
+DYNAMIC_LAYER = LayerSpec(
+    activation=QuantSpec(symmetric=True, granularity=PerToken(), dynamic=True), weight=WEIGHT
 )
 
+STATIC = Recipe("w8a8_static", (InsertObservers(STATIC_LAYER), Calibrate(), Convert()))
 STATIC_PER_TOKEN = Recipe(
-    "w8a8_static_per_token",
-    (
-        InsertObservers(
-            LayerSpec(
-                activation=QuantSpec(
-                    symmetric=False, granularity=PerToken(), observer=MeanSquaredError()
-                ),
-                weight=WEIGHT,
-            )
-        ),
-        Calibrate(),
-        Convert(),
-    ),
+    "w8a8_static_per_token", (InsertObservers(PER_TOKEN_LAYER), Calibrate(), Convert())
 )
-
-DYNAMIC = Recipe(
-    "w8a8_dynamic",
-    (
-        InsertObservers(
-            LayerSpec(
-                activation=QuantSpec(symmetric=True, granularity=PerToken(), dynamic=True),
-                weight=WEIGHT,
-            )
-        ),
-        Convert(),
-    ),
-)
+DYNAMIC = Recipe("w8a8_dynamic", (InsertObservers(DYNAMIC_LAYER), Convert()))

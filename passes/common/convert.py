@@ -20,11 +20,14 @@ from fxq import numerics
 from fxq.dialect import OBSERVED, QUANTIZED, Dialect
 from fxq.graph import (
     add_buffer,
+    args_of,
+    constant_of,
     dtype_of,
     erase_dead,
     insert_call,
     owner_name,
     shape_of,
+    tensor_of,
     weight_of,
 )
 from fxq.observers import RangeObserver
@@ -137,9 +140,10 @@ class _Conversion:
             find = self.dynamic_qparams if spec.dynamic else self.static_qparams
             source, scale, zero = find(layer, edge, spec)
             grid = (spec.quant_min, spec.quant_max)
+            source, divisor = self.take_in_product(layer, source, scale)
             codes = insert_call(
                 ops.quantize.default,
-                (source, scale, zero, *grid),
+                (source, divisor, zero, *grid),
                 after=source if not spec.dynamic else zero or scale,
                 like=layer,
             )
@@ -175,6 +179,18 @@ class _Conversion:
         if not spec.symmetric:
             zero = insert_call(operator.getitem, (pair, 1), after=pair)
         return edge, insert_call(operator.getitem, (pair, 0), after=pair), zero
+
+    def take_in_product(self, layer: Node, source: Node, scale: Node) -> tuple[Node, Node]:
+        """Return what to quantize and with which scale: a product with a constant per channel that
+        a scaling pass put in front of a static quantizer becomes part of the scale."""
+        if "fxq_reciprocal" not in source.meta or scale.op != "get_attr":
+            return source, scale
+        step, factor = tensor_of(self.gm, scale), constant_of(args_of(source)[1])
+        if step.numel() > 1:
+            return source, scale
+        name = f"{owner_name(layer)}.input_channel_scale"
+        divisor = add_buffer(self.gm, name, step / factor.float(), like=layer)
+        return args_of(source)[0], divisor
 
     def qparams(
         self, layer: Node, name: str, scale: Tensor, zero: Tensor | None

@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
-from fxq.account import KINDS, Skip, kind_of, mark_skip
+from fxq.account import KINDS, Skip, add_note, kind_of, mark_skip
 from fxq.dialect import ATEN, OBSERVED, Dialect
 from fxq.errors import UnsupportedError, did_you_mean
 from fxq.graph import insert_module, is_constant, owner_name, shape_of, weight_of
@@ -138,7 +138,7 @@ def _fitted(layer: Node, spec: LayerSpec) -> LayerSpec:
         if kind_of(layer) == "conv":
             raise UnsupportedError("PerToken() needs [..., token, channel], found a convolution")
         if not activation.dynamic and (len(shape) < 3 or not isinstance(shape[-2], int)):
-            layer.meta["fxq_note"] = f"one scale for all rows: no fixed token axis in {list(shape)}"
+            add_note(layer, f"one scale for all rows: no fixed token axis in {list(shape)}")
             activation = replace(activation, granularity=PerTensor())
     block = block_of(activation.granularity, len(shape), dynamic=activation.dynamic)
     sizes = scale_shape(shape, block)

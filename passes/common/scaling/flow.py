@@ -1,0 +1,185 @@
+"""Channel flow: which channels of a graph can be scaled, or shifted, without changing its function.
+
+Every output channel of a linear, convolution or norm and every input channel of a linear or
+convolution is a *variable*: the factor it is divided by. One pass over the graph finds which
+variables must be equal and which must stay one. Each node's value gets labels that name the
+variable of every element (`labels.py`), and each operator has a rule (`rules.py`). It
+
+- carries labels along: views, concatenation and the like are run on the labels themselves, so that
+  no layout has to be known; a positive factor also passes through ReLU, pooling, a product with
+  something else, and from the values to the result of attention;
+- equates variables: both operands of a sum, both halves of a rotated pair, all tokens that
+  attention mixes, a layer's input channel and what arrives there; query and key as inverses;
+- or fixes them at one: everything else, with the reason.
+
+What is equal is found as connected components. Shifts go through fewer operators: not through a
+product, ReLU or zero padding, but through attention, whose rows sum to one.
+
+The variables of a layer belong to its weight: layers that share one share their factors.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from fxq.passes.common.scaling.labels import UNIT, ZERO, compact, connected_components, settle
+
+Side = Literal["out", "in", "operand"]
+
+
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """The variables of one side of a layer or norm, or of an operand that can be rewritten.
+
+    Args:
+        node: the layer, norm or sum.
+        side: its output channels, its input channels, or one operand of the sum.
+        base: number of the first variable.
+        size: how many variables.
+        index: position of the operand in the sum's arguments.
+        labels: the operand's variables, in a shape that broadcasts to its own.
+    """
+
+    node: Node
+    side: Side
+    base: int
+    size: int
+    index: int = 0
+    labels: Tensor | None = None
+
+    @property
+    def ids(self) -> Tensor:
+        """The variables `[size]`."""
+        return torch.arange(self.base, self.base + self.size)
+
+
+@dataclass
+class Variables:
+    """Numbers for variables, the same in a flow of scales and one of shifts."""
+
+    count: int = UNIT + 1
+    bases: dict[object, int] = field(default_factory=dict)
+
+    def base(self, key: object, size: int) -> int:
+        """Return the first of `size` consecutive numbers that belong to `key`."""
+        if key not in self.bases:
+            self.bases[key] = self.count
+            self.count += size
+        return self.bases[key]
+
+
+class ChannelFlow:
+    """Labels, equations and fixed variables of one graph. `rules.trace` fills it.
+
+    Args:
+        scales: the flow of scales of the same graph makes this the flow of shifts.
+    """
+
+    def __init__(self, scales: "ChannelFlow | None" = None) -> None:
+        self.scales = scales
+        self.variables: Variables = scales.variables if scales else Variables()
+        self.labels: dict[Node, Any] = {}  # a Tensor, or a list of them for several results
+        self.why: dict[Node, str] = {}  # why a node's value, or part of it, is not scaled
+        self.traits: dict[Node, frozenset[str]] = {}  # what a node's labels went through
+        self.slots: list[Slot] = []
+        self._equal: list[Tensor] = []
+        self._fixed: list[tuple[Tensor, str]] = []
+
+    @property
+    def shifts(self) -> bool:
+        """Whether this is a flow of shifts."""
+        return self.scales is not None
+
+    def components(self) -> tuple[Tensor, dict[int, str]]:
+        """Return the component of every variable and of its inverse, and why components are fixed.
+
+        Returns:
+            `[2 * n_variables]`: entry 2v is the component of variable v, 2v + 1 that of 1 / v; and
+            component -> reason for those that hold a variable fixed at one.
+        """
+        pairs = torch.cat([*self._equal, torch.empty(2, 0, dtype=torch.int64)], 1)
+        a, b = torch.cat([_vertex(pairs), _vertex(-pairs)], 1)
+        component = connected_components(2 * self.variables.count, a, b)
+        reasons: dict[int, str] = {}
+        for ids, reason in self._fixed:
+            for found in component[torch.cat([2 * ids, 2 * ids + 1])].unique().tolist():
+                reasons.setdefault(found, reason)
+        for found in component[0::2][component[0::2] == component[1::2]].unique().tolist():
+            reasons.setdefault(found, "its factor would have to be its own inverse")
+        return component, reasons
+
+    def slot(self, node: Node, side: Side, size: int, key: object) -> Slot:
+        """Register the variables of one side of `node`; equal keys share them."""
+        slot = Slot(node, side, self.variables.base((side, key), size), size)
+        self.slots.append(slot)
+        return slot
+
+    def tensor(self, value: Any) -> Tensor | None:
+        """Return the labels of an argument, None where it is a number or is not scaled."""
+        found = self.labels.get(value) if isinstance(value, Node) else None
+        return found if isinstance(found, Tensor) else None
+
+    def traits_of(self, value: Any) -> frozenset[str]:
+        """Return what the labels of an argument went through."""
+        return self.traits.get(value, frozenset())
+
+    def set(self, node: Node, labels: Tensor | list[Tensor]) -> None:
+        """Give `node`'s value (or values) labels, unless none of it is scaled."""
+        if isinstance(labels, list):
+            self.labels[node] = [settle(part) for part in labels]
+            return
+        labels = settle(labels)
+        if bool((compact(labels) > UNIT).any()):
+            self.labels[node] = labels
+        else:
+            self.why[node] = next(self.why[n] for n in node.all_input_nodes if n in self.why)
+
+    def equate(self, a: Tensor, b: Tensor) -> None:
+        """State that the variables in two tensors of labels are equal, element by element.
+
+        ZERO equals anything, UNIT fixes what it meets.
+        """
+        x, y = torch.broadcast_tensors(compact(a), compact(b))
+        pairs = torch.stack([x.flatten(), y.flatten()])
+        pairs = pairs[:, (pairs != ZERO).all(0) & (pairs[0] != pairs[1])]
+        unit = (pairs.abs() == UNIT).any(0)
+        self.fix(pairs[:, unit], "part of what it is tied to is not scaled")
+        n = self.variables.count
+        keys = ((pairs[0] + n) * (2 * n) + pairs[1] + n)[~unit].unique()
+        self._equal.append(torch.stack([keys // (2 * n) - n, keys % (2 * n) - n]))
+
+    def fix(self, labels: Tensor | list[Tensor] | None, reason: str) -> None:
+        """State that the variables in labels must stay one."""
+        for part in labels if isinstance(labels, list) else [labels]:
+            if part is not None:
+                ids = compact(part).abs().unique()
+                self._fixed.append((ids[ids > UNIT], reason))
+
+    def merge(self, labels: Tensor, dims: Iterable[int]) -> Tensor:
+        """Equate labels along dimensions; return them with these dimensions at size 1."""
+        for dim in dims:
+            one = compact(labels).amax(dim, keepdim=True)
+            self.equate(labels, one)
+            shape = list(labels.shape)
+            shape[dim] = 1
+            labels = one.expand(shape)
+        return labels
+
+    def consume(self, slot: Slot, read: Node, dim: int) -> None:
+        """Equate a layer's input channels with what arrives along dimension `dim` of `read`."""
+        labels = self.tensor(read)
+        if labels is None:
+            self.fix(slot.ids, self.why.get(read, "nothing in front of it can be scaled"))
+            return
+        dim %= labels.ndim
+        arriving = self.merge(labels, [d for d in range(labels.ndim) if d != dim]).flatten()
+        self.fix(slot.ids[arriving == UNIT], self.why.get(read) or "part of its input cannot scale")
+        self.equate(slot.ids, torch.where(arriving == UNIT, ZERO, arriving))
+
+
+def _vertex(labels: Tensor) -> Tensor:
+    return 2 * labels.abs() + (labels < 0)

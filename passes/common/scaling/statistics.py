@@ -1,0 +1,164 @@
+"""What methods know of a site: the range of each channel, rows of the activation, the weights.
+
+Rows are chosen by a hash of what they hold, the smallest hashes first. So the sample does not
+depend on the order of batches or on how they are spread over processes, and two samples merge.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from fxq.calibrate import Batches, sweep
+from fxq.graph import weight_of
+from fxq.passes.common.scaling.labels import sizes_of
+from fxq.passes.common.scaling.sites import Part, ScaleSite
+
+
+@dataclass(frozen=True, eq=False)
+class Consumer:
+    """A layer that reads a site's edge.
+
+    Args:
+        part: which of its input channels belong to which of the site's.
+        low: smallest value per input channel `[K]`, fp32.
+        high: largest value per input channel `[K]`, fp32.
+        rows: some of the input's rows `[R, K]`, fp32.
+        weight: `[N, K]`, fp32; a convolution's `[N, K, ...]`, of all groups.
+    """
+
+    part: Part
+    low: Tensor
+    high: Tensor
+    rows: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """A site's channels as its consumers see them."""
+
+    site: ScaleSite
+    consumers: tuple[Consumer, ...]
+
+    @cached_property
+    def low(self) -> Tensor:
+        """Smallest activation per channel `[n_channels]`, fp32."""
+        return self._reduce([c.low for c in self.consumers], "amin")
+
+    @cached_property
+    def high(self) -> Tensor:
+        """Largest activation per channel `[n_channels]`, fp32."""
+        return self._reduce([c.high for c in self.consumers], "amax")
+
+    @property
+    def amax(self) -> Tensor:
+        """Largest magnitude of the activation per channel `[n_channels]`, fp32."""
+        return torch.maximum(self.high.abs(), self.low.abs())
+
+    @cached_property
+    def weight_amax(self) -> Tensor:
+        """Largest magnitude of a weight per channel, over all consumers `[n_channels]`, fp32."""
+        return self._reduce([_column_amax(c.weight) for c in self.consumers], "amax")
+
+    def _reduce(self, values: Sequence[Tensor], how: str) -> Tensor:
+        start = torch.inf if how == "amin" else -torch.inf
+        total = torch.full((self.site.n_channels,), start)
+        for consumer, value in zip(self.consumers, values, strict=True):
+            mine = consumer.part.channels >= 0
+            channels = consumer.part.channels[mine]
+            total.scatter_reduce_(0, channels, value[mine].cpu(), how)
+        return total
+
+
+def collect(
+    gm: GraphModule, data: Batches, sites: Iterable[ScaleSite], n_rows: int
+) -> dict[ScaleSite, Statistics]:
+    """Run the batches through a graph and return what methods need to know of each site.
+
+    Args:
+        gm: the graph the sites were found in.
+        data: batches of its inputs.
+        sites: which sites.
+        n_rows: rows of each edge to keep.
+    """
+    sites = list(sites)
+    parts = [part for site in sites for part in site.consumers]
+    found: dict[tuple[Node, int], Tensor] = {}
+    for spatial in sorted({spatial_dims(part.node) for part in parts}):
+        edges = [_input(p.node) for p in parts if spatial_dims(p.node) == spatial]
+        reduce = partial(row_statistics, spatial=spatial, n_rows=n_rows)
+        combine = partial(merge_statistics, n_rows=n_rows)
+        for edge, value in sweep(gm, data, list(dict.fromkeys(edges)), reduce, combine).items():
+            found[edge, spatial] = value.cpu()
+    return {site: Statistics(site, tuple(_consumers(site, found))) for site in sites}
+
+
+def row_statistics(x: Tensor, *, spatial: int, n_rows: int) -> Tensor:
+    """Return the smallest and largest value of each channel, and some rows: `[2 + R, C]`, fp32.
+
+    Args:
+        x: `[..., C]`, or `[B, C, ...]` with `spatial` dimensions at the end.
+        spatial: how many dimensions are behind the channels.
+        n_rows: rows to keep at most.
+    """
+    rows = x.detach().float().movedim(x.ndim - 1 - spatial, -1).flatten(0, -2)
+    bounds = torch.stack([rows.amin(0), rows.amax(0)])
+    return torch.cat([bounds, sample_rows(rows, n_rows)])
+
+
+def merge_statistics(a: Tensor, b: Tensor, *, n_rows: int) -> Tensor:
+    """Return the statistics of two sets of rows together."""
+    bounds = torch.stack([torch.minimum(a[0], b[0]), torch.maximum(a[1], b[1])])
+    return torch.cat([bounds, sample_rows(torch.cat([a[2:], b[2:]]), n_rows)])
+
+
+def sample_rows(rows: Tensor, n: int) -> Tensor:
+    """Return the `n` rows with the smallest hash, ordered by it: the same for any order of `rows`.
+
+    Args:
+        rows: `[R, C]`, fp32.
+        n: how many to keep at most.
+    """
+    bits = rows.contiguous().view(torch.int32).to(torch.int64)
+    multipliers = torch.arange(1, 2 * rows.shape[1], 2, device=rows.device) * 0x9E3779B97F4A7C1
+    keys = (bits * multipliers).sum(1)  # wraps around
+    keys = (keys ^ (keys >> 31)) * 0x7FB5D329728EA185
+    return rows[keys.argsort(stable=True)[:n]]
+
+
+def spatial_dims(layer: Node) -> int:
+    """Return how many dimensions of a layer's input are behind its channels."""
+    return len(sizes_of(layer.args[1])) - 2
+
+
+def _input(layer: Node) -> Node:
+    edge: Any = layer.args[0]
+    return edge
+
+
+def _consumers(site: ScaleSite, found: Mapping[tuple[Node, int], Tensor]) -> Iterable[Consumer]:
+    for part in site.consumers:
+        low, high, *_ = value = found[_input(part.node), spatial_dims(part.node)]
+        weight = weight_of(part.node).detach().float()
+        yield Consumer(part, low, high, value[2:], _ungrouped(weight, len(low)))
+
+
+def _ungrouped(weight: Tensor, n_channels: int) -> Tensor:
+    """Return a weight with all input channels, zero where a group does not read one."""
+    n, per_group = weight.shape[:2]
+    groups = n_channels // per_group
+    if groups == 1:
+        return weight
+    full = weight.new_zeros(groups, n // groups, groups, *weight.shape[1:])
+    for group, part in enumerate(weight.reshape(groups, n // groups, *weight.shape[1:])):
+        full[group, :, group] = part
+    return full.reshape(n, n_channels, *weight.shape[2:])
+
+
+def _column_amax(weight: Tensor) -> Tensor:
+    return weight.abs().transpose(0, 1).flatten(1).amax(1)
