@@ -42,7 +42,9 @@ def shifted(images: Tensor) -> Tensor:
     return torch.stack([padded[:, :, i : i + 8, j : j + 8] for i in range(3) for j in range(3)])
 
 
-def train_vit(images: Tensor, labels: Tensor, width: int = 64, depth: int = 3) -> VisionTransformer:
+def train_vit(
+    images: Tensor, labels: Tensor, width: int = 64, depth: int = 3, epochs: int = EPOCHS
+) -> VisionTransformer:
     """Return a ViT trained on 2 x 2 patches, in eval mode."""
     torch.manual_seed(0)
     model = VisionTransformer(
@@ -50,12 +52,12 @@ def train_vit(images: Tensor, labels: Tensor, width: int = 64, depth: int = 3) -
         num_heads=width // 32, class_token=False, global_pool="avg",
     )  # fmt: skip
     views = shifted(images)
-    steps = len(images) // BATCH * EPOCHS
+    steps = len(images) // BATCH * epochs
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, PEAK_LR, total_steps=steps, pct_start=0.2
     )
-    for _ in range(EPOCHS):
+    for _ in range(epochs):
         order = torch.randperm(len(images))
         for start in range(0, len(images) - BATCH + 1, BATCH):
             batch = order[start : start + BATCH]

@@ -55,7 +55,7 @@ class EquivalentScaling(DataPass):
     layer: LayerSpec
     kinds: tuple[Kind, ...] = (*EXACT_KINDS, "quantizer")
     targets: tuple[Literal["linear", "conv"], ...] = ("linear",)
-    n_rows: int = 256
+    n_rows: int = 512
 
     reads: ClassVar[Dialect] = ATEN
     writes: ClassVar[Dialect] = ATEN
@@ -70,14 +70,16 @@ class EquivalentScaling(DataPass):
         name = type(self).__name__
         sites = [site for site in found.sites if self._wants(site)]
         statistics = collect(gm, data, sites, self.n_rows) if sites else {}
-        scalings = []
-        for site in sites:
-            scaling = self._best(site, statistics.pop(site))
-            note = f"{name} found no gain" if scaling is None else f"{name} ({site.kind})"
+        scalings: list[Scaling] = []
+        for site in found.sites:
+            note = f"{name}: {site.kind} sites are left out"
+            if site in statistics:
+                scaling = self._best(site, statistics.pop(site))
+                note = f"{name} found no gain" if scaling is None else f"{name} ({site.kind})"
+                scalings.extend([] if scaling is None else [scaling])
             for part in site.consumers:
-                add_note(part.node, note)
-            if scaling is not None:
-                scalings.append(scaling)
+                if kind_of(part.node) in self.targets:
+                    add_note(part.node, note)
         for node, why in found.refusals.items():
             if kind_of(node) in self.targets:
                 add_note(node, f"not scaled: {why}")
@@ -94,15 +96,22 @@ class EquivalentScaling(DataPass):
     def _best(self, site: ScaleSite, statistics: Statistics) -> Scaling | None:
         if not bool(statistics.amax.isfinite().all()):
             return None
-        ones = torch.ones(site.n_channels)
-        best, least = None, quantization_loss(statistics, Candidate(ones), self.layer)
+        proposed = self._proposed(site, statistics)
+        losses = torch.zeros(len(proposed), dtype=torch.float64)
+        folds = statistics.folds or (statistics,)
+        for fitted, judged in zip(folds, reversed(folds), strict=True):
+            for index, candidate in enumerate(self._proposed(site, fitted)):
+                losses[index] += quantization_loss(fitted, judged, candidate, self.layer)
+        best = int(losses.argmin())
+        return None if best == 0 else Scaling(site, *proposed[best])
+
+    def _proposed(self, site: ScaleSite, statistics: Statistics) -> list[Candidate]:
+        """Return the candidates made safe, after doing nothing, which is always one."""
+        proposed = [Candidate(torch.ones(site.n_channels))]
         for candidate in self.candidates(site, statistics):
             shift = None if site.why_no_shift else candidate.shift
-            usable = Candidate(admissible(candidate.scale, shift, statistics), shift)
-            loss = quantization_loss(statistics, usable, self.layer)
-            if loss < least:
-                best, least = usable, loss
-        return None if best is None else Scaling(site, best.scale, best.shift)
+            proposed.append(Candidate(admissible(candidate.scale, shift, statistics), shift))
+        return proposed
 
 
 def admissible(scale: Tensor, shift: Tensor | None, statistics: Statistics) -> Tensor:
@@ -130,56 +139,67 @@ def admissible(scale: Tensor, shift: Tensor | None, statistics: Statistics) -> T
     return scale
 
 
-def quantization_loss(statistics: Statistics, candidate: Candidate, layer: LayerSpec) -> float:
+def quantization_loss(
+    fitted: Statistics, judged: Statistics, candidate: Candidate, layer: LayerSpec
+) -> float:
     """Return the error that quantization makes at a site's consumers, relative to their outputs.
 
         sum over consumers of |Q(x') Q(W').T - x' W'.T|^2 / |x W.T|^2,   x' = (x - shift) / scale
 
-    A convolution is judged by its taps, each as a linear of its own.
+    Q has the range of the rows that the candidate was fitted to, x are other rows: a scale that
+    only suits the rows it was made from is not taken for a good one. A convolution is judged by its
+    taps, each as a linear of its own.
 
     Args:
-        statistics: of the site.
+        fitted: statistics that the candidate was made from.
+        judged: of the same site, with the rows x.
         candidate: scale and shift.
         layer: how activations and weights are quantized.
     """
-    return sum(_consumer_loss(consumer, candidate, layer) for consumer in statistics.consumers)
+    pairs = zip(fitted.consumers, judged.consumers, strict=True)
+    return sum(_consumer_loss(*pair, candidate, layer) for pair in pairs)
 
 
-def _consumer_loss(consumer: Consumer, candidate: Candidate, layer: LayerSpec) -> float:
-    scale = consumer.part.spread(candidate.scale, 1.0).float()
-    rows, bounds = consumer.rows, torch.stack([consumer.low, consumer.high])
-    output = _product(rows, consumer.weight).square().sum()
+def _consumer_loss(
+    fitted: Consumer, judged: Consumer, candidate: Candidate, layer: LayerSpec
+) -> float:
+    scale = fitted.part.spread(candidate.scale, 1.0).float()
+    shift: Tensor | float = 0.0
     if candidate.shift is not None:
-        shift = consumer.part.spread(candidate.shift, 0.0).float()
-        rows, bounds = rows - shift, bounds - shift
-    rows, bounds = rows / scale, bounds / scale
-    weight = consumer.weight * scale.reshape(-1, *[1] * (consumer.weight.ndim - 2))
-    exact = _product(rows, weight)
+        shift = fitted.part.spread(candidate.shift, 0.0).float()
+    weight = judged.weight * scale.reshape(-1, *[1] * (judged.weight.ndim - 2))
+    rows = (judged.rows - shift) / scale
+    quantized = rows
     if layer.activation is not None:
-        rows = _fake_quantize_rows(rows, bounds, layer.activation)
+        seen = (torch.cat([fitted.rows, fitted.low[None], fitted.high[None]]) - shift) / scale
+        quantized = _fake_quantize_rows(rows, seen, layer.activation)
     codes, step, zero = quantize_weight(weight, layer.weight)
-    error = _product(rows, numerics.dequantize(codes, step, zero, torch.float32)) - exact
-    return float(error.square().sum() / output.clamp(min=torch.finfo(torch.float32).tiny))
+    approximate = numerics.dequantize(codes, step, zero, torch.float32)
+    error = _product(quantized, approximate) - _product(rows, weight)
+    size = _product(judged.rows, judged.weight).square().sum()
+    return float(error.square().sum() / size.clamp(min=torch.finfo(torch.float32).tiny))
 
 
 def _product(rows: Tensor, weight: Tensor) -> Tensor:
     return rows @ weight.transpose(0, 1).flatten(1)
 
 
-def _fake_quantize_rows(rows: Tensor, bounds: Tensor, spec: QuantSpec) -> Tensor:
-    """Quantize rows as the recipe will. A static scale per token becomes one for all of them: rows
-    have lost their position."""
+def _fake_quantize_rows(rows: Tensor, seen: Tensor, spec: QuantSpec) -> Tensor:
+    """Quantize rows as the recipe will, with the range of the rows seen in calibration.
+
+    The last two rows seen are the smallest and largest values of all data. A static scale per token
+    becomes one for all of them: rows have lost their position.
+    """
     if spec.dynamic:
         low, high = numerics.block_amin_amax(rows, block_of(spec.granularity, 2, dynamic=True))
     else:
         if spec.granularity == PerToken():
             spec = replace(spec, granularity=PerTensor())
         observer = RangeObserver(spec, rows.shape, "rows")
-        observer(rows)
-        if isinstance(spec.observer, MinMax):
-            observer(bounds)  # the range of all data, not only of the sample
+        observer(seen if isinstance(spec.observer, MinMax) else seen[:-2])
         low, high = observer.range()
     grid = (spec.quant_min, spec.quant_max)
-    step, zero = numerics.choose_qparams(low, high, *grid, symmetric=spec.symmetric)
-    codes = numerics.quantize(rows, step, None if spec.symmetric else zero, *grid)
-    return numerics.dequantize(codes, step, None if spec.symmetric else zero, torch.float32)
+    step, zero_point = numerics.choose_qparams(low, high, *grid, symmetric=spec.symmetric)
+    zero = None if spec.symmetric else zero_point
+    codes = numerics.quantize(rows, step, zero, *grid)
+    return numerics.dequantize(codes, step, zero, torch.float32)

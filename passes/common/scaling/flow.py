@@ -20,6 +20,7 @@ The variables of a layer belong to its weight: layers that share one share their
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -94,6 +95,7 @@ class ChannelFlow:
         """Whether this is a flow of shifts."""
         return self.scales is not None
 
+    @cached_property
     def components(self) -> tuple[Tensor, dict[int, str]]:
         """Return the component of every variable and of its inverse, and why components are fixed.
 

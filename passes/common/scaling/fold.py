@@ -97,6 +97,7 @@ class _Change:
             self.shift_in = shift if self.shift_in is None else self.shift_in + shift
 
 
+@torch.no_grad()
 def fold_scaling(gm: GraphModule, scalings: Iterable[Scaling]) -> None:
     """Rewrite a graph so that every site's edge is scaled and shifted, and its function is kept.
 

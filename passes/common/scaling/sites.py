@@ -106,17 +106,18 @@ def scale_sites(gm: GraphModule) -> ScaleSites:
     """
     scales = trace(gm)
     shifts = _Shifts(trace(gm, scales))
-    component, reasons = scales.components()
+    component, reasons = scales.components
     sites = []
     for parts in _groups(scales, component, reasons):
         site = _site(parts, scales)
         if site is not None:
             sites.append(shifts.complete(site))
-    refusals = _refusals(gm, scales, component, reasons)
+    refusals = _refusals(gm, scales, sites)
     sites.extend(_quantizer_sites(gm, refusals))
     order = {node: index for index, node in enumerate(gm.graph.nodes)}
     sites.sort(key=lambda site: order[(site.consumers or site.producers)[0].node])
-    return ScaleSites(sites, _unscaled(sites, refusals))
+    scaled = {part.node for site in sites for part in site.consumers}
+    return ScaleSites(sites, {n: why for n, why in refusals.items() if n not in scaled})
 
 
 class _Grouped(NamedTuple):
@@ -217,7 +218,7 @@ class _Shifts:
     """Which producers take the shift of a site, read off the flow of shifts."""
 
     def __init__(self, flow: ChannelFlow) -> None:
-        component, self.reasons = flow.components()
+        component, self.reasons = flow.components
         self.component = component[0::2]  # by variable; shifts have no inverses
         self.fixed = torch.zeros(len(component), dtype=torch.bool)
         self.fixed[list(self.reasons)] = True
@@ -263,19 +264,19 @@ class _Shifts:
         return _as_part(self.outputs[index], self.entries.position[mine], produced[mine])
 
 
-def _refusals(
-    gm: GraphModule, flow: ChannelFlow, component: Tensor, reasons: Mapping[int, str]
-) -> dict[Node, str]:
+def _refusals(gm: GraphModule, flow: ChannelFlow, sites: list[ScaleSite]) -> dict[Node, str]:
     """Return why layers and attentions are in no site."""
+    component, reasons = flow.components
+    scaled = {part.node for site in sites for part in site.consumers}
     refusals: dict[Node, str] = {}
     for slot in flow.slots:
-        numbers = component[2 * slot.ids].tolist()
-        whys = [reasons[number] for number in numbers if number in reasons]
-        if slot.side == "in" and len(whys) == slot.size:
-            refusals[slot.node] = whys[0]
+        if slot.side == "in" and slot.node not in scaled:
+            numbers = component[2 * slot.ids].tolist()
+            whys = (reasons[number] for number in numbers if number in reasons)
+            refusals[slot.node] = next(whys, "all its channels would share one factor")
     for node in gm.graph.nodes:
-        if node.target in ATTENTION:
-            refusals[node] = _query_key_refusal(node, flow, component, reasons)
+        if node.target in ATTENTION and (why := _query_key_refusal(node, flow, component, reasons)):
+            refusals[node] = why
     return refusals
 
 
@@ -295,12 +296,6 @@ def _query_key_refusal(
             if number in reasons:
                 return reasons[number]
     return ""
-
-
-def _unscaled(sites: list[ScaleSite], refusals: dict[Node, str]) -> dict[Node, str]:
-    """Leave out what a site was found for after all."""
-    scaled = {part.node for site in sites for part in site.consumers}
-    return {node: why for node, why in refusals.items() if why and node not in scaled}
 
 
 def _quantizer_sites(gm: GraphModule, refusals: dict[Node, str]) -> list[ScaleSite]:

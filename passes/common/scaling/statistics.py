@@ -1,7 +1,9 @@
 """What methods know of a site: the range of each channel, rows of the activation, the weights.
 
-Rows are chosen by a hash of what they hold, the smallest hashes first. So the sample does not
-depend on the order of batches or on how they are spread over processes, and two samples merge.
+Rows are told apart by a hash of what they hold. It says which of two folds a row is in, so that a
+scale fitted to one fold can be judged on the other, and which rows are kept: those with the
+smallest hashes. So nothing depends on the order of batches or on how they are spread over
+processes, and the statistics of two sets of rows merge.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,6 +19,9 @@ from fxq.calibrate import Batches, sweep
 from fxq.graph import weight_of
 from fxq.passes.common.scaling.labels import sizes_of
 from fxq.passes.common.scaling.sites import Part, ScaleSite
+
+N_FOLDS = 2
+FEWEST_ROWS = 8  # a fold with fewer rows says nothing
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,10 +45,17 @@ class Consumer:
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """A site's channels as its consumers see them."""
+    """A site's channels as its consumers see them.
+
+    Args:
+        site: which.
+        consumers: the layers.
+        folds: the statistics of each half of the rows; none for a half itself, or for few rows.
+    """
 
     site: ScaleSite
     consumers: tuple[Consumer, ...]
+    folds: tuple["Statistics", ...] = ()
 
     @cached_property
     def low(self) -> Tensor:
@@ -95,40 +107,49 @@ def collect(
         combine = partial(merge_statistics, n_rows=n_rows)
         for edge, value in sweep(gm, data, list(dict.fromkeys(edges)), reduce, combine).items():
             found[edge, spatial] = value.cpu()
-    return {site: Statistics(site, tuple(_consumers(site, found))) for site in sites}
+    return {site: _statistics(site, found) for site in sites}
 
 
 def row_statistics(x: Tensor, *, spatial: int, n_rows: int) -> Tensor:
-    """Return the smallest and largest value of each channel, and some rows: `[2 + R, C]`, fp32.
+    """Return the smallest and largest value of each channel in each fold, and some rows.
 
     Args:
         x: `[..., C]`, or `[B, C, ...]` with `spatial` dimensions at the end.
         spatial: how many dimensions are behind the channels.
         n_rows: rows to keep at most.
+    Returns:
+        `[2 * N_FOLDS + R, C]`, fp32: lows and highs (infinite for an empty fold), then the rows.
     """
     rows = x.detach().float().movedim(x.ndim - 1 - spatial, -1).flatten(0, -2)
-    bounds = torch.stack([rows.amin(0), rows.amax(0)])
-    return torch.cat([bounds, sample_rows(rows, n_rows)])
+    keys = row_keys(rows)
+    bounds = []
+    for fold in range(N_FOLDS):
+        mine = keys % N_FOLDS == fold
+        bounds.append(torch.where(mine[:, None], rows, torch.inf).amin(0))
+        bounds.append(torch.where(mine[:, None], rows, -torch.inf).amax(0))
+    return torch.cat([torch.stack(bounds), rows[keys.argsort(stable=True)[:n_rows]]])
 
 
 def merge_statistics(a: Tensor, b: Tensor, *, n_rows: int) -> Tensor:
     """Return the statistics of two sets of rows together."""
-    bounds = torch.stack([torch.minimum(a[0], b[0]), torch.maximum(a[1], b[1])])
-    return torch.cat([bounds, sample_rows(torch.cat([a[2:], b[2:]]), n_rows)])
+    n = 2 * N_FOLDS
+    low, high = torch.minimum(a[:n:2], b[:n:2]), torch.maximum(a[1:n:2], b[1:n:2])
+    rows = torch.cat([a[n:], b[n:]])
+    kept = rows[row_keys(rows).argsort(stable=True)[:n_rows]]
+    return torch.cat([torch.stack([low, high], 1).flatten(0, 1), kept])
 
 
-def sample_rows(rows: Tensor, n: int) -> Tensor:
-    """Return the `n` rows with the smallest hash, ordered by it: the same for any order of `rows`.
+def row_keys(rows: Tensor) -> Tensor:
+    """Return a hash of what each row holds `[R]`, int64.
 
     Args:
         rows: `[R, C]`, fp32.
-        n: how many to keep at most.
     """
     bits = rows.contiguous().view(torch.int32).to(torch.int64)
     multipliers = torch.arange(1, 2 * rows.shape[1], 2, device=rows.device) * 0x9E3779B97F4A7C1
     keys = (bits * multipliers).sum(1)  # wraps around
     keys = (keys ^ (keys >> 31)) * 0x7FB5D329728EA185
-    return rows[keys.argsort(stable=True)[:n]]
+    return keys ^ (keys >> 29)
 
 
 def spatial_dims(layer: Node) -> int:
@@ -141,11 +162,23 @@ def _input(layer: Node) -> Node:
     return edge
 
 
-def _consumers(site: ScaleSite, found: Mapping[tuple[Node, int], Tensor]) -> Iterable[Consumer]:
+def _statistics(site: ScaleSite, found: Mapping[tuple[Node, int], Tensor]) -> Statistics:
+    """Split what was found at a site's inputs into folds, and put them together."""
+    n = 2 * N_FOLDS
+    folds: list[list[Consumer]] = [[] for _ in range(N_FOLDS)]
+    together = []
     for part in site.consumers:
-        low, high, *_ = value = found[_input(part.node), spatial_dims(part.node)]
-        weight = weight_of(part.node).detach().float()
-        yield Consumer(part, low, high, value[2:], _ungrouped(weight, len(low)))
+        value = found[_input(part.node), spatial_dims(part.node)]
+        lows, highs, rows = value[:n:2], value[1:n:2], value[n:]
+        weight = _ungrouped(weight_of(part.node).detach().float().cpu(), value.shape[1])
+        together.append(Consumer(part, lows.amin(0), highs.amax(0), rows, weight))
+        fold_of = row_keys(rows) % N_FOLDS
+        for fold, consumers in enumerate(folds):
+            mine = Consumer(part, lows[fold], highs[fold], rows[fold_of == fold], weight)
+            consumers.append(mine)
+    halves = tuple(Statistics(site, tuple(consumers)) for consumers in folds)
+    enough = all(len(c.rows) >= FEWEST_ROWS for half in halves for c in half.consumers)
+    return Statistics(site, tuple(together), halves if enough else ())
 
 
 def _ungrouped(weight: Tensor, n_channels: int) -> Tensor:

@@ -1,0 +1,58 @@
+"""What the tests of scaling passes share: graphs in fp64, random factors, planted imbalance."""
+
+from typing import Any
+
+import torch
+from small_models import ZOO, seeded
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.utils._pytree import tree_map
+
+import fxq
+from fxq.graph import propagate
+from fxq.passes.common.scaling import ScaleSite, Scaling, fold_scaling, scale_sites
+from fxq.signature import split_inputs
+
+
+def family(name: str, dtype: torch.dtype = torch.float32) -> tuple[GraphModule, list[Any]]:
+    """Return a family's graph and its inputs. In fp64 nothing inside computes in fp32 either."""
+
+    def cast(value: Any) -> Any:
+        is_float = isinstance(value, Tensor) and value.is_floating_point()
+        return value.to(dtype) if is_float else value
+
+    model, example = seeded(ZOO[name])
+    example = tree_map(cast, example)
+    captured = fxq.capture(model.to(dtype), example)
+    gm = captured.graph_module
+    if dtype is torch.float64:
+        for node in gm.graph.nodes:
+            same = (node.args, node.kwargs)
+            node.args, node.kwargs = tree_map(lambda a: dtype if a is torch.float32 else a, same)
+        propagate(gm)
+        gm.recompile()
+    args, kwargs = split_inputs(example)
+    return gm, captured.signature.flatten(args, kwargs, "test", None)
+
+
+def random_scaling(site: ScaleSite, seed: int) -> Scaling:
+    """Return factors in [0.2, 5] and, where allowed, normal shifts."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.empty(site.n_channels, dtype=torch.float64).uniform_(0.2, 5, generator=generator)
+    shift = torch.randn(site.n_channels, dtype=torch.float64, generator=generator)
+    return Scaling(site, scale, None if site.why_no_shift else shift)
+
+
+def plant(gm: GraphModule, seed: int, kinds: tuple[str, ...] = ("norm", "value")) -> None:
+    """Multiply every twentieth channel of a graph's activations by 5 to 50, exactly undone in the
+    weights."""
+    generator = torch.Generator().manual_seed(seed)
+    scalings = []
+    for site in scale_sites(gm).sites:
+        if site.kind in kinds:
+            factor = torch.ones(site.n_channels)
+            chosen = torch.randperm(site.n_channels, generator=generator)
+            chosen = chosen[: max(1, site.n_channels // 20)]
+            factor[chosen] = 5 * 10 ** torch.rand(len(chosen), generator=generator)
+            scalings.append(Scaling(site, 1 / factor))
+    fold_scaling(gm, scalings)
