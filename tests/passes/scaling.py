@@ -1,4 +1,4 @@
-"""What the tests of scaling passes share: graphs in fp64, random factors, planted imbalance."""
+"""What the tests of scaling passes share: graphs in fp64 and random factors."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_map
 
 import fxq
 from fxq.graph import propagate
-from fxq.passes.common.scaling import ScaleSite, Scaling, fold_scaling, scale_sites
+from fxq.passes.common.scaling import ScaleSite, Scaling
 from fxq.signature import split_inputs
 
 
@@ -41,18 +41,3 @@ def random_scaling(site: ScaleSite, seed: int) -> Scaling:
     scale = torch.empty(site.n_channels, dtype=torch.float64).uniform_(0.2, 5, generator=generator)
     shift = torch.randn(site.n_channels, dtype=torch.float64, generator=generator)
     return Scaling(site, scale, None if site.why_no_shift else shift)
-
-
-def plant(gm: GraphModule, seed: int, kinds: tuple[str, ...] = ("norm", "value")) -> None:
-    """Multiply every twentieth channel of a graph's activations by 5 to 50, exactly undone in the
-    weights."""
-    generator = torch.Generator().manual_seed(seed)
-    scalings = []
-    for site in scale_sites(gm).sites:
-        if site.kind in kinds:
-            factor = torch.ones(site.n_channels)
-            chosen = torch.randperm(site.n_channels, generator=generator)
-            chosen = chosen[: max(1, site.n_channels // 20)]
-            factor[chosen] = 5 * 10 ** torch.rand(len(chosen), generator=generator)
-            scalings.append(Scaling(site, 1 / factor))
-    fold_scaling(gm, scalings)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import pytest
 import torch
 from models import Block
-from scaling import plant
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -20,6 +19,7 @@ from fxq.passes.common.scaling import (
     EquivalentScaling,
     ScaleSite,
     Statistics,
+    plant_imbalance,
     scale_sites,
 )
 from fxq.passes.common.scaling.equivalent_scaling import CAP, admissible
@@ -63,7 +63,7 @@ def test_smoothquant_recovers_what_planted_imbalance_costs(
     data = [(part,) for part in images.split(64)]
     original = fxq.capture(model, images[:1]).graph_module
     planted = copy_graph(original)
-    plant(planted, seed)
+    plant_imbalance(planted, seed=seed)
 
     def sqnr(recipe: Recipe, gm: GraphModule) -> float:
         with torch.no_grad():
@@ -83,7 +83,7 @@ def test_methods_keep_the_float_function_and_scale_something(
 ) -> None:
     gm = block()
     before = copy_graph(gm)
-    plant(before, 0)
+    plant_imbalance(before, seed=0)
     gm = copy_graph(before)
 
     result = method().run(gm, batches())  # type: ignore[call-arg]
@@ -142,7 +142,7 @@ def test_factors_of_half_precision_models_are_powers_of_two() -> None:
     model = Block().half().eval()
     data = [(x.half(),) for (x,) in batches()]
     gm = fxq.capture(model, data[0]).graph_module
-    plant(gm, 0)
+    plant_imbalance(gm, seed=0)
     before = copy_graph(gm)
 
     smoothquant.SmoothQuant(kinds=("norm",)).run(gm, data)
@@ -189,7 +189,7 @@ def test_dead_constant_and_one_signed_channels_stay_finite(
 
 def test_every_layer_says_what_was_done_or_why_nothing_was() -> None:
     gm = block()
-    plant(gm, 0)
+    plant_imbalance(gm, seed=0)
 
     smoothquant.SmoothQuant(kinds=("norm", "value")).run(gm, batches())
 

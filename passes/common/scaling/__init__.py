@@ -10,6 +10,7 @@ equivalent_scaling    the pass; a method adds the candidates
 
 from fxq.passes.common.scaling.equivalent_scaling import Candidate, EquivalentScaling
 from fxq.passes.common.scaling.fold import Scaling, fold_scaling
+from fxq.passes.common.scaling.planting import plant_imbalance
 from fxq.passes.common.scaling.proof import check_float_function, float_difference
 from fxq.passes.common.scaling.sites import ScaleSite, ScaleSites, scale_sites
 from fxq.passes.common.scaling.statistics import Consumer, Statistics
@@ -25,5 +26,6 @@ __all__ = [
     "check_float_function",
     "float_difference",
     "fold_scaling",
+    "plant_imbalance",
     "scale_sites",
 ]
