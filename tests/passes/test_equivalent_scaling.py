@@ -183,8 +183,8 @@ def test_dead_constant_and_one_signed_channels_stay_finite(
     program = fxq.compress(model, data[0], recipe, data)
 
     assert all(bool(value.isfinite().all()) for value in program.state_dict().values())
-    # Measured 37.2 dB (plain W8A8: 32.6) and more.
-    assert sqnr_db(model(data[1]), program(data[1])) > 30
+    # Measured 38.5 dB (RepQ, fp32: no site gains; plain W8A8 has the same) to 56.0.
+    assert sqnr_db(model(data[1]), program(data[1])) > 36
 
 
 def test_every_layer_says_what_was_done_or_why_nothing_was() -> None:
@@ -220,8 +220,8 @@ def test_the_factor_behind_a_gelu_becomes_part_of_the_quantizer() -> None:
     assert products == []
     plain = fxq.compress(model, data[0], w8a8.STATIC, data)
     exact = model(data[1])
-    # Measured 40.4 dB against 36.3.
-    assert sqnr_db(exact, program(data[1])) > sqnr_db(exact, plain(data[1])) + 2
+    # Measured 48.9 dB against 30.3.
+    assert sqnr_db(exact, program(data[1])) > sqnr_db(exact, plain(data[1])) + 12
 
 
 def test_statistics_do_not_depend_on_the_order_of_rows() -> None:

@@ -23,7 +23,7 @@ from fxq.graph import copy_graph, dtype_of
 from fxq.observers import RangeObserver
 from fxq.passes.common.convert import quantize_weight
 from fxq.passes.common.scaling.fold import Scaling, fold_scaling
-from fxq.passes.common.scaling.proof import check_float_function
+from fxq.passes.common.scaling.proof import LOOSE, check_float_function
 from fxq.passes.common.scaling.sites import Kind, ScaleSite, scale_sites
 from fxq.passes.common.scaling.statistics import Consumer, Statistics, collect
 from fxq.pipeline import Batches, DataPass
@@ -86,7 +86,7 @@ class EquivalentScaling(DataPass):
         if scalings:
             before = copy_graph(gm)
             fold_scaling(gm, scalings)
-            check_float_function(before, gm, islice(data, 1), name=name)
+            check_float_function(before, gm, islice(data, 1), name=name, tolerance=LOOSE)
         return PassResult(gm, modified=bool(scalings))
 
     def _wants(self, site: ScaleSite) -> bool:

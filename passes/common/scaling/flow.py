@@ -138,7 +138,8 @@ class ChannelFlow:
         if bool((compact(labels) > UNIT).any()):
             self.labels[node] = labels
         else:
-            self.why[node] = next(self.why[n] for n in node.all_input_nodes if n in self.why)
+            whys = (self.why[n] for n in node.all_input_nodes if self.why.get(n))
+            self.why[node] = next(whys, "nothing in front of it can be scaled")
 
     def equate(self, a: Tensor, b: Tensor) -> None:
         """State that the variables in two tensors of labels are equal, element by element.
@@ -175,7 +176,7 @@ class ChannelFlow:
         """Equate a layer's input channels with what arrives along dimension `dim` of `read`."""
         labels = self.tensor(read)
         if labels is None:
-            self.fix(slot.ids, self.why.get(read, "nothing in front of it can be scaled"))
+            self.fix(slot.ids, self.why.get(read) or "nothing in front of it can be scaled")
             return
         dim %= labels.ndim
         arriving = self.merge(labels, [d for d in range(labels.ndim) if d != dim]).flatten()

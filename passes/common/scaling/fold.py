@@ -257,7 +257,7 @@ def _rewrite_norm(gm: GraphModule, node: Node, change: _Change) -> None:
 
 def _rewrite_operand(gm: GraphModule, node: Node, index: int, change: _Change) -> None:
     operand: Any = node.args[index]
-    dtype, device = dtype_of(operand), operand.meta["val"].device
+    dtype, device = dtype_of(node), operand.meta["val"].device
     scale, shift = change.scale_out, change.shift_out
     if is_constant(operand):
         value = constant_of(operand).double()

@@ -1,6 +1,6 @@
 """Proof: a graph still computes the function it computed before a pass."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,14 +10,11 @@ from torch.utils._pytree import tree_leaves
 
 from fxq.errors import PassError
 
-# Largest relative difference that rounding explains. In half precision it is the model's own
-# rounding that differs, layer by layer.
-TOLERANCE = {
-    torch.float64: 1e-12,
-    torch.float32: 1e-5,
-    torch.float16: 1e-2,
-    torch.bfloat16: 5e-2,
-}
+# Largest relative difference that rounding explains.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+# The same for any model, which may be deep enough to amplify rounding a hundred times: what a wrong
+# fold does is larger still.
+LOOSE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 1e-1, torch.bfloat16: 2e-1}
 
 
 def float_difference(
@@ -44,7 +41,12 @@ def float_difference(
 
 
 def check_float_function(
-    before: GraphModule, after: GraphModule, batches: Iterable[Sequence[Any]], *, name: str
+    before: GraphModule,
+    after: GraphModule,
+    batches: Iterable[Sequence[Any]],
+    *,
+    name: str,
+    tolerance: Mapping[torch.dtype, float] = TOLERANCE,
 ) -> dict[torch.dtype, float]:
     """Raise where two graphs differ by more than rounding; return how much they do.
 
@@ -53,12 +55,13 @@ def check_float_function(
         after: and after it.
         batches: the graphs' positional inputs.
         name: what the error calls the pass.
+        tolerance: largest relative difference by dtype; 1e-5 in fp32, 1e-12 in fp64.
     Raises:
-        PassError: relative difference above `TOLERANCE`: 1e-5 in fp32, 1e-12 in fp64.
+        PassError: a larger one.
     """
     worst = float_difference(before, after, batches)
     for dtype, difference in worst.items():
-        allowed = TOLERANCE.get(dtype, 0.0)
+        allowed = tolerance.get(dtype, 0.0)
         if not difference <= allowed:
             raise PassError(
                 f"{name}: expected the float function to stay the same to {allowed:.0e} in "

@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from fxq.account import ATTENTION, CONV, LINEAR
-from fxq.graph import VIEWS, constant_of, hint, is_constant, is_op
+from fxq.graph import VIEWS, constant_of, constant_value, hint, is_constant, is_op
 from fxq.passes.common.scaling.flow import ChannelFlow, Slot
 from fxq.passes.common.scaling.labels import UNIT, ZERO, compact, settle, sizes_of
 
@@ -206,15 +206,16 @@ def add(flow: ChannelFlow, node: Node) -> None:
 
 def _add_scales(flow: ChannelFlow, node: Node, big: Any, small: Any) -> None:
     x, y = flow.tensor(big), flow.tensor(small)
-    rewrite = isinstance(small, Node) and (
+    rewrite = _is_float(small) and (
         is_constant(small) or (_numel(small) < _numel(big) and not _is_free(small))
     )
     if x is None or not isinstance(small, Node) or (y is None and not rewrite):
         fix_inputs(flow, node)
     elif rewrite:
         flow.fix(y, f"{op_name(node)} reads it scaled, others do not")
+        x = x.expand(sizes_of(node))
         _rewrite_operand(flow, node, x, small)
-        flow.set(node, x.expand(sizes_of(node)))
+        flow.set(node, x)
     else:
         assert y is not None
         x, y = torch.broadcast_tensors(x, y)
@@ -268,7 +269,8 @@ def mul(flow: ChannelFlow, node: Node) -> None:
     a, b = _args(node)[:2]
     x, y = flow.tensor(a), flow.tensor(b)
     if x is None and y is None:
-        constant = next((n for n in (b, a) if is_constant(n) and _numel(n) > 1), None)
+        floats = (n for n in (b, a) if is_constant(n) and _is_float(n))
+        constant = next((n for n in floats if _numel(n) > 1), None)
         if constant is None or flow.shifts or node.target in DIVISIONS:
             _pass_reason(flow, node)
         else:
@@ -312,8 +314,10 @@ def spatial(flow: ChannelFlow, node: Node) -> None:
     """Pooling and resizing; averages over zero padding do not shift."""
     x, *rest = _args(node)
     labels = flow.tensor(x)
-    padded = is_op(node, aten.avg_pool2d.default) and len(rest) > 2 and any(rest[2])
-    if labels is None or (flow.shifts and padded):
+    average = is_op(node, aten.avg_pool2d.default)
+    padded = average and len(rest) > 2 and any(rest[2])
+    divided = average and len(rest) > 5 and rest[5] is not None
+    if labels is None or (flow.shifts and (padded or divided)):
         fix_inputs(flow, node)
     else:
         dims = range(labels.ndim - SPATIAL[node.target], labels.ndim)
@@ -323,6 +327,9 @@ def spatial(flow: ChannelFlow, node: Node) -> None:
 def attention(flow: ChannelFlow, node: Node) -> None:
     """Values pass their factors on, mixed over tokens; query and key have inverse ones."""
     mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+    if (node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0)) != 0:
+        fix_inputs(flow, node)
+        return
     if isinstance(mask, Node):
         flow.fix(flow.labels.get(mask), f"{op_name(node)} adds it to the scores")
     heads = sizes_of(node)[-3] if len(sizes_of(node)) > 3 else 1
@@ -332,7 +339,7 @@ def attention(flow: ChannelFlow, node: Node) -> None:
     else:
         for labels in (q, k):
             flow.fix(labels, f"{op_name(node)} compares it with what is not scaled")
-    if flow.shifts and isinstance(mask, Node) and not is_constant(mask):
+    if flow.shifts and isinstance(mask, Node) and _may_hide_a_row(mask):
         flow.why[node] = "the mask of attention may hide all keys of a row"
         flow.fix(v, flow.why[node])
         return
@@ -341,6 +348,15 @@ def attention(flow: ChannelFlow, node: Node) -> None:
         return
     flow.traits[node] = flow.traits_of(node.args[2]) | {"attention"}
     flow.set(node, flow.merge(v, [v.ndim - 2]).expand(sizes_of(node)))
+
+
+def _may_hide_a_row(mask: Node) -> bool:
+    """Tell whether a query may see no key at all: its result is zero then, whatever the values."""
+    value = constant_value(mask)
+    if value is None:
+        return True
+    sees = value if value.dtype is torch.bool else value > -torch.inf
+    return not bool(sees.any(-1).all())
 
 
 def _repeat_heads(labels: Tensor | None, heads: int) -> Tensor | None:
@@ -412,6 +428,10 @@ def _span(value: Tensor) -> tuple[int, int]:
 
 def _args(node: Node) -> Any:
     return node.args
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Node) and value.meta["val"].dtype.is_floating_point
 
 
 def _numel(value: Any) -> int:
