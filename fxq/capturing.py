@@ -9,7 +9,7 @@ the graph that `torch.compile` hands to a backend to the same form.
 import inspect
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
 from torch.export import Dim
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -25,7 +26,7 @@ from torch.utils import _pytree as pytree
 
 from fxq.canonicalize import canonicalize
 from fxq.errors import UnsupportedError, did_you_mean
-from fxq.graph import shape_of
+from fxq.graph import shape_of, writes
 from fxq.signature import Inputs, Leaf, Signature, free_sizes, split_inputs
 
 
@@ -62,6 +63,9 @@ def capture(model: nn.Module, example_inputs: Inputs, dynamic_shapes: Any = "bat
     values, names, known, defaults = _bind(model, example_inputs)
     _check_finite(values)
     exported, notes = _export(model, values, dynamic_shapes)
+    if any(map(writes, exported.graph.nodes)):
+        # A pass may put a read in front of a write to the same memory: leave no writes.
+        exported = exported.run_decompositions({})
     if mutated := list(exported.graph_signature.buffers_to_mutate.values()):
         raise UnsupportedError(
             f"expected a model that does not write to its buffers, found writes to {mutated[:3]}; "
@@ -126,6 +130,12 @@ def _bind(
         n for n, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
     )
     args, kwargs = split_inputs(example)
+    variadic = [f"*{n}" for n, p in parameters.items() if p.kind is p.VAR_POSITIONAL]
+    if len(args) > len(names) and variadic:
+        raise UnsupportedError(
+            f"example_inputs: expected arguments with names, found {len(args)} positional ones for "
+            f"forward({variadic[0]}); wrap the model in a module whose forward has named arguments"
+        )
     if len(args) > len(names):
         raise TypeError(
             f"example_inputs: the model takes {len(names)} positional arguments "
@@ -239,10 +249,17 @@ def from_dynamo(gm: GraphModule) -> GraphModule:
     values = [n.meta["example_value"] for n in placeholders]
     mode = next(v.fake_mode for v in values if isinstance(v, FakeTensor))
     with tracing(TracingContext(mode)), mode, torch.no_grad():
-        flat = make_fx(gm.forward, pre_dispatch=True, _allow_non_fake_inputs=True)(*values)
+        flat = _trace(gm.forward, values)
+        if any(map(writes, flat.graph.nodes)):  # as in `capture`; `export` keeps operators whole
+            whole = FunctionalTensorMode(pre_dispatch=True, export=True)
+            flat = _trace(dispatch_functionalize(gm.forward, whole), values)
         for node, origin in zip(flat.graph.nodes, placeholders, strict=False):
             node.meta["source"] = _qualified_name(origin)
         return canonicalize(flat)
+
+
+def _trace(forward: Callable[..., Any], values: Sequence[Any]) -> GraphModule:
+    return make_fx(forward, pre_dispatch=True, _allow_non_fake_inputs=True)(*values)
 
 
 def _qualified_name(placeholder: Node) -> str:

@@ -32,6 +32,12 @@ def is_op(node: Any, *targets: Any) -> bool:
     return isinstance(node, Node) and node.op == "call_function" and node.target in targets
 
 
+def writes(node: Node) -> bool:
+    """Tell whether `node` calls an operator that writes to one of its arguments."""
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and bool(target._schema.is_mutable)
+
+
 def args_of(node: Any) -> tuple[Any, ...]:
     """Return a node's arguments. FX's own type for them is too wide to be of use."""
     return tuple(node.args)

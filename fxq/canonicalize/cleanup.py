@@ -5,7 +5,7 @@ import sys
 import torch
 from torch.fx import GraphModule, Node
 
-from fxq.graph import args_of, dtype_of, is_op, shape_of, val_of
+from fxq.graph import args_of, dtype_of, is_op, shape_of, val_of, writes
 
 aten = torch.ops.aten
 
@@ -33,18 +33,13 @@ def drop_no_ops(gm: GraphModule) -> int:
     return count
 
 
-def _writes(node: Node) -> bool:
-    target = node.target
-    return isinstance(target, torch._ops.OpOverload) and bool(target._schema.is_mutable)
-
-
 def _does_nothing(node: Node) -> bool:
     if is_op(node, *DROPOUT):
         return bool(args_of(node)[1] == 0.0 or args_of(node)[2] is False)
     if is_op(node, *ALIASES):
         return True
     if is_op(node, aten.lift_fresh_copy.default):  # of a constant; needed only to write to it
-        return not any(_writes(user) for user in node.users)
+        return not any(writes(user) for user in node.users)
     if is_op(node, aten.to.dtype, aten.to.dtype_layout):
         before, after = val_of(args_of(node)[0]), val_of(node)
         return bool(before.dtype == after.dtype and before.device == after.device)

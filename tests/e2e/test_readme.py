@@ -6,6 +6,7 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+from small_models import ZOO, seeded
 from torch import nn
 
 import fxq
@@ -45,3 +46,26 @@ def test_the_recipe_variant_of_the_readme_keeps_its_layers_float() -> None:
 
     rows = {r.row.module: r.row.format for r in fxq.report(program).rows}
     assert rows == {"stem": None, "body": "int8 x int8", "head": None}
+
+
+def test_the_scaling_method_of_the_readme_runs() -> None:
+    module = ModuleType("readme_method")
+    sys.modules["readme_method"] = module
+    exec(block("class Halve"), module.__dict__)
+    model, x = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)).eval(), torch.randn(64, 8)
+
+    program = fxq.compress(model, x, module.HALVED, [x])
+
+    (row,) = fxq.report(program).rows
+    assert "Halve" in row.reason
+
+
+def test_the_sites_of_the_readme_are_found() -> None:
+    model, example = seeded(ZOO["llama"])
+    scope: dict[str, object] = {"fxq": fxq, "model": model, "example_inputs": example}
+
+    exec(block("scale_sites(fxq.capture"), scope)
+
+    printed = re.search(r"Llama: (\{.*?\})", README)
+    assert printed is not None
+    assert eval(printed[1]) == scope["found"].count()  # type: ignore[attr-defined]

@@ -43,6 +43,11 @@ COPIES = frozenset({
 })  # fmt: skip
 RELU = frozenset({aten.relu.default, aten.leaky_relu.default})
 PADS = frozenset({aten.pad.default, aten.constant_pad_nd.default})
+SHAPE_ONLY = frozenset({
+    aten.sym_size.int, aten.ones_like.default, aten.zeros_like.default, aten.empty_like.default,
+    aten.full_like.default, aten.new_zeros.default, aten.new_ones.default, aten.new_empty.default,
+    aten.new_full.default,
+})  # fmt: skip
 REDUCTIONS = frozenset({aten.mean.dim, aten.sum.dim_IntList})
 DIVISIONS = frozenset({aten.div.Tensor, aten.div.Scalar})
 PRODUCTS = DIVISIONS | {aten.mul.Tensor, aten.mul.Scalar}
@@ -136,6 +141,10 @@ def norm(flow: ChannelFlow, node: Node) -> None:
     labels = out.ids if last else out.ids.reshape(-1, *[1] * (len(shape) - 2))
     flow.traits[node] = frozenset()
     flow.set(node, labels.expand(shape))
+
+
+def shape_only(flow: ChannelFlow, node: Node) -> None:
+    _pass_reason(flow, node)
 
 
 def reshape(flow: ChannelFlow, node: Node) -> None:
@@ -460,6 +469,7 @@ SOURCES: dict[Any, Rule] = {
 }
 RULES: dict[Any, Rule] = {
     operator.getitem: getitem,
+    **dict.fromkeys(SHAPE_ONLY, shape_only),
     **dict.fromkeys(RESHAPES, reshape),
     **dict.fromkeys(REARRANGES, rearrange),
     **dict.fromkeys(COPIES, copy),
