@@ -36,6 +36,7 @@ bench: $(STAMP)  ## CPU benchmarks; results go to benchmarks/results
 	@$(BIN)/python benchmarks/cpu_vit.py --isa avx2
 	@$(BIN)/python benchmarks/cpu_vit.py --isa native
 	@$(BIN)/python benchmarks/cpu_int8_linear.py --isa avx2
+	@$(BIN)/python benchmarks/planted_imbalance.py
 	@$(BIN)/python benchmarks/import_time.py
 
 sz: ## core lines, median and maximum file length

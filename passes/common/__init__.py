@@ -1,7 +1,17 @@
-"""The passes every method shares: where to quantize, calibration, and conversion."""
+"""What every method shares: where to quantize, calibration, conversion, and the proof that a pass
+kept the float function. Equivalent scaling is a package of its own, `scaling`."""
 
 from fxq.passes.common.calibrate import Calibrate
 from fxq.passes.common.convert import Convert
+from fxq.passes.common.float_function import check_float_function, float_difference
 from fxq.passes.common.insert_observers import FIRST, LAST, InsertObservers
 
-__all__ = ["FIRST", "LAST", "Calibrate", "Convert", "InsertObservers"]
+__all__ = [
+    "FIRST",
+    "LAST",
+    "Calibrate",
+    "Convert",
+    "InsertObservers",
+    "check_float_function",
+    "float_difference",
+]

@@ -13,7 +13,8 @@ from torch.nn import ReLU, Sequential
 
 import fxq
 from fxq.graph import copy_graph, owner_name
-from fxq.passes.common.scaling import check_float_function, fold_scaling, scale_sites
+from fxq.passes.common import check_float_function
+from fxq.passes.common.scaling import fold_scaling, scale_sites
 
 REVERSED = list(range(7, -1, -1))
 EIGHT = torch.arange(1, 9).double()

@@ -9,11 +9,10 @@ from torch import Tensor, nn
 import fxq
 from fxq.errors import PassError, UnsupportedError
 from fxq.graph import copy_graph, is_op
+from fxq.passes.common import check_float_function, float_difference
 from fxq.passes.common.scaling import (
     ScaleSites,
     Scaling,
-    check_float_function,
-    float_difference,
     fold_scaling,
     scale_sites,
 )

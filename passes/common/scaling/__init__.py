@@ -1,17 +1,18 @@
-"""Equivalent scaling: one finder, one fold, one proof, for every method that moves a factor.
+"""Equivalent scaling: one finder and one fold for every method that moves a factor.
 
-rules, flow, labels   which channels can be scaled together: an analysis of the whole graph
-sites                 its result as `ScaleSite`s, and a reason for every layer without one
-fold                  scales and shifts into weights, exactly
-proof                 the float function is what it was
-statistics            what a method knows of a site
-equivalent_scaling    the pass; a method adds the candidates
+What is where:
+
+    rules, flow, labels   which channels can be scaled together: an analysis of the whole graph
+    sites                 its result as `ScaleSite`s, and a reason for every layer without one
+    fold                  scales and shifts into weights, exactly
+    statistics            what a method knows of a site
+    equivalent_scaling    the pass; a method adds the candidates
+    planting              the inverse, for measuring methods
 """
 
 from fxq.passes.common.scaling.equivalent_scaling import Candidate, EquivalentScaling
 from fxq.passes.common.scaling.fold import Scaling, fold_scaling
 from fxq.passes.common.scaling.planting import plant_imbalance
-from fxq.passes.common.scaling.proof import check_float_function, float_difference
 from fxq.passes.common.scaling.sites import ScaleSite, ScaleSites, scale_sites
 from fxq.passes.common.scaling.statistics import Consumer, Statistics
 
@@ -23,8 +24,6 @@ __all__ = [
     "ScaleSites",
     "Scaling",
     "Statistics",
-    "check_float_function",
-    "float_difference",
     "fold_scaling",
     "plant_imbalance",
     "scale_sites",

@@ -22,8 +22,8 @@ from fxq.dialect import ATEN, Dialect
 from fxq.graph import copy_graph, dtype_of
 from fxq.observers import RangeObserver
 from fxq.passes.common.convert import quantize_weight
+from fxq.passes.common.float_function import LOOSE, check_float_function
 from fxq.passes.common.scaling.fold import Scaling, fold_scaling
-from fxq.passes.common.scaling.proof import LOOSE, check_float_function
 from fxq.passes.common.scaling.sites import Kind, ScaleSite, scale_sites
 from fxq.passes.common.scaling.statistics import Consumer, Statistics, collect
 from fxq.pipeline import Batches, DataPass
