@@ -11,7 +11,7 @@ elsewhere the reference itself.
 
 x `[..., K]` int8 or uint8; x_scale fp32 and x_zero_point int32 `[..., 1]`, broadcast against x;
 weight `[N, K]` int8; w_scale `[N, 1]` or `[1, 1]` fp32; bias `[N]`; residual and out `[..., N]`;
-out_scale and out_zero_point one element.
+out_scale one element or `[1, ..., N]`, out_zero_point one element.
 """
 
 from typing import Any
@@ -167,6 +167,7 @@ def _on_cuda(
     out_dtype: torch.dtype,
     activation: str,
     residual: Tensor | None,
+    out_scale: Tensor | None,
     *requantize: Any,
 ) -> Tensor:
     from fxq.lowering.kernels.int8_linear import launch  # loads Triton
@@ -183,6 +184,7 @@ def _on_cuda(
         out_dtype,
         activation,
         None if residual is None else residual.reshape(-1, n_out).contiguous(),
+        None if out_scale is None else out_scale.reshape(-1).contiguous(),
         *requantize,
     )
     return out.reshape(*x.shape[:-1], n_out)

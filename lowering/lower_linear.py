@@ -165,6 +165,11 @@ def is_single(scale: Node) -> bool:
     return all(isinstance(size, int) and size == 1 for size in shape_of(scale))
 
 
+def is_single_or_per_channel(scale: Node) -> bool:
+    """Tell whether a scale is one number, or one for each channel of the last dimension."""
+    return all(isinstance(size, int) and size == 1 for size in shape_of(scale)[:-1])
+
+
 def fusible_epilogue(layer: Node) -> tuple[Node, tuple[object, ...]]:
     """Follow the only users of `layer` as far as the kernel's epilogue can go.
 
@@ -180,7 +185,7 @@ def fusible_epilogue(layer: Node) -> tuple[Node, tuple[object, ...]]:
     elif silu := _only_user(last, aten.silu.default):
         last, activation = silu, "silu"
     quantize = _only_user(last, ops.quantize.default)
-    if quantize and is_single(args_of(quantize)[1]) and args_of(quantize)[4] <= 127:
+    if quantize and is_single_or_per_channel(args_of(quantize)[1]) and args_of(quantize)[4] <= 127:
         _, scale, zero, low, high = args_of(quantize)
         return quantize, (dtype, activation, None, scale, zero, low, high)
     return last, (dtype, activation)

@@ -5,9 +5,9 @@
     out = y, or clamp(rint(y * (1 / out_scale)) + out_zero_point)
 
 x [M, K] and w [N, K] are int8 and both K-contiguous, as wgmma s8 needs; w_scale, w_sum and bias are
-[N], residual and out [M, N]. x_scale and x_zero_point hold one entry, or one per row. The
-accumulator is int32 until the scales are applied; everything after is fp32. Programs are ordered in
-groups of rows, so that neighbours share tiles of w in L2.
+[N], residual and out [M, N]. x_scale and x_zero_point hold one entry, or one per row; out_scale one
+or one per column. The accumulator is int32 until the scales are applied; everything after is fp32.
+Programs are ordered in groups of rows, so that neighbours share tiles of w in L2.
 
 Codes must not depend on how the kernel was compiled: the reciprocal is correctly rounded, and
 products and sums are not contracted to FMA (`FP_FUSION`), because eager PyTorch does neither.
@@ -59,6 +59,7 @@ class Case(NamedTuple):
         activation: a key of `ACTIVATION`.
         residual: add one.
         requantize: return codes.
+        per_column: requantize with a scale per column.
     """
 
     m: int
@@ -70,6 +71,7 @@ class Case(NamedTuple):
     activation: str = "none"
     residual: bool = False
     requantize: bool = False
+    per_column: bool = False
 
 
 CASES = (
@@ -89,6 +91,7 @@ CASES = (
         requantize=True,
     ),
     Case(130, 257, 384, zero_point=True, requantize=True),
+    Case(65, 129, 64, bias=True, activation="gelu", requantize=True, per_column=True),
 )
 BENCHMARK_CASES = (
     Case(4096, 4096, 4096, bias=True),
@@ -206,8 +209,9 @@ def int8_linear_kernel(
     M, N, K, quant_min, quant_max,
     PER_ROW_SCALE: tl.constexpr, PER_ROW_ZERO: tl.constexpr, HAS_ZERO: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_OUT_SCALE: tl.constexpr,
-    HAS_OUT_ZERO: tl.constexpr, ACT: tl.constexpr, EVEN_K: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    PER_COLUMN_OUT: tl.constexpr, HAS_OUT_ZERO: tl.constexpr, ACT: tl.constexpr,
+    EVEN_K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    GROUP: tl.constexpr,
 ):  # fmt: skip
     row0, col0 = _tile(M, N, BM, BN, GROUP)
     acc = _accumulate(x_ptr, w_ptr, row0, col0, M, N, K, EVEN_K, BM, BN, BK)
@@ -236,7 +240,11 @@ def int8_linear_kernel(
     if HAS_RESIDUAL:
         y += tl.load(residual_ptr + base + offs, mask=mask, other=0.0).to(tl.float32)
     if HAS_OUT_SCALE:
-        y = _round_half_even(y * tl.div_rn(1.0, tl.load(out_scale_ptr)))
+        if PER_COLUMN_OUT:
+            out_scale = tl.load(out_scale_ptr + cols, mask=mask_n, other=1.0)[None, :]
+        else:
+            out_scale = tl.load(out_scale_ptr)
+        y = _round_half_even(y * tl.div_rn(1.0, out_scale))
         if HAS_OUT_ZERO:
             y += tl.load(out_zero_ptr).to(tl.float32)
         y = tl.minimum(tl.maximum(y, quant_min), quant_max)
@@ -278,7 +286,7 @@ def launch(
         out_dtype: fp32, fp16 or bf16; ignored with `out_scale`.
         activation: a key of `ACTIVATION`.
         residual: `[M, N]`, any float dtype.
-        out_scale: one element, fp32: return int8 codes.
+        out_scale: one element or `[N]`, fp32: return int8 codes.
         out_zero_point: one element, int32.
         quant_min: smallest code of the result.
         quant_max: largest code of the result.
@@ -322,6 +330,7 @@ def epilogue_flags(
         "HAS_BIAS": bias is not None,
         "HAS_RESIDUAL": residual is not None,
         "HAS_OUT_SCALE": out_scale is not None,
+        "PER_COLUMN_OUT": out_scale is not None and out_scale.numel() > 1,
         "HAS_OUT_ZERO": out_zero_point is not None,
         "ACT": ACTIVATION[activation],
     }

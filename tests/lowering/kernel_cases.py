@@ -31,7 +31,7 @@ def check(case: kernel.Case, device: str, config: kernel.Config | None = None) -
     zero = integers(-128, 128, rows, dtype=torch.int32) if case.zero_point else None
     bias = floats(case.n) if case.bias else None
     residual = floats(case.m, case.n).half() if case.residual else None
-    out_scale = torch.tensor([0.05]) if case.requantize else None
+    out_scale = floats(case.n if case.per_column else 1) * 0.05 if case.requantize else None
     out_zero = torch.tensor([3], dtype=torch.int32) if case.requantize else None
     kernel.allocate = poisoned  # type: ignore[assignment]
 
@@ -46,6 +46,8 @@ def check(case: kernel.Case, device: str, config: kernel.Config | None = None) -
     exact = accumulate(x, zero_column, w).float()
     tail = (torch.float32, case.activation, residual, out_scale, out_zero, -128, 127)
     found = run(x_scale, w_scale, bias, *tail)
+    columns = None if out_scale is None else out_scale[None]
+    tail = (*tail[:3], columns, *tail[4:])
     expected = reference(x, x_scale[:, None], zero_column, w, w_scale[:, None], bias, *tail)
     differing = float((found != expected).float().mean()) if case.requantize else 0.0
     steps = float((found.float() - expected.float()).abs().max()) if case.requantize else 0.0

@@ -17,7 +17,8 @@ from fxq.lowering.kernels.int8_linear import (
 
 PLAIN = {
     "PER_ROW_SCALE": False, "PER_ROW_ZERO": False, "HAS_ZERO": False, "HAS_BIAS": True,
-    "HAS_RESIDUAL": False, "HAS_OUT_SCALE": False, "HAS_OUT_ZERO": False, "ACT": 0,
+    "HAS_RESIDUAL": False, "HAS_OUT_SCALE": False, "PER_COLUMN_OUT": False, "HAS_OUT_ZERO": False,
+    "ACT": 0,
 }  # fmt: skip
 PER_TOKEN = {"PER_ROW_SCALE": True, "PER_ROW_ZERO": True, "HAS_ZERO": True}
 REQUANTIZE = {"HAS_OUT_SCALE": True, "HAS_OUT_ZERO": True}
@@ -27,6 +28,9 @@ EPILOGUES = {
     "per token, silu": PER_TOKEN | {"ACT": ACTIVATION["silu"]},
     "requantize": REQUANTIZE,
     "tanh gelu, requantize": {"ACT": ACTIVATION["gelu_tanh"]} | REQUANTIZE,
+    "gelu, requantize per column": REQUANTIZE | {
+        "ACT": ACTIVATION["gelu"], "PER_COLUMN_OUT": True,
+    },
     "affine, gelu, requantize": {"HAS_ZERO": True, "ACT": ACTIVATION["gelu"]} | REQUANTIZE,
     "everything": PER_TOKEN | REQUANTIZE | {"HAS_RESIDUAL": True, "ACT": ACTIVATION["gelu"]},
 }  # fmt: skip

@@ -175,8 +175,8 @@ def test_an_edge_that_something_else_reads_is_refused_with_the_reason(
 
 def scale_reasons(model: nn.Module, *inputs: Tensor) -> dict[str, str]:
     """Return the reason each layer has before a quantizer site takes it in."""
-    from fxq.passes.common.scaling.rules import trace
     from fxq.passes.common.scaling.sites import _refusals
+    from fxq.passes.common.scaling.trace import trace
 
     gm = fxq.capture(model.eval(), inputs).graph_module
     flow = trace(gm)

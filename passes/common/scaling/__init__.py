@@ -2,7 +2,8 @@
 
 What is where:
 
-    rules, flow, labels   which channels can be scaled together: an analysis of the whole graph
+    trace, rules, flow, labels
+                          which channels can be scaled together: an analysis of the whole graph
     sites                 its result as `ScaleSite`s, and a reason for every layer without one
     fold                  scales and shifts into weights, exactly
     statistics            what a method knows of a site

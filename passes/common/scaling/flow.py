@@ -74,7 +74,7 @@ class Variables:
 
 
 class ChannelFlow:
-    """Labels, equations and fixed variables of one graph. `rules.trace` fills it.
+    """Labels, equations and fixed variables of one graph. `trace.trace` fills it.
 
     Args:
         scales: the flow of scales of the same graph makes this the flow of shifts.

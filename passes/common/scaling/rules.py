@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 from torch.fx.node import map_arg
 
 from fxq.account import ATTENTION, CONV, LINEAR
-from fxq.graph import VIEWS, constant_of, constant_value, hint, is_constant, is_op
+from fxq.graph import constant_of, constant_value, hint, is_constant, is_op
 from fxq.passes.common.scaling.flow import ChannelFlow, Slot
 from fxq.passes.common.scaling.labels import UNIT, ZERO, compact, settle, sizes_of
 
@@ -60,33 +60,6 @@ SPATIAL: dict[Any, int] = {
 }  # fmt: skip
 LAST_NORMS = frozenset({aten.layer_norm.default, aten.rms_norm.default})
 NORMS = LAST_NORMS | {aten.group_norm.default, aten.batch_norm.default}
-
-
-def trace(gm: GraphModule, scales: ChannelFlow | None = None) -> ChannelFlow:
-    """Return the channel flow of a canonical graph (dialect ATEN).
-
-    Args:
-        gm: the graph.
-        scales: give the flow of scales to get the flow of shifts.
-    """
-    flow = ChannelFlow(scales)
-    for node in gm.graph.nodes:
-        labelled = [read for read in node.all_input_nodes if read in flow.labels]
-        if node.op == "output":
-            for read in labelled:
-                flow.fix(flow.labels[read], "it is an output of the model")
-        elif node.op == "placeholder":
-            flow.why[node] = "it reads an input of the model"
-        elif node.op == "call_function":
-            flow.traits[node] = frozenset().union(*(flow.traits_of(n) for n in labelled))
-            if node.target in SOURCES:
-                SOURCES[node.target](flow, node)
-            elif labelled:
-                RULES.get(node.target, fix_inputs)(flow, node)
-            else:
-                _pass_reason(flow, node)
-    _fix_shared_weights(flow, gm)
-    return flow
 
 
 def fix_inputs(flow: ChannelFlow, node: Node) -> None:
@@ -144,7 +117,7 @@ def norm(flow: ChannelFlow, node: Node) -> None:
 
 
 def shape_only(flow: ChannelFlow, node: Node) -> None:
-    _pass_reason(flow, node)
+    pass_reason(flow, node)
 
 
 def reshape(flow: ChannelFlow, node: Node) -> None:
@@ -281,7 +254,7 @@ def mul(flow: ChannelFlow, node: Node) -> None:
         floats = (n for n in (b, a) if is_constant(n) and _is_float(n))
         constant = next((n for n in floats if _numel(n) > 1), None)
         if constant is None or flow.shifts or node.target in DIVISIONS:
-            _pass_reason(flow, node)
+            pass_reason(flow, node)
         else:
             _constant_operand(flow, node, constant)
         return
@@ -353,7 +326,7 @@ def attention(flow: ChannelFlow, node: Node) -> None:
         flow.fix(v, flow.why[node])
         return
     if v is None:
-        _pass_reason(flow, node)
+        pass_reason(flow, node)
         return
     flow.traits[node] = flow.traits_of(node.args[2]) | {"attention"}
     flow.set(node, flow.merge(v, [v.ndim - 2]).expand(sizes_of(node)))
@@ -374,32 +347,13 @@ def _repeat_heads(labels: Tensor | None, heads: int) -> Tensor | None:
     return settle(labels.repeat_interleave(heads // labels.size(-3), -3))
 
 
-def _pass_reason(flow: ChannelFlow, node: Node) -> None:
+def pass_reason(flow: ChannelFlow, node: Node) -> None:
     """Let views of what is not scaled say why; any other operator is the reason itself."""
     first = node.all_input_nodes[0] if node.all_input_nodes else None
     if first in flow.why and (node.target in CARRIES or is_op(node, operator.getitem)):
         flow.why[node] = flow.why[first]
     else:
         flow.why[node] = f"no factor passes through {op_name(node)}"
-
-
-def _fix_shared_weights(flow: ChannelFlow, gm: GraphModule) -> None:
-    """Fix the layers whose weight something else reads too, as an embedding does."""
-    readers: dict[int, list[Node]] = {}
-    for node in gm.graph.nodes:
-        if node.op == "get_attr" and isinstance(constant_of(node), Tensor):
-            storage = constant_of(node).untyped_storage().data_ptr()
-            readers.setdefault(storage, []).extend(users_behind_views(node))
-    for slot in flow.slots:
-        if slot.node.target not in LAYERS:
-            continue
-        mine = _args(slot.node)[1]
-        for reader in readers[constant_of(mine).untyped_storage().data_ptr()]:
-            other = _args(reader)[1] if reader.target in LAYERS else None
-            if not isinstance(other, Node):
-                flow.fix(slot.ids, f"{op_name(reader)} also reads its weight")
-            elif weight_key(other) != weight_key(mine) and _overlap(other, mine):
-                flow.fix(slot.ids, f"{op_name(reader)} reads its weight in another way")
 
 
 def op_name(node: Node) -> str:
@@ -413,26 +367,6 @@ def weight_key(weight: Node) -> object:
     """Return what identifies a weight: equal for layers that read the same values alike."""
     value = constant_of(weight)
     return value.data_ptr(), tuple(value.shape), value.stride()
-
-
-def users_behind_views(node: Node) -> list[Node]:
-    """Return what reads a constant, directly or through views."""
-    found: list[Node] = []
-    for user in node.users:
-        found.extend(users_behind_views(user) if is_op(user, *VIEWS) else [user])
-    return found
-
-
-def _overlap(a: Node, b: Node) -> bool:
-    """Tell whether two constants of one storage may have elements in common."""
-    spans = sorted(_span(constant_of(n)) for n in (a, b))
-    return spans[1][0] <= spans[0][1]
-
-
-def _span(value: Tensor) -> tuple[int, int]:
-    first = int(value.storage_offset())
-    steps = zip(value.shape, value.stride(), strict=True)
-    return first, first + sum(int((size - 1) * stride) for size, stride in steps)
 
 
 def _args(node: Node) -> Any:

@@ -20,13 +20,8 @@ from fxq.account import ATTENTION
 from fxq.graph import constant_of, is_constant, owner_name
 from fxq.passes.common.scaling.flow import ChannelFlow, Slot
 from fxq.passes.common.scaling.labels import UNIT, sizes_of
-from fxq.passes.common.scaling.rules import (
-    LAYERS,
-    NORMS,
-    op_name,
-    trace,
-    users_behind_views,
-)
+from fxq.passes.common.scaling.rules import LAYERS, NORMS, op_name
+from fxq.passes.common.scaling.trace import trace, users_behind_views
 
 Kind = Literal["norm", "modulate", "value", "gated", "relu", "linear", "quantizer", "query_key"]
 KINDS: tuple[Kind, ...] = (

@@ -1,0 +1,84 @@
+"""Trace: run the rules over a graph, and fix what shares its weight with something else."""
+
+from typing import Any
+
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from fxq.graph import VIEWS, constant_of, is_op
+from fxq.passes.common.scaling.flow import ChannelFlow
+from fxq.passes.common.scaling.rules import (
+    LAYERS,
+    RULES,
+    SOURCES,
+    fix_inputs,
+    op_name,
+    pass_reason,
+    weight_key,
+)
+
+
+def trace(gm: GraphModule, scales: ChannelFlow | None = None) -> ChannelFlow:
+    """Return the channel flow of a canonical graph (dialect ATEN).
+
+    Args:
+        gm: the graph.
+        scales: give the flow of scales to get the flow of shifts.
+    """
+    flow = ChannelFlow(scales)
+    for node in gm.graph.nodes:
+        labelled = [read for read in node.all_input_nodes if read in flow.labels]
+        if node.op == "output":
+            for read in labelled:
+                flow.fix(flow.labels[read], "it is an output of the model")
+        elif node.op == "placeholder":
+            flow.why[node] = "it reads an input of the model"
+        elif node.op == "call_function":
+            flow.traits[node] = frozenset().union(*(flow.traits_of(n) for n in labelled))
+            if node.target in SOURCES:
+                SOURCES[node.target](flow, node)
+            elif labelled:
+                RULES.get(node.target, fix_inputs)(flow, node)
+            else:
+                pass_reason(flow, node)
+    _fix_shared_weights(flow, gm)
+    return flow
+
+
+def _fix_shared_weights(flow: ChannelFlow, gm: GraphModule) -> None:
+    """Fix the layers whose weight something else reads too, as an embedding does."""
+    readers: dict[int, list[Node]] = {}
+    for node in gm.graph.nodes:
+        if node.op == "get_attr" and isinstance(constant_of(node), Tensor):
+            storage = constant_of(node).untyped_storage().data_ptr()
+            readers.setdefault(storage, []).extend(users_behind_views(node))
+    for slot in flow.slots:
+        if slot.node.target not in LAYERS:
+            continue
+        mine: Any = slot.node.args[1]
+        for reader in readers[constant_of(mine).untyped_storage().data_ptr()]:
+            other: Any = reader.args[1] if reader.target in LAYERS else None
+            if not isinstance(other, Node):
+                flow.fix(slot.ids, f"{op_name(reader)} also reads its weight")
+            elif weight_key(other) != weight_key(mine) and _overlap(other, mine):
+                flow.fix(slot.ids, f"{op_name(reader)} reads its weight in another way")
+
+
+def users_behind_views(node: Node) -> list[Node]:
+    """Return what reads a constant, directly or through views."""
+    found: list[Node] = []
+    for user in node.users:
+        found.extend(users_behind_views(user) if is_op(user, *VIEWS) else [user])
+    return found
+
+
+def _overlap(a: Node, b: Node) -> bool:
+    """Tell whether two constants of one storage may have elements in common."""
+    spans = sorted(_span(constant_of(n)) for n in (a, b))
+    return spans[1][0] <= spans[0][1]
+
+
+def _span(value: Tensor) -> tuple[int, int]:
+    first = int(value.storage_offset())
+    steps = zip(value.shape, value.stride(), strict=True)
+    return first, first + sum(int((size - 1) * stride) for size, stride in steps)
