@@ -101,7 +101,7 @@ class Recipe:
                         "give an iterable of "
                         "batches, or choose a dynamic or weight-only recipe"
                     )
-                result = step.run(gm, data)
+                result = step.run(gm, Reported(data, name, progress) if progress else data)
             else:
                 result = step.run(gm)
             gm = result.graph_module
@@ -188,6 +188,23 @@ def device_of(model: nn.Module) -> torch.device | None:
     """Return the device of a model's first tensor, None where it has none."""
     tensors = itertools.chain(model.parameters(), model.buffers())
     return next((tensor.device for tensor in tensors), None)
+
+
+class Reported:
+    """Batches that tell how far a pass has come, at most every few seconds."""
+
+    EVERY_S = 5.0
+
+    def __init__(self, data: Batches, name: str, progress: Progress) -> None:
+        self.data, self.name, self.progress = data, name, progress
+
+    def __iter__(self) -> Iterator[Sequence[Any]]:
+        last = time.perf_counter()
+        for index, batch in enumerate(self.data):
+            if time.perf_counter() - last > self.EVERY_S:
+                last = time.perf_counter()
+                self.progress(f"{self.name}: {index} batches done")
+            yield batch
 
 
 class CheckedBatches:

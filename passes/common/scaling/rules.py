@@ -169,7 +169,7 @@ def pad(flow: ChannelFlow, node: Node) -> None:
     x, amounts, *mode = _args(node)
     if not any(amounts):
         flow.set(node, flow.labels[x])
-    elif flow.shifts or any(value not in ("constant", None, 0) for value in mode):
+    elif flow.shifts or any(v not in ("constant", None, 0) for v in (*mode, *node.kwargs.values())):
         fix_inputs(flow, node)
     else:
         flow.set(node, torch.constant_pad_nd(flow.labels[x], amounts, ZERO))
