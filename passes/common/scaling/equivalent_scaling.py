@@ -163,11 +163,12 @@ def quantization_loss(
 def _consumer_loss(
     fitted: Consumer, judged: Consumer, candidate: Candidate, layer: LayerSpec
 ) -> float:
-    scale = fitted.part.spread(candidate.scale, 1.0).float()
+    device, original = judged.rows.device, judged.weight
+    scale = fitted.part.spread(candidate.scale, 1.0).float().to(device)
     shift: Tensor | float = 0.0
     if candidate.shift is not None:
-        shift = fitted.part.spread(candidate.shift, 0.0).float()
-    weight = judged.weight * scale.reshape(-1, *[1] * (judged.weight.ndim - 2))
+        shift = fitted.part.spread(candidate.shift, 0.0).float().to(device)
+    weight = original * scale.reshape(-1, *[1] * (original.ndim - 2))
     rows = (judged.rows - shift) / scale
     quantized = rows
     if layer.activation is not None:
@@ -176,7 +177,7 @@ def _consumer_loss(
     codes, step, zero = quantize_weight(weight, layer.weight)
     approximate = numerics.dequantize(codes, step, zero, torch.float32)
     error = _product(quantized, approximate) - _product(rows, weight)
-    size = _product(judged.rows, judged.weight).square().sum()
+    size = _product(judged.rows, original).square().sum()
     return float(error.square().sum() / size.clamp(min=torch.finfo(torch.float32).tiny))
 
 

@@ -22,6 +22,7 @@ from fxq.passes.common.scaling.sites import Part, ScaleSite
 
 N_FOLDS = 2
 FEWEST_ROWS = 8  # a fold with fewer rows says nothing
+CHUNK_ROWS = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,14 +34,18 @@ class Consumer:
         low: smallest value per input channel `[K]`, fp32.
         high: largest value per input channel `[K]`, fp32.
         rows: some of the input's rows `[R, K]`, fp32.
-        weight: `[N, K]`, fp32; a convolution's `[N, K, ...]`, of all groups.
     """
 
     part: Part
     low: Tensor
     high: Tensor
     rows: Tensor
-    weight: Tensor
+
+    @property
+    def weight(self) -> Tensor:
+        """The layer's weight `[N, K]`, fp32; a convolution's `[N, K, ...]`, of all groups. Made
+        when asked for: a whole model in fp32 may not fit beside the model."""
+        return _ungrouped(weight_of(self.part.node).detach().float(), len(self.low))
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +88,7 @@ class Statistics:
         for consumer, value in zip(self.consumers, values, strict=True):
             mine = consumer.part.channels >= 0
             channels = consumer.part.channels[mine]
-            total.scatter_reduce_(0, channels, value[mine].cpu(), how)
+            total.scatter_reduce_(0, channels, value.cpu()[mine], how)
         return total
 
 
@@ -106,7 +111,7 @@ def collect(
         reduce = partial(row_statistics, spatial=spatial, n_rows=n_rows)
         combine = partial(merge_statistics, n_rows=n_rows)
         for edge, value in sweep(gm, data, list(dict.fromkeys(edges)), reduce, combine).items():
-            found[edge, spatial] = value.cpu()
+            found[edge, spatial] = value
     return {site: _statistics(site, found) for site in sites}
 
 
@@ -145,9 +150,12 @@ def row_keys(rows: Tensor) -> Tensor:
     Args:
         rows: `[R, C]`, fp32.
     """
-    bits = rows.contiguous().view(torch.int32).to(torch.int64)
     multipliers = torch.arange(1, 2 * rows.shape[1], 2, device=rows.device) * 0x9E3779B97F4A7C1
-    keys = (bits * multipliers).sum(1)  # wraps around
+    sums = [  # a few rows at a time: int64 takes twice the memory; sums wrap around
+        (part.contiguous().view(torch.int32).to(torch.int64) * multipliers).sum(1)
+        for part in rows.split(CHUNK_ROWS)
+    ]
+    keys = torch.cat(sums)
     keys = (keys ^ (keys >> 31)) * 0x7FB5D329728EA185
     return keys ^ (keys >> 29)
 
@@ -170,12 +178,10 @@ def _statistics(site: ScaleSite, found: Mapping[tuple[Node, int], Tensor]) -> St
     for part in site.consumers:
         value = found[_input(part.node), spatial_dims(part.node)]
         lows, highs, rows = value[:n:2], value[1:n:2], value[n:]
-        weight = _ungrouped(weight_of(part.node).detach().float().cpu(), value.shape[1])
-        together.append(Consumer(part, lows.amin(0), highs.amax(0), rows, weight))
+        together.append(Consumer(part, lows.amin(0), highs.amax(0), rows))
         fold_of = row_keys(rows) % N_FOLDS
         for fold, consumers in enumerate(folds):
-            mine = Consumer(part, lows[fold], highs[fold], rows[fold_of == fold], weight)
-            consumers.append(mine)
+            consumers.append(Consumer(part, lows[fold], highs[fold], rows[fold_of == fold]))
     halves = tuple(Statistics(site, tuple(consumers)) for consumers in folds)
     enough = all(len(c.rows) >= FEWEST_ROWS for half in halves for c in half.consumers)
     return Statistics(site, tuple(together), halves if enough else ())
