@@ -69,7 +69,7 @@ class Report:
         groups: Counter[tuple[str, ...]] = Counter()
         counts: Counter[tuple[str, ...]] = Counter()
         for r in self.rows:
-            why = r.reason if r.kernel is None else " ".join(filter(None, (r.kernel, r.reason)))
+            why = "; ".join(filter(None, (r.kernel, r.reason)))
             key: tuple[str, ...] = (r.row.kind, r.row.format or "float", r.status, why)
             groups[key] += r.row.flops
             counts[key] += 1
