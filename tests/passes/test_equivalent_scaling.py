@@ -121,6 +121,20 @@ def test_a_scale_that_makes_things_worse_is_not_taken() -> None:
     assert notes == {"Proposes found no gain"}
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_too_few_rows_scale_nothing_and_say_so(method: type[EquivalentScaling]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 8)).eval()
+    data = [torch.randn(1, 64)]
+    recipe = Recipe("test", (method(), *w8a8.STATIC.passes))  # type: ignore[call-arg]
+
+    program = fxq.compress(model, data[0], recipe, data)
+
+    (row,) = fxq.report(program).rows
+    assert "too few rows to judge" in row.reason
+    assert not [name for name, _ in program.named_buffers() if name.endswith("_scaled")]
+
+
 @pytest.mark.parametrize("value", [0.0, -3.0, torch.nan, torch.inf])
 def test_what_is_not_a_positive_number_leaves_its_channel_alone(value: float) -> None:
     gm = block()

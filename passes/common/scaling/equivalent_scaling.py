@@ -25,7 +25,11 @@ from fxq.passes.common.convert import quantize_weight
 from fxq.passes.common.float_function import LOOSE, check_float_function
 from fxq.passes.common.scaling.fold import Scaling, fold_scaling
 from fxq.passes.common.scaling.sites import Kind, ScaleSite, scale_sites
-from fxq.passes.common.scaling.statistics import Consumer, Statistics, collect
+from fxq.passes.common.scaling.statistics import (
+    Consumer,
+    Statistics,
+    collect,
+)
 from fxq.pipeline import Batches, DataPass
 from fxq.spec import LayerSpec, MinMax, PerTensor, PerToken, QuantSpec, block_of
 
@@ -74,9 +78,12 @@ class EquivalentScaling(DataPass):
         for site in found.sites:
             note = f"{name}: {site.kind} sites are left out"
             if site in statistics:
-                scaling = self._best(site, statistics.pop(site))
-                note = f"{name} found no gain" if scaling is None else f"{name} ({site.kind})"
-                scalings.extend([] if scaling is None else [scaling])
+                best = self._best(site, statistics.pop(site))
+                if isinstance(best, Scaling):
+                    scalings.append(best)
+                    note = f"{name} ({site.kind})"
+                else:
+                    note = f"{name} {best}"
             for part in site.consumers:
                 if kind_of(part.node) in self.targets:
                     add_note(part.node, note)
@@ -93,17 +100,21 @@ class EquivalentScaling(DataPass):
         kinds = {kind_of(part.node) for part in site.consumers}
         return site.kind in self.kinds and bool(kinds & set(self.targets))
 
-    def _best(self, site: ScaleSite, statistics: Statistics) -> Scaling | None:
+    def _best(self, site: ScaleSite, statistics: Statistics) -> Scaling | str:
+        """Return the best scaling of a site, or why it stays as it is."""
         if not bool(statistics.amax.isfinite().all()):
-            return None
+            return "saw an activation that is not finite"
+        if not statistics.folds:
+            # One row can be shifted to zero: exact for that row, and wrong for every other.
+            return "saw too few rows to judge a factor; give it more data"
         proposed = self._proposed(site, statistics)
         losses = torch.zeros(len(proposed), dtype=torch.float64)
-        folds = statistics.folds or (statistics,)
+        folds = statistics.folds
         for fitted, judged in zip(folds, reversed(folds), strict=True):
             for index, candidate in enumerate(self._proposed(site, fitted)):
                 losses[index] += quantization_loss(fitted, judged, candidate, self.layer)
         best = int(losses.argmin())
-        return None if best == 0 else Scaling(site, *proposed[best])
+        return Scaling(site, *proposed[best]) if best else "found no gain"
 
     def _proposed(self, site: ScaleSite, statistics: Statistics) -> list[Candidate]:
         """Return the candidates made safe, after doing nothing, which is always one."""
