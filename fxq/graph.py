@@ -1,7 +1,7 @@
 """The words passes use to speak about FX graphs."""
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -294,6 +294,28 @@ def copy_graph(gm: GraphModule) -> GraphModule:
     graph.output(graph.graph_copy(gm.graph, {}))
     copied = GraphModule(gm, graph)
     copied.meta = dict(gm.meta)
+    return copied
+
+
+def frozen_with_outputs(gm: GraphModule, names: Sequence[str]) -> GraphModule:
+    """Return a copy of `gm` that returns the values of more nodes behind its own results, and whose
+    parameters are constants for autograd.
+
+    Args:
+        gm: a flat graph.
+        names: of nodes in it.
+    """
+    copied = copy_graph(gm)
+    nodes = {node.name: node for node in copied.graph.nodes}
+    output = copied.graph.output_node()
+    results = args_of(output)[0]
+    results = tuple(results) if isinstance(results, tuple | list) else (results,)
+    output.args = ((*results, *(nodes[name] for name in names)),)
+    for module in copied.modules():
+        for name, parameter in list(module._parameters.items()):
+            del module._parameters[name]
+            module.register_buffer(name, None if parameter is None else parameter.detach())
+    copied.recompile()
     return copied
 
 

@@ -3,15 +3,19 @@ kept the float function. Equivalent scaling is a package of its own, `scaling`."
 
 from fxq.passes.common.calibrate import Calibrate
 from fxq.passes.common.convert import Convert
+from fxq.passes.common.decompose_attention import DecomposeAttention
 from fxq.passes.common.float_function import check_float_function, float_difference
 from fxq.passes.common.insert_observers import FIRST, LAST, InsertObservers
+from fxq.passes.common.observe_activations import ObserveActivations
 
 __all__ = [
     "FIRST",
     "LAST",
     "Calibrate",
     "Convert",
+    "DecomposeAttention",
     "InsertObservers",
+    "ObserveActivations",
     "check_float_function",
     "float_difference",
 ]

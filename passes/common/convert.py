@@ -51,8 +51,12 @@ class Convert(Pass):
         layers = [n for n in gm.graph.nodes if "fxq_spec" in n.meta]
         for layer in layers:
             conversion.convert(layer, layer.meta.pop("fxq_spec"))
+        gm.graph.eliminate_dead_code()  # observers of layers' inputs have done their part
+        others = [n for n in gm.graph.nodes if n.op == "call_module"]
+        for edge in others:
+            conversion.convert_edge(edge)
         erase_dead(gm)
-        return PassResult(gm, modified=bool(layers))
+        return PassResult(gm, modified=bool(layers or others))
 
 
 def quantize_weight(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -111,6 +115,21 @@ class _Conversion:
             str(model_dtype).removeprefix("torch.") if part is None else f"int{part.bits}"
             for part in (spec.activation, spec.weight)
         )
+
+    def convert_edge(self, edge: Node) -> None:
+        """Quantize an observed edge that no layer's input is: all its readers see the result."""
+        observer = self.gm.get_submodule(str(edge.target))
+        assert isinstance(observer, RangeObserver)
+        source = edge.args[0]
+        assert isinstance(source, Node)
+        scale, zero = observer.qparams()
+        spec = observer.spec
+        name = str(edge.target).removesuffix("_observer")
+        qparams = self.qparams(edge, name, scale, None if spec.symmetric else zero)
+        grid = (spec.quant_min, spec.quant_max)
+        codes = insert_call(ops.quantize.default, (source, *qparams, *grid), after=source)
+        value = insert_call(ops.dequantize.default, (codes, *qparams, dtype_of(edge)), after=codes)
+        edge.replace_all_uses_with(value)
 
     def weight(self, layer: Node, spec: QuantSpec, dtype: torch.dtype) -> Node:
         """Return the dequantized weight of `layer`, shared with every layer that has the same

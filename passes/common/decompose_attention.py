@@ -1,0 +1,70 @@
+"""DecomposeAttention: write attention out as product, scale, mask, softmax, product, so that a pass
+can see the scores.
+
+Fused attention is faster: this is for recipes that quantize the scores, as some papers do.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.fx.passes.infra.pass_base import PassResult
+
+from fxq.account import ATTENTION, Skip, mark_skip
+from fxq.dialect import ATEN, Dialect
+from fxq.graph import args_of, dtype_of, insert_call, is_op, shape_of
+from fxq.pipeline import Pass
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class DecomposeAttention(Pass):
+    """Replace every `scaled_dot_product_attention` by the operators it stands for."""
+
+    reads: ClassVar[Dialect] = ATEN
+    writes: ClassVar[Dialect] = ATEN
+
+    def run(self, gm: GraphModule) -> PassResult:
+        """Decompose; attention with a causal flag or dropout stays whole and says so."""
+        found = [n for n in gm.graph.nodes if is_op(n, *ATTENTION)]
+        modified = False
+        for node in found:
+            why = _decompose(node)
+            if why is not None:
+                mark_skip(node, Skip(why, intended=False))
+            modified |= why is None
+        return PassResult(gm, modified)
+
+
+def _decompose(node: Node) -> str | None:
+    """Rewrite one attention, or return why not."""
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+    given: dict[str, Any] = dict(zip(names, args_of(node), strict=False)) | dict(node.kwargs)
+    if given.get("is_causal") or given.get("dropout_p"):
+        return "its scores are not written out: is_causal or dropout"
+    q, k, v = given["query"], given["key"], given["value"]
+    if given.get("enable_gqa"):
+        groups = shape_of(q)[-3] // shape_of(k)[-3]
+        k, v = (_call(aten.repeat_interleave.self_int, (x, groups, -3), node) for x in (k, v))
+    scale = given.get("scale")
+    scale = 1 / math.sqrt(shape_of(q)[-1]) if scale is None else scale
+    transposed = _call(aten.transpose.int, (k, -2, -1), node)
+    product = _call(aten.matmul.default, (q, transposed), node)
+    scores = _call(aten.mul.Tensor, (product, scale), node)
+    mask = given.get("attn_mask")
+    if mask is not None and dtype_of(mask) == torch.bool:
+        hidden = _call(aten.logical_not.default, (mask,), node)
+        scores = _call(aten.masked_fill.Scalar, (scores, hidden, -math.inf), node)
+    elif mask is not None:
+        scores = _call(aten.add.Tensor, (scores, mask), node)
+    weights = _call(aten.softmax.int, (scores, -1), node)
+    node.replace_all_uses_with(_call(aten.matmul.default, (weights, v), node))
+    node.graph.erase_node(node)  # dead code elimination keeps it: it may draw random numbers
+    return None
+
+
+def _call(target: Any, args: tuple[Any, ...], before: Node) -> Node:
+    return insert_call(target, args, before=before)

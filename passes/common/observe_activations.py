@@ -1,0 +1,126 @@
+"""ObserveActivations: quantize what flows between layers too, not only what they read.
+
+Layers read int8 once `InsertObservers` has passed; sums, concatenations and the outputs of layers
+stay float between them. Papers that quantize every activation give numbers of another network:
+this pass makes it. What it adds is simulated: no kernel is faster for it.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.fx.passes.infra.pass_base import PassResult
+
+from fxq.canonicalize.pattern import ADD, DIV, MUL
+from fxq.dialect import OBSERVED, Dialect
+from fxq.graph import dtype_of, insert_module, is_constant, is_op, owner_name, shape_of
+from fxq.observers import RangeObserver
+from fxq.pipeline import Pass
+from fxq.spec import QuantSpec
+
+aten = torch.ops.aten
+NONLINEAR = (aten.gelu.default, aten.silu.default, aten.relu.default, aten.mul.Tensor)
+SOFTMAX = (aten.softmax.int, aten._softmax.default)
+Kind = Literal["layer", "sum", "cat", "constant", "scores"]
+
+
+@dataclass(frozen=True)
+class ObserveActivations(Pass):
+    """Observe more edges, with everything that reads them.
+
+    Args:
+        spec: how these edges are quantized; static.
+        kinds: which edges. "layer": outputs of quantized layers, but for those that only an
+            activation function reads; "sum": sums of activations; "cat": concatenations;
+            "constant": parameters that are added to activations; "scores": what a softmax reads,
+            before bias and mask.
+    """
+
+    spec: QuantSpec
+    kinds: tuple[Kind, ...] = ("layer", "sum", "cat", "constant", "scores")
+
+    reads: ClassVar[Dialect] = OBSERVED
+    writes: ClassVar[Dialect] = OBSERVED
+
+    def run(self, gm: GraphModule) -> PassResult:
+        """Insert the observers."""
+        find: Mapping[str, Callable[[GraphModule], Iterable[Node]]] = {
+            "layer": _layer_outputs,
+            "sum": _sums,
+            "cat": _concatenations,
+            "constant": _added_constants,
+            "scores": _scores,
+        }
+        edges = {edge: None for kind in self.kinds for edge in find[kind](gm)}
+        for edge in edges:
+            self._observe(gm, edge)
+        return PassResult(gm, modified=bool(edges))
+
+    def _observe(self, gm: GraphModule, edge: Node) -> None:
+        readers = [user for user in edge.users if user.op != "call_module"]
+        module = RangeObserver(self.spec, shape_of(edge), f"{owner_name(edge)}.{edge.name}")
+        observed = insert_module(gm, f"{edge.name}_observer", module, after=edge)
+        # A layer's own observer keeps reading the edge: quantizing twice would round twice.
+        for user in readers:
+            user.replace_input_with(edge, observed)
+
+
+def _is_float(node: Any) -> bool:
+    value = node.meta.get("val") if isinstance(node, Node) else None
+    return isinstance(value, torch.Tensor) and dtype_of(node).is_floating_point and value.ndim > 0
+
+
+def _read_by_others(node: Node) -> bool:
+    """Tell whether anything but observers reads a node."""
+    return any(user.op != "call_module" for user in node.users)
+
+
+def _layer_outputs(gm: GraphModule) -> Iterable[Node]:
+    for node in gm.graph.nodes:
+        inner = [user for user in node.users if not is_op(user, *NONLINEAR)]
+        if "fxq_spec" in node.meta and inner and _read_by_others(node):
+            yield node
+
+
+def _sums(gm: GraphModule) -> Iterable[Node]:
+    masked = {term for scores in _scores(gm) for term in _between(scores)}
+    for node in gm.graph.nodes:
+        if not is_op(node, *ADD) or node.kwargs or not _is_float(node) or node in masked:
+            continue
+        scalar = any(isinstance(arg, int | float) for arg in node.args)
+        if not scalar and _read_by_others(node):
+            yield node
+
+
+def _concatenations(gm: GraphModule) -> Iterable[Node]:
+    for node in gm.graph.nodes:
+        if is_op(node, aten.cat.default) and _is_float(node) and _read_by_others(node):
+            yield node
+
+
+def _added_constants(gm: GraphModule) -> Iterable[Node]:
+    for node in _sums(gm):
+        for arg in node.all_input_nodes:
+            if is_constant(arg) and _is_float(arg):
+                yield arg
+
+
+def _scores(gm: GraphModule) -> Iterable[Node]:
+    for node in gm.graph.nodes:
+        if not is_op(node, *SOFTMAX):
+            continue
+        source = node.args[0]
+        while is_op(source, *ADD, aten.masked_fill.Scalar, aten.where.self):
+            source = source.args[1] if is_op(source, aten.where.self) else source.args[0]
+        if is_op(source, *MUL, *DIV, aten.matmul.default, aten.bmm.default):
+            yield source
+
+
+def _between(scores: Node) -> Iterable[Node]:
+    """Yield the sums between scores and softmax."""
+    for user in scores.users:
+        if is_op(user, *ADD):
+            yield user
+            yield from _between(user)

@@ -1,0 +1,34 @@
+"""PSAQ-ViT: quantize a vision transformer without data (arXiv:2203.02250), and its second version.
+
+`synthesize` dreams images out of the float model; any recipe takes them as calibration data.
+"""
+
+from fxq.passes.psaq_vit.images import SyntheticImages, Trace
+from fxq.passes.psaq_vit.recipes import (
+    W4A8,
+    W4A8_MSE,
+    W6A6,
+    W8A8,
+    W8A8_PERCENTILE,
+    everywhere,
+)
+from fxq.passes.psaq_vit.synthesis import IMAGENET_MEAN, IMAGENET_STD, Synthesis, synthesize
+from fxq.passes.psaq_vit.taps import Tap, Taps, find_taps
+
+__all__ = [
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "W4A8",
+    "W4A8_MSE",
+    "W6A6",
+    "W8A8",
+    "W8A8_PERCENTILE",
+    "Synthesis",
+    "SyntheticImages",
+    "Tap",
+    "Taps",
+    "Trace",
+    "everywhere",
+    "find_taps",
+    "synthesize",
+]
