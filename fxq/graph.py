@@ -297,9 +297,8 @@ def copy_graph(gm: GraphModule) -> GraphModule:
     return copied
 
 
-def frozen_with_outputs(gm: GraphModule, names: Sequence[str]) -> GraphModule:
-    """Return a copy of `gm` that returns the values of more nodes behind its own results, and whose
-    parameters are constants for autograd.
+def with_outputs(gm: GraphModule, names: Sequence[str]) -> GraphModule:
+    """Return a copy of `gm` that returns the values of more nodes behind its own results.
 
     Args:
         gm: a flat graph.
@@ -311,11 +310,17 @@ def frozen_with_outputs(gm: GraphModule, names: Sequence[str]) -> GraphModule:
     results = args_of(output)[0]
     results = tuple(results) if isinstance(results, tuple | list) else (results,)
     output.args = ((*results, *(nodes[name] for name in names)),)
+    copied.recompile()
+    return copied
+
+
+def frozen(gm: GraphModule) -> GraphModule:
+    """Return a copy of `gm` whose parameters are constants for autograd."""
+    copied = copy_graph(gm)
     for module in copied.modules():
         for name, parameter in list(module._parameters.items()):
             del module._parameters[name]
             module.register_buffer(name, None if parameter is None else parameter.detach())
-    copied.recompile()
     return copied
 
 

@@ -4,6 +4,7 @@
 """
 
 from fxq.passes.psaq_vit.images import SyntheticImages, Trace
+from fxq.passes.psaq_vit.prior import Prior
 from fxq.passes.psaq_vit.recipes import (
     W4A8,
     W4A8_MSE,
@@ -23,6 +24,7 @@ __all__ = [
     "W6A6",
     "W8A8",
     "W8A8_PERCENTILE",
+    "Prior",
     "Synthesis",
     "SyntheticImages",
     "Tap",

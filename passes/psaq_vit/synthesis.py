@@ -1,8 +1,8 @@
 """Synthesis: dream calibration images out of a vision transformer (PSAQ-ViT, arXiv:2203.02250).
 
-    minimize over pixels   -sum_l H_l  +  a1 * cross-entropy(class)  +  a2 * |TV - target|
+    minimize over pixels   prior (entropy, total variation)  +  a1 * cross-entropy(class)
 
-per image, by Adam, with H_l the patch-similarity entropy of attention l. The model is frozen.
+per image, by Adam. The model is frozen.
 
 Departures from the published code, which knows five models of one library: images do not depend on
 each other (own random numbers, own entropy, own total variation; shifts differ between images and
@@ -12,43 +12,29 @@ patches are left out, and only those.
 """
 
 import hashlib
-import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from fxq.capturing import Captured
+from fxq.passes.psaq_vit.checkpoint import Checkpoint
 from fxq.passes.psaq_vit.images import SyntheticImages, Trace, normalize
-from fxq.passes.psaq_vit.prior import (
-    Views,
-    generator_of,
-    learning_rate_factor,
-    natural_scale,
-    total_variation,
-)
-from fxq.passes.psaq_vit.teacher import (
-    Estimator,
-    Heads,
-    Teacher,
-    capture_images,
-    class_logits,
-    teacher_of,
-)
+from fxq.passes.psaq_vit.prior import Prior, generator_of, learning_rate_factor, total_variation
+from fxq.passes.psaq_vit.taps import find_taps
+from fxq.passes.psaq_vit.teacher import Teacher, capture_images, class_logits
 from fxq.pipeline import Progress, device_of
 from fxq.signature import Inputs, Leaf
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-EVERY_S, SAVE_EVERY_S = 5.0, 60.0  # seconds between lines of progress, and between checkpoints
+EVERY_S = 5.0  # seconds between lines of progress
 
 
 @dataclass(frozen=True)
@@ -61,40 +47,22 @@ class Synthesis:
         n_stages: each starts with a fifth of warm-up; the optimizer's state lives on.
         learning_rate: of Adam, fraction of the pixel range.
         betas: of Adam.
-        entropy_weight: of the entropy, summed over attentions.
         class_weight: of the class loss (a1).
-        tv_weight: of the distance to the target, per pixel range (a2).
-        tv_target: the target of each image is drawn from this interval: root mean square neighbour
-            difference of a picture of 224 pixels, converted to the size at hand
-            (`prior.natural_scale`). Strokes and text have more than photographs.
-        bandwidth: of the kernel density estimate. The published 0.01 leaves few pairs with a
-            gradient where patches are few.
-        estimator: "converged", or "reference": ten points, whole batch.
-        heads: "mean" over heads, or "concat".
-        jitter: largest cyclic shift in each stage, fraction of the side; the last entry also counts
-            for later stages.
-        flip: mirror half of the views.
+        prior: what else is asked of an image.
+    Raises:
+        ValueError: no step or no stage.
     """
 
     n_steps: int = 500
     n_stages: int = 2
     learning_rate: float = 0.045
     betas: tuple[float, float] = (0.5, 0.9)
-    entropy_weight: float = 1.0
     class_weight: float = 1.0
-    tv_weight: float = 20.0
-    tv_target: tuple[float, float] = (0.065, 0.077)
-    bandwidth: float = 0.05
-    estimator: Estimator = "converged"
-    heads: Heads = "mean"
-    jitter: tuple[float, ...] = (15 / 224, 30 / 224)
-    flip: bool = True
+    prior: Prior = field(default_factory=Prior)
 
     def __post_init__(self) -> None:
-        if self.n_steps < 1 or self.n_stages < 1 or not self.jitter:
+        if self.n_steps < 1 or self.n_stages < 1:
             raise ValueError(f"Synthesis: expected at least one stage of one step, found {self}")
-        if not 0 <= self.tv_target[0] <= self.tv_target[1]:
-            raise ValueError(f"Synthesis.tv_target: expected low <= high, found {self.tv_target}")
 
     @property
     def total_steps(self) -> int:
@@ -155,33 +123,30 @@ def synthesize(
         captured, leaf = capture_images(model, example_inputs)
         device = (device_of(model) if isinstance(model, nn.Module) else None) or torch.device("cpu")
         batch_size = _check_batch(leaf, n_images, batch_size)
-        channels = leaf.shape[1]
-        for name, values in (("mean", mean), ("std", std)):
-            if len(values) != channels:
-                raise ValueError(
-                    f"{name}: expected one number per channel of {leaf.name!r} {list(leaf.shape)}, "
-                    f"found {len(values)}"
-                )
-        if not all(s > 0 for s in std):
-            raise ValueError(f"std: expected positive numbers, found {list(std)}")
+        check_normalization(leaf, mean, std)
         size = (min(2, batch_size) if isinstance(leaf.shape[0], str) else batch_size,)
         probe = torch.zeros(*size, *leaf.shape[1:], dtype=leaf.dtype, device=device)  # type: ignore
-        teacher = teacher_of(
-            captured,
-            probe,
-            bandwidth=settings.bandwidth,
-            estimator=settings.estimator,
-            heads=settings.heads,
-            taps=taps,
-            n_prefix=n_prefix,
-        )
+        found = find_taps(captured.graph_module, probe, taps, n_prefix)
+        teacher = Teacher(captured.graph_module, found, settings.prior)
         run = _Run(captured, leaf, teacher, settings, tuple(mean), tuple(std), seed, logits, device)
         run.start(n_images, labels, probe)
-        if progress and teacher.taps.refusals:
-            listing = "; ".join(f"{name}: {why}" for name, why in teacher.taps.refusals.items())
+        if progress and found.refusals:
+            listing = "; ".join(f"{name}: {why}" for name, why in found.refusals.items())
             progress(f"synthesize: left out {listing}")
-        state = _Checkpoint(checkpoint, run.fingerprint)
+        state = Checkpoint(checkpoint, "fxq_synthesis", run.fingerprint)
         return run.optimize(n_images, batch_size, progress, state)
+
+
+def check_normalization(leaf: Leaf, mean: Sequence[float], std: Sequence[float]) -> None:
+    """Raise `ValueError` unless there is one mean and one positive std per channel."""
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) != leaf.shape[1]:
+            raise ValueError(
+                f"{name}: expected one number per channel of {leaf.name!r} {list(leaf.shape)}, "
+                f"found {len(values)}"
+            )
+    if not all(s > 0 for s in std):
+        raise ValueError(f"std: expected positive numbers, found {list(std)}")
 
 
 def _check_batch(leaf: Leaf, n_images: int, batch_size: int) -> int:
@@ -234,39 +199,27 @@ class _Run:
                 f"{list(given.shape)}, values {int(given.min())} to {int(given.max())}"
             )
         _, channels, height, width = self.leaf.shape
-        reach = [round(fraction * min(height, width)) for fraction in s.jitter]  # type: ignore
-        noise, targets, classes, shifts, flips = [], [], [], [], []
-        for index in range(n_images):
-            g = generator_of(self.seed, index)
-            noise.append(torch.randn(channels, height, width, generator=g))  # type: ignore
-            targets.append(torch.rand((), generator=g))
-            classes.append(torch.randint(max(1, n_classes), (), generator=g))
-            stages = [reach[min(i, len(reach) - 1)] for i in range(s.n_stages)]
-            shifts.append(
-                torch.cat([torch.randint(-r, r + 1, (s.n_steps, 2), generator=g) for r in stages])
-            )
-            flips.append(torch.rand(s.total_steps, generator=g) < 0.5)
-        scale = natural_scale(min(height, width))  # type: ignore[arg-type]
-        low, high = (bound * scale for bound in s.tv_target)
+        shape, side = (channels, height, width), min(height, width)
+        generators = [generator_of(self.seed, index) for index in range(n_images)]
+        noise = [torch.randn(shape, generator=g) for g in generators]  # type: ignore[arg-type]
+        classes = [torch.randint(max(1, n_classes), (), generator=g) for g in generators]
+        stages = [s.n_steps] * s.n_stages
+        targets, self.views = s.prior.draw(generators, side, stages)  # type: ignore[arg-type]
         mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (self.mean, self.std))
         self.pixels = (torch.stack(noise) * std + mean).clamp(0, 1).to(self.device)
-        self.targets = (low + (high - low) * torch.stack(targets)).to(self.device)
+        self.targets = targets.to(self.device)
         drawn = torch.stack(classes) if given is None else given.cpu()
         self.labels = drawn.to(self.device) if labels is not None else None
-        flipped = torch.stack(flips, 1) if s.flip else torch.zeros(s.total_steps, n_images).bool()
-        self.views = Views(torch.stack(shifts, 1), flipped)
         about = (s, self.mean, self.std, self.seed, n_images, self.teacher.taps)
-        self.fingerprint = _fingerprint(self.captured.graph_module, repr(about), drawn)
+        self.fingerprint = fingerprint(self.captured.graph_module, repr(about), drawn)
 
     def losses(self, step: int, chosen: slice, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Return each image's loss `[B]` at a step, and what the trace keeps of it `[L + 2, B]`."""
         s = self.settings
-        views = Views(self.views.shifts[:, chosen], self.views.flips[:, chosen])
-        seen = views.at(step, pixels)
+        seen = self.views.of(chosen).at(step, pixels)
         results, entropy = self.teacher(normalize(seen, self.mean, self.std).to(self.leaf.dtype))
         tv = total_variation(seen)
-        away = (tv / self.targets[chosen]).log().square()
-        loss = s.tv_weight * away - s.entropy_weight * entropy.sum(0)
+        loss = s.prior.loss(entropy, tv, self.targets[chosen])
         classes = torch.zeros_like(tv)
         if self.labels is not None:
             logits = class_logits(self.captured, results, self.logits).float()
@@ -275,21 +228,25 @@ class _Run:
         return loss, torch.cat([entropy, tv[None], classes[None]]).detach()
 
     def optimize(
-        self, n_images: int, batch_size: int, progress: Progress | None, state: "_Checkpoint"
+        self, n_images: int, batch_size: int, progress: Progress | None, checkpoint: Checkpoint
     ) -> SyntheticImages:
         """Optimize batch after batch and return the images."""
         steps = self.settings.total_steps
         record = torch.zeros(steps, len(self.teacher.taps.taps) + 2)
-        first, step, moments = state.load(self.pixels, record)
-        if progress and (first or step):
-            progress(f"synthesize: going on from image {first}, step {step} of {steps}")
-        clock = _Clock(progress)
+        first, begin, kept_state = 0, 0, checkpoint.load()
+        if kept_state is not None:
+            first, begin = kept_state[0]["image"], kept_state[0]["step"]
+            self.pixels, record = kept_state[1]["pixels"].to(self.device), kept_state[1]["record"]
+            if progress:
+                progress(f"synthesize: going on from image {first}, step {begin} of {steps}")
+        clock = Clock(progress, n_images * steps, first * steps + begin)
         for start in range(first, n_images, batch_size):
             chosen = slice(start, min(start + batch_size, n_images))
             pixels = self.pixels[chosen].clone().requires_grad_()
             adam = torch.optim.Adam([pixels], betas=self.settings.betas)
-            _restore(adam, pixels, moments, step)
-            for step in range(step, steps):  # noqa: B020  goes on where a checkpoint stopped
+            if begin and kept_state is not None:
+                restore(adam, [pixels], kept_state[1], "adam")
+            for step in range(begin, steps):
                 adam.param_groups[0]["lr"] = self.settings.learning_rate_at(step)
                 with torch.enable_grad():
                     loss, kept = self.losses(step, chosen, pixels)
@@ -298,13 +255,27 @@ class _Run:
                 adam.step()
                 pixels.clamp_(0, 1)
                 record[step] += kept.sum(1).cpu() / n_images
-                clock.say(step, steps, chosen, n_images, kept)
-                self.pixels[chosen] = pixels
-                state.save_now_and_then(start, step + 1, self.pixels, record, adam, pixels)
-            step, moments = 0, None
-            state.save(chosen.stop, 0, self.pixels, record, {})
-        state.remove()
+                if clock.due(len(pixels)):
+                    clock.say(self._news(chosen, n_images, step, kept))
+                if checkpoint.due:
+                    self.pixels[chosen] = pixels
+                    tensors = {"pixels": self.pixels, "record": record}
+                    tensors |= moments(adam, [pixels], "adam")
+                    checkpoint.save({"image": start, "step": step + 1}, tensors)
+            self.pixels[chosen] = pixels
+            begin = 0
+            tensors = {"pixels": self.pixels, "record": record}
+            checkpoint.save({"image": chosen.stop, "step": 0}, tensors)
+        checkpoint.remove()
         return self._result(record, batch_size)
+
+    def _news(self, chosen: slice, n_images: int, step: int, kept: Tensor) -> str:
+        entropy, tv, classes = kept[:-2].sum(0).mean(), kept[-2].mean(), kept[-1].mean()
+        return (
+            f"synthesize: images {chosen.start} to {chosen.stop - 1} of {n_images}, step {step + 1}"
+            f" of {self.settings.total_steps}: entropy {entropy:.2f}, total variation {tv:.3f}, "
+            f"class loss {classes:.2f}"
+        )
 
     def _check_finite(self, loss: Tensor, gradient: Tensor, start: int, step: int) -> None:
         bad = ~(loss.isfinite() & gradient.flatten(1).isfinite().all(1))
@@ -331,7 +302,7 @@ class _Run:
         )
 
 
-def _fingerprint(gm: GraphModule, settings: str, labels: Tensor) -> str:
+def fingerprint(gm: GraphModule, settings: str, labels: Tensor) -> str:
     """Return a hash of everything that decides the images: weights, graph, settings."""
     digest = hashlib.sha256(settings.encode() + gm.code.encode())
     for tensor in (*gm.parameters(), *gm.buffers(), labels):
@@ -341,95 +312,47 @@ def _fingerprint(gm: GraphModule, settings: str, labels: Tensor) -> str:
     return digest.hexdigest()[:16]
 
 
-class _Clock:
-    """Say how far it has come, and how long it will take."""
+class Clock:
+    """Say how far work has come and how long it will take.
 
-    def __init__(self, progress: Progress | None) -> None:
+    Args:
+        progress: called with a line of text every few seconds.
+        total: units of work.
+        done: of them, earlier.
+    """
+
+    def __init__(self, progress: Progress | None, total: int, done: int = 0) -> None:
         self.progress, self.began, self.last = progress, time.perf_counter(), time.perf_counter()
-        self.done = 0
+        self.left, self.done = total - done, 0
 
-    def say(self, step: int, steps: int, chosen: slice, n_images: int, kept: Tensor) -> None:
-        self.done += chosen.stop - chosen.start
-        now = time.perf_counter()
-        if self.progress is None or now - self.last < EVERY_S:
-            return
-        self.last = now
-        left = (n_images - chosen.start) * steps - step * (chosen.stop - chosen.start)
-        seconds = (now - self.began) / self.done * left
-        entropy, tv, classes = kept[:-2].sum(0).mean(), kept[-2].mean(), kept[-1].mean()
-        self.progress(
-            f"synthesize: images {chosen.start} to {chosen.stop - 1} of {n_images}, step "
-            f"{step + 1} of {steps}: entropy {entropy:.2f}, total variation {tv:.3f}, class loss "
-            f"{classes:.2f}; about {seconds:.0f} s left"
-        )
+    def due(self, units: int) -> bool:
+        """Count `units` as done, and tell whether to say something."""
+        self.left, self.done = self.left - units, self.done + units
+        return self.progress is not None and time.perf_counter() - self.last > EVERY_S
 
-
-def _restore(
-    adam: torch.optim.Adam, pixels: Tensor, moments: tuple[Tensor, Tensor] | None, step: int
-) -> None:
-    if moments is not None:
-        adam.state[pixels] = {
-            "step": torch.tensor(float(step)),
-            "exp_avg": moments[0].to(pixels.device),
-            "exp_avg_sq": moments[1].to(pixels.device),
-        }
-
-
-class _Checkpoint:
-    """The state of a run in a file; without a path, nothing."""
-
-    def __init__(self, path: str | Path | None, fingerprint: str) -> None:
-        self.path = None if path is None else Path(path)
-        self.fingerprint, self.last = fingerprint, time.perf_counter()
-
-    def load(self, pixels: Tensor, record: Tensor) -> tuple[int, int, tuple[Tensor, Tensor] | None]:
-        """Fill `pixels` and `record`, and return the first image, its step, and Adam's moments."""
-        if self.path is None or not self.path.exists():
-            return 0, 0, None
-        with safe_open(self.path, "pt") as file:
-            text = (file.metadata() or {}).get("fxq_synthesis")
-            about = json.loads(text) if text else {}
-            if about.get("fingerprint") != self.fingerprint:
-                raise ValueError(
-                    f"checkpoint: expected one of this model, these settings and this seed, found "
-                    f"another in {self.path}; remove it or choose another file"
-                )
-            pixels.copy_(file.get_tensor("pixels"))
-            record.copy_(file.get_tensor("record"))
-            moments = None
-            if about["step"]:
-                moments = file.get_tensor("exp_avg"), file.get_tensor("exp_avg_sq")
-        return about["image"], about["step"], moments
-
-    def save_now_and_then(
-        self,
-        image: int,
-        step: int,
-        pixels: Tensor,
-        record: Tensor,
-        adam: torch.optim.Adam,
-        trained: Tensor,
-    ) -> None:
-        """Write the file where the last time is long enough ago."""
-        if self.path is not None and time.perf_counter() - self.last > SAVE_EVERY_S:
-            state = adam.state[trained]
-            moments = {name: state[name].cpu() for name in ("exp_avg", "exp_avg_sq")}
-            self.save(image, step, pixels, record, moments)
-
-    def save(
-        self, image: int, step: int, pixels: Tensor, record: Tensor, moments: dict[str, Tensor]
-    ) -> None:
-        """Write the file, whole or not at all."""
-        if self.path is None:
-            return
+    def say(self, text: str) -> None:
+        """Pass on `text` and the time left."""
         self.last = time.perf_counter()
-        tensors = {"pixels": pixels.detach().cpu(), "record": record, **moments}
-        about = {"fingerprint": self.fingerprint, "image": image, "step": step}
-        partial = self.path.with_name(self.path.name + ".partial")
-        save_file(tensors, partial, {"fxq_synthesis": json.dumps(about)})
-        partial.replace(self.path)
+        seconds = (self.last - self.began) / self.done * self.left
+        if self.progress:
+            self.progress(f"{text}; about {seconds:.0f} s left")
 
-    def remove(self) -> None:
-        """Delete the file: the run is over."""
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
+
+def moments(adam: torch.optim.Adam, tensors: Sequence[Tensor], name: str) -> dict[str, Tensor]:
+    """Return an optimizer's state under names that start with `name`."""
+    return {
+        f"{name}.{index}.{key}": value
+        for index, tensor in enumerate(tensors)
+        for key, value in adam.state[tensor].items()
+    }
+
+
+def restore(
+    adam: torch.optim.Adam, tensors: Sequence[Tensor], kept: dict[str, Tensor], name: str
+) -> None:
+    """Put back what `moments` returned."""
+    for index, tensor in enumerate(tensors):
+        adam.state[tensor] = {
+            key: kept[f"{name}.{index}.{key}"].to(tensor.device if key != "step" else "cpu")
+            for key in ("step", "exp_avg", "exp_avg_sq")
+        }

@@ -2,7 +2,7 @@
 attention."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,18 +12,16 @@ from torch.utils import _pytree as pytree
 
 from fxq.capturing import Captured, capture
 from fxq.errors import UnsupportedError
-from fxq.graph import frozen_with_outputs
+from fxq.graph import frozen, with_outputs
 from fxq.passes.psaq_vit.entropy import (
     Grid,
     patch_similarity_entropy,
     reference_patch_similarity_entropy,
 )
-from fxq.passes.psaq_vit.taps import Taps, find_taps
+from fxq.passes.psaq_vit.prior import Prior
+from fxq.passes.psaq_vit.taps import Taps
 from fxq.program import Program
 from fxq.signature import Inputs, Leaf
-
-Estimator = Literal["converged", "reference"]
-Heads = Literal["mean", "concat"]
 
 
 class Teacher:
@@ -32,22 +30,13 @@ class Teacher:
     Args:
         gm: graph of one input `[B, C, H, W]`, in the ATEN dialect. It is not modified.
         taps: where entropy is measured.
-        bandwidth: of the kernel density estimate, in cosine similarity.
-        estimator: "converged", or "reference" for the published ten points.
-        heads: how heads become one vector per patch.
+        prior: how.
     """
 
-    def __init__(
-        self,
-        gm: GraphModule,
-        taps: Taps,
-        bandwidth: float,
-        estimator: Estimator = "converged",
-        heads: Heads = "mean",
-    ) -> None:
-        self.taps = taps
-        self.gm = frozen_with_outputs(gm, [tap.node for tap in taps.taps])
-        self.grid, self.estimator, self.heads = Grid(bandwidth), estimator, heads
+    def __init__(self, gm: GraphModule, taps: Taps, prior: Prior) -> None:
+        self.taps, self.prior = taps, prior
+        self.gm = frozen(with_outputs(gm, [tap.node for tap in taps.taps]))
+        self.grid = Grid(prior.bandwidth)
 
     def __call__(self, images: Tensor) -> tuple[list[Any], Tensor]:
         """Return the graph's results and the entropy of each image at each tap `[L, B]`, fp32.
@@ -58,13 +47,13 @@ class Teacher:
         results = list(self.gm(images))
         n = len(self.taps.taps)
         entropies = [
-            self._entropy(tap.vectors(value, len(images), self.heads), tap.patches)
+            self._entropy(tap.vectors(value, len(images), self.prior.heads), tap.patches)
             for tap, value in zip(self.taps.taps, results[-n:], strict=True)
         ]
         return results[:-n], torch.stack(entropies)
 
     def _entropy(self, vectors: Tensor, patches: Tensor) -> Tensor:
-        if self.estimator == "converged":
+        if self.prior.estimator == "converged":
             return patch_similarity_entropy(vectors, self.grid, patches)
         if not bool((patches == patches[:1]).all()):
             raise UnsupportedError(
@@ -127,20 +116,3 @@ def class_logits(
             "logits=lambda output: ..., or pass labels=None to do without classes"
         )
     return found[0]
-
-
-def teacher_of(
-    captured: Captured,
-    images: Tensor,
-    *,
-    bandwidth: float,
-    estimator: Estimator = "converged",
-    heads: Heads = "mean",
-    taps: str | Sequence[str] = "*",
-    n_prefix: int | None = None,
-) -> Teacher:
-    """Find the taps of a captured model and return its teacher; arguments as `find_taps` and
-    `Teacher` take them."""
-    gm = captured.graph_module
-    found = find_taps(gm, images, taps, n_prefix)
-    return Teacher(gm, found, bandwidth, estimator, heads)

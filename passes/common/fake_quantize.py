@@ -1,0 +1,217 @@
+"""Fake quantization that can be trained through: the quantized function of an observed graph, with
+straight-through gradients.
+
+    forward   x_hat = dequantize(quantize(x))        backward   1 where x is in range, 0 outside
+
+Rounding has no slope anywhere, so its gradient is taken for that of the identity; values outside
+the range are clipped, and clipping's own gradient is kept. `student_of` makes such a function of a
+graph that is ready for `Convert`, `adopt` puts what it learned into that graph: `Convert` then
+gives the function that was trained, to the last integer.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from fxq import numerics
+from fxq.errors import UnsupportedError
+from fxq.graph import args_of, copy_graph, insert_module, is_constant, owner_name, tensor_of
+from fxq.observers import RangeObserver
+from fxq.passes.common.convert import quantize_weight
+from fxq.spec import LayerSpec, QuantSpec, block_of
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor | None, low: int, high: int
+    ) -> Tensor:
+        codes = numerics.quantize(x, scale, zero_point, low, high)
+        value = numerics.dequantize(codes, scale, zero_point, x.dtype)
+        # In range is what no clamp moved: at most half a step from its code's value.
+        room = numerics.expand_blocks(scale, x.shape) * (0.5 + 2**-10)
+        ctx.save_for_backward((value.float() - x.float()).abs() <= room)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (inside,) = ctx.saved_tensors
+        return grads[0] * inside, None, None, None, None
+
+
+def fake_quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int
+) -> Tensor:
+    """Return `x` rounded to codes and back, in its dtype; bit-equal to quantize and dequantize.
+
+    Args:
+        x: float, any shape.
+        scale: fp32, > 0, one entry per block of `x`; gets no gradient.
+        zero_point: int32 in the shape of `scale`, or None for 0.
+        quant_min: smallest code.
+        quant_max: largest code.
+    """
+    value: Tensor = _StraightThrough.apply(x, scale, zero_point, quant_min, quant_max)
+    return value
+
+
+class _StaticActivation(nn.Module):
+    """An activation in the range its observer found."""
+
+    scale: Tensor
+    zero_point: Tensor | None
+
+    def __init__(self, observer: RangeObserver) -> None:
+        super().__init__()
+        self.spec = observer.spec
+        scale, zero_point = observer.qparams()
+        self.register_buffer("scale", scale)
+        self.register_buffer("zero_point", None if self.spec.symmetric else zero_point)
+
+    def forward(self, x: Tensor) -> Tensor:
+        spec = self.spec
+        return fake_quantize(x, self.scale, self.zero_point, spec.quant_min, spec.quant_max)
+
+
+class _DynamicActivation(nn.Module):
+    """An activation in its own range."""
+
+    def __init__(self, spec: QuantSpec) -> None:
+        super().__init__()
+        self.spec = spec
+
+    def forward(self, x: Tensor) -> Tensor:
+        spec = self.spec
+        block = block_of(spec.granularity, x.ndim, dynamic=True)
+        low, high = numerics.block_amin_amax(x.detach(), block)
+        scale, zero_point = numerics.choose_qparams(
+            low, high, spec.quant_min, spec.quant_max, symmetric=spec.symmetric
+        )
+        zero = None if spec.symmetric else zero_point
+        return fake_quantize(x, scale, zero, spec.quant_min, spec.quant_max)
+
+
+class _Weight(nn.Module):
+    """A weight in the range it has now."""
+
+    def __init__(self, spec: QuantSpec) -> None:
+        super().__init__()
+        self.spec = spec
+
+    def forward(self, weight: Tensor) -> Tensor:
+        with torch.no_grad():
+            _, scale, zero_point = quantize_weight(weight, self.spec)
+        return fake_quantize(weight, scale, zero_point, self.spec.quant_min, self.spec.quant_max)
+
+
+def without_observers(gm: GraphModule) -> GraphModule:
+    """Return a copy of an observed graph that observes nothing: its float function."""
+    copied = copy_graph(gm)
+    for node in [n for n in copied.graph.nodes if n.op == "call_module"]:
+        node.replace_all_uses_with(node.args[0])
+        copied.graph.erase_node(node)
+    copied.delete_all_unused_submodules()
+    copied.recompile()
+    return copied
+
+
+def student_of(gm: GraphModule) -> GraphModule:
+    """Return the function that `Convert` would make of an observed, calibrated graph, to train it:
+    straight-through gradients, and parameters of its own.
+
+    Activation ranges are those of the observers and stay; a weight's range follows the weight.
+    Parameters of `gm` train, and all weights and biases of quantized layers; buffers do not.
+
+    Args:
+        gm: a graph in the OBSERVED dialect, in float32. It is not modified.
+    Raises:
+        UnsupportedError: parameters in half precision, in which small steps round away.
+    """
+    student = copy_graph(gm)
+    for node in [n for n in student.graph.nodes if n.op == "call_module"]:
+        observer = student.get_submodule(str(node.target))
+        assert isinstance(observer, RangeObserver)
+        student.add_submodule(str(node.target), _StaticActivation(observer))
+    for layer in [n for n in student.graph.nodes if "fxq_spec" in n.meta]:
+        _quantize_operands(student, layer, layer.meta["fxq_spec"])
+    _own_parameters(student, _trainable(student))
+    student.graph.lint()
+    student.recompile()
+    return student
+
+
+def _quantize_operands(student: GraphModule, layer: Node, spec: LayerSpec) -> None:
+    source, weight, *rest = args_of(layer)
+    name = owner_name(layer)
+    if spec.activation is not None and spec.activation.dynamic:
+        module: nn.Module = _DynamicActivation(spec.activation)
+        source = insert_module(student, f"{name}.input_fake_quantize", module, after=source)
+    module = _Weight(spec.weight)
+    weight = insert_module(student, f"{name}.weight_fake_quantize", module, after=weight)
+    layer.args = (source, weight, *rest)
+
+
+def _trainable(student: GraphModule) -> list[str]:
+    """Return the names of the tensors that train."""
+    operands = {
+        _root(arg)
+        for layer in student.graph.nodes
+        if "fxq_spec" in layer.meta
+        for arg in args_of(layer)[1:3]
+    }
+    names: dict[str, None] = {}
+    for node in student.graph.nodes:
+        if node.op == "get_attr" and tensor_of(student, node).is_floating_point():
+            value = tensor_of(student, node)
+            if isinstance(value, nn.Parameter) or node in operands:
+                if value.dtype in (torch.float16, torch.bfloat16):
+                    raise UnsupportedError(
+                        f"{node.target}: expected float32 to train in, found {value.dtype}; refine "
+                        "the model in float32 and convert it afterwards"
+                    )
+                names[str(node.target)] = None
+    return list(names)
+
+
+def _root(node: Any) -> Any:
+    while isinstance(node, Node) and (node.op == "call_module" or is_constant(node)):
+        if node.op == "get_attr":
+            return node
+        node = node.args[0]
+    return node
+
+
+def _own_parameters(student: GraphModule, names: list[str]) -> None:
+    """Replace tensors by trainable copies; those that share memory go on sharing."""
+    copies: dict[tuple[Any, ...], nn.Parameter] = {}
+    for name in names:
+        value = _get(student, name)
+        key = (value.data_ptr(), value.shape, value.stride())
+        if key not in copies:
+            copies[key] = nn.Parameter(value.detach().clone(), requires_grad=True)
+        _set(student, name, copies[key])
+
+
+def adopt(gm: GraphModule, student: GraphModule) -> None:
+    """Replace tensors of `gm` by what `student`, made from it by `student_of`, has learned."""
+    copies: dict[int, nn.Parameter] = {}
+    for name, value in student.named_parameters(remove_duplicate=False):
+        if id(value) not in copies:
+            copies[id(value)] = nn.Parameter(value.detach().clone(), requires_grad=False)
+        _set(gm, name, copies[id(value)])
+
+
+def _get(gm: GraphModule, name: str) -> Tensor:
+    path, _, leaf = name.rpartition(".")
+    value: Tensor = getattr(gm.get_submodule(path), leaf)
+    return value
+
+
+def _set(gm: GraphModule, name: str, value: nn.Parameter) -> None:
+    path, _, leaf = name.rpartition(".")
+    owner = gm.get_submodule(path)
+    if leaf in owner._buffers:
+        delattr(owner, leaf)
+    owner.register_parameter(leaf, value)
