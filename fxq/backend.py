@@ -23,10 +23,10 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses import FakeTensor
 from torch.fx import GraphModule, Node
 
-from fxq.canonicalize.cleanup import DROPOUT
+from fxq.canonicalize.cleanup import training_op
 from fxq.capturing import from_dynamo
 from fxq.errors import FxqWarning, SkippedError, did_you_mean
-from fxq.graph import bind, is_op
+from fxq.graph import bind
 from fxq.lowering.derived import version_of
 from fxq.lowering.lower import lower
 from fxq.ops import decompositions
@@ -202,17 +202,12 @@ def _device_of(tensors: Sequence[Any]) -> torch.device:
 
 
 def _refuse_train_mode(gm: GraphModule) -> None:
-    """Raise where an operator behaves as in training: eval-mode dropout has been removed
-    already."""
-    for node in gm.graph.nodes:
-        dropout = is_op(node, *DROPOUT)
-        batch_norm = is_op(node, torch.ops.aten.batch_norm.default) and node.args[5] is True
-        has_statistics = batch_norm and node.args[3] is not None
-        if dropout or has_statistics:
-            raise ValueError(
-                f"backend 'fxq' compiles for inference, found {node.target} in train mode; call "
-                "model.eval() first"
-            )
+    """Raise where an operator behaves as in training."""
+    if (node := training_op(gm)) is not None:
+        raise ValueError(
+            f"backend 'fxq' compiles for inference, found {node.target} in train mode; call "
+            "model.eval() first"
+        )
 
 
 def _refuse_gradients(inputs: Sequence[Any]) -> None:

@@ -1,9 +1,9 @@
 """From a model to a flat graph of canonical aten operators, and from a call to that graph's inputs.
 
-`capture` uses torch.export. The graph it returns takes the tensors among the call's arguments, in
-order, and returns the tensors among the results; a `Signature` remembers how both hang together.
-Parameters and buffers are get_attr nodes that share the model's own tensors. `from_dynamo` brings
-the graph that `torch.compile` hands to a backend to the same form.
+`capture` uses torch.export, or takes what it made. The graph it returns takes the tensors among the
+call's arguments, in order, and returns the tensors among the results; a `Signature` remembers how
+both hang together. Parameters and buffers are get_attr nodes that share the model's own tensors.
+`from_dynamo` brings the graph that `torch.compile` hands to a backend to the same form.
 """
 
 import inspect
@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
-from torch.export import Dim
+from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
 from fxq.canonicalize import canonicalize
+from fxq.canonicalize.cleanup import training_op
 from fxq.errors import UnsupportedError, did_you_mean
 from fxq.graph import shape_of, writes
 from fxq.signature import Inputs, Leaf, Signature, free_sizes, split_inputs
@@ -45,11 +46,14 @@ class Captured:
     notes: tuple[str, ...] = ()
 
 
-def capture(model: nn.Module, example_inputs: Inputs, dynamic_shapes: Any = "batch") -> Captured:
+def capture(
+    model: nn.Module | ExportedProgram, example_inputs: Inputs, dynamic_shapes: Any = "batch"
+) -> Captured:
     """Return `model` as a flat graph of canonical aten operators.
 
     Args:
-        model: in eval mode. It is not modified.
+        model: in eval mode, or what torch.export made of such a model, whose sizes are then free
+            where that export left them free. It is not modified.
         example_inputs: a tensor, a tuple of positional arguments or a mapping of keyword arguments.
         dynamic_shapes: `"batch"` leaves dimension 0 of the inputs that share the first one's free;
             None fixes every size; a mapping from parameter names is handed to
@@ -59,10 +63,14 @@ def capture(model: nn.Module, example_inputs: Inputs, dynamic_shapes: Any = "bat
         ValueError: train mode, NaN or Inf in the example.
         UnsupportedError: torch.export cannot capture it; the message has its reason.
     """
-    _check_model(model)
-    values, names, known, defaults = _bind(model, example_inputs)
+    if isinstance(model, ExportedProgram):
+        values, names, known, defaults = _bind_exported(model, example_inputs)
+        exported, notes = model, tuple[str, ...]()
+    else:
+        _check_model(model)
+        values, names, known, defaults = _bind(model, example_inputs)
+        exported, notes = _export(model, values, dynamic_shapes)
     _check_finite(values)
-    exported, notes = _export(model, values, dynamic_shapes)
     if any(map(writes, exported.graph.nodes)):
         # A pass may put a read in front of a write to the same memory: leave no writes.
         exported = exported.run_decompositions({})
@@ -106,7 +114,13 @@ def capture(model: nn.Module, example_inputs: Inputs, dynamic_shapes: Any = "bat
             notes = (f"the model fixes its batch at {fixed[0].shape[0]}",)
     notes += tuple(f"holds only where {guard}" for guard in _unequal(exported))
     gm.recompile()
-    return Captured(canonicalize(gm), signature, notes)
+    gm = canonicalize(gm)
+    if (node := training_op(gm)) is not None:
+        raise ValueError(
+            f"model: expected eval mode, found {node.target} exported in train mode; call "
+            "model.eval() and export it again"
+        )
+    return Captured(gm, signature, notes)
 
 
 def _check_model(model: Any) -> None:
@@ -161,6 +175,37 @@ def _bind(
     )
 
 
+def _bind_exported(
+    program: ExportedProgram, example: Inputs
+) -> tuple[dict[str, Any], tuple[str, ...], tuple[str, ...], dict[str, Any]]:
+    """Return what `_bind` does for an exported program, which takes the arguments it was exported
+    with and no others."""
+    spec = program.call_spec.in_spec
+    assert spec is not None
+    positional, keyword = spec.children()
+    called = program.module_call_graph[0].signature
+    given = getattr(called, "forward_arg_names", None) or ()
+    names = tuple(given[: positional.num_children])
+    if len(names) < positional.num_children:  # older torch does not keep them
+        names = tuple(f"args_{i}" for i in range(positional.num_children))
+    known = (*names, *keyword.context)
+    args, kwargs = split_inputs(example)
+    values = dict(zip(names, args, strict=False)) | kwargs
+    if len(args) > len(names) or set(values) != set(known):
+        raise TypeError(
+            f"example_inputs: this exported program takes {len(names)} positional and the keyword "
+            f"arguments {list(keyword.context)}, found {len(args)} and {list(kwargs)}"
+        )
+    values = {name: values[name] for name in known}
+    if pytree.tree_structure(tuple(values.values())).children() != [
+        *positional.children(), *keyword.children()
+    ]:  # fmt: skip
+        raise TypeError(
+            f"example_inputs: expected arguments nested as they were exported, {spec}, found others"
+        )
+    return values, names, known, {}
+
+
 def _check_finite(values: Mapping[str, Any]) -> None:
     for path, value in pytree.tree_flatten_with_path(dict(values))[0]:
         if isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
@@ -171,7 +216,7 @@ def _check_finite(values: Mapping[str, Any]) -> None:
 
 def _export(
     model: nn.Module, values: dict[str, Any], dynamic_shapes: Any
-) -> tuple[torch.export.ExportedProgram, tuple[str, ...]]:
+) -> tuple[ExportedProgram, tuple[str, ...]]:
     if dynamic_shapes != "batch":
         return _try_export(model, values, dynamic_shapes), ()
     sizes = [t.shape[0] for t in pytree.tree_leaves(values) if isinstance(t, Tensor) and t.ndim]
@@ -193,9 +238,7 @@ def _export(
         return _try_export(model, values, None), (note[:300],)
 
 
-def _try_export(
-    model: nn.Module, values: dict[str, Any], dynamic_shapes: Any
-) -> torch.export.ExportedProgram:
+def _try_export(model: nn.Module, values: dict[str, Any], dynamic_shapes: Any) -> ExportedProgram:
     with torch.no_grad():
         try:
             return torch.export.export(model, (), values, dynamic_shapes=dynamic_shapes)
@@ -207,7 +250,7 @@ def _try_export(
             ) from error
 
 
-def _ranges(exported: torch.export.ExportedProgram) -> dict[str, tuple[int, int | None]]:
+def _ranges(exported: ExportedProgram) -> dict[str, tuple[int, int | None]]:
     """Return the bounds the model's own branches put on free sizes.
 
     A lower bound of 2 is torch.export's own, which keeps sizes of 0 and 1 apart while tracing.
@@ -221,13 +264,13 @@ def _ranges(exported: torch.export.ExportedProgram) -> dict[str, tuple[int, int 
     return ranges
 
 
-def _unequal(exported: torch.export.ExportedProgram) -> list[str]:
+def _unequal(exported: ExportedProgram) -> list[str]:
     """Return the conditions on sizes that neither a name shared by sizes nor a range expresses."""
     guards: Sequence[str] = getattr(exported, "_guards_code", None) or ()
     return [guard for guard in guards if "!=" in guard]
 
 
-def _unlift(exported: torch.export.ExportedProgram) -> GraphModule:
+def _unlift(exported: ExportedProgram) -> GraphModule:
     """Return the exported program as a flat GraphModule with get_attr parameters."""
     takes_guards = "check_guards" in inspect.signature(exported.module).parameters
     module = exported.module(check_guards=False) if takes_guards else exported.module()

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
@@ -136,7 +137,7 @@ def resolve_recipe(recipe: Recipe | str) -> Recipe:
 
 
 def compress(
-    model: nn.Module,
+    model: nn.Module | ExportedProgram,
     example_inputs: Tensor | tuple[Any, ...] | Mapping[str, Any],
     recipe: Recipe | str,
     data: Iterable[Any] | None = None,
@@ -150,7 +151,7 @@ def compress(
     The model is read, never written.
 
     Args:
-        model: in eval mode, on any device, float32, bfloat16 or float16.
+        model: in eval mode, on any device, float32, bfloat16 or float16; or exported already.
         example_inputs: one input as a user would call the model: a tensor, a tuple of positional
             arguments, or a mapping of keyword arguments.
         recipe: a `Recipe`, or the name of an installed one (`"w8a8_static"`).
@@ -184,7 +185,7 @@ def compress(
         return Program.from_captured(captured, gm, recipe=repr(recipe), model=model)
 
 
-def device_of(model: nn.Module) -> torch.device | None:
+def device_of(model: nn.Module | ExportedProgram) -> torch.device | None:
     """Return the device of a model's first tensor, None where it has none."""
     tensors = itertools.chain(model.parameters(), model.buffers())
     return next((tensor.device for tensor in tensors), None)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
@@ -50,7 +51,7 @@ class Program(nn.Module):
 
     @classmethod
     def from_captured(
-        cls, captured: Captured, gm: GraphModule, recipe: str, model: nn.Module
+        cls, captured: Captured, gm: GraphModule, recipe: str, model: nn.Module | ExportedProgram
     ) -> "Program":
         """Make a program of a transformed graph, with its own copy of what is still shared with the
         model."""
@@ -143,7 +144,7 @@ class Program(nn.Module):
         return f"recipe={self.recipe}"
 
 
-def plain_attributes(model: nn.Module) -> dict[str, Any]:
+def plain_attributes(model: nn.Module | ExportedProgram) -> dict[str, Any]:
     """Return the public attributes of `model` that are plain values, and its `config`."""
     found = {
         name: value

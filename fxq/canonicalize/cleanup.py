@@ -52,3 +52,13 @@ def _does_nothing(node: Node) -> bool:
     if is_op(node, aten.expand.default, aten.view.default, aten.reshape.default):
         return list(map(str, shape_of(node))) == list(map(str, shape_of(args_of(node)[0])))
     return False
+
+
+def training_op(gm: GraphModule) -> Node | None:
+    """Return an operator that behaves as in training, if there is one: eval-mode dropout is removed
+    by `drop_no_ops`."""
+    for node in gm.graph.nodes:
+        batch_norm = is_op(node, aten.batch_norm.default) and args_of(node)[5] is True
+        if is_op(node, *DROPOUT) or (batch_norm and args_of(node)[3] is not None):
+            return node
+    return None

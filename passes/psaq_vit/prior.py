@@ -152,7 +152,7 @@ class Views:
     shifts: Tensor
     flips: Tensor
 
-    def of(self, chosen: slice) -> "Views":
+    def of(self, chosen: slice | Tensor) -> "Views":
         """Return those of some images."""
         return Views(self.shifts[:, chosen], self.flips[:, chosen])
 

@@ -11,8 +11,6 @@ every normalization; the entropy estimate converges and counts each pair once; t
 patches are left out, and only those.
 """
 
-import hashlib
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,11 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.fx import GraphModule
 
 from fxq.capturing import Captured
-from fxq.passes.psaq_vit.checkpoint import Checkpoint
 from fxq.passes.psaq_vit.images import SyntheticImages, Trace, normalize
+from fxq.passes.psaq_vit.long_work import Checkpoint, Clock, fingerprint, moments, restore
 from fxq.passes.psaq_vit.prior import Prior, generator_of, learning_rate_factor, total_variation
 from fxq.passes.psaq_vit.taps import find_taps
 from fxq.passes.psaq_vit.teacher import Teacher, capture_images, class_logits
@@ -34,7 +31,6 @@ from fxq.pipeline import Progress, device_of
 from fxq.signature import Inputs, Leaf
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-EVERY_S = 5.0  # seconds between lines of progress
 
 
 @dataclass(frozen=True)
@@ -121,7 +117,7 @@ def synthesize(
     """
     with torch.inference_mode(False), torch.no_grad():
         captured, leaf = capture_images(model, example_inputs)
-        device = (device_of(model) if isinstance(model, nn.Module) else None) or torch.device("cpu")
+        device = device_of(model) or torch.device("cpu")
         batch_size = _check_batch(leaf, n_images, batch_size)
         check_normalization(leaf, mean, std)
         size = (min(2, batch_size) if isinstance(leaf.shape[0], str) else batch_size,)
@@ -300,59 +296,3 @@ class _Run:
             self.leaf.dtype,
             self.fingerprint,
         )
-
-
-def fingerprint(gm: GraphModule, settings: str, labels: Tensor) -> str:
-    """Return a hash of everything that decides the images: weights, graph, settings."""
-    digest = hashlib.sha256(settings.encode() + gm.code.encode())
-    for tensor in (*gm.parameters(), *gm.buffers(), labels):
-        digest.update(
-            tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        )
-    return digest.hexdigest()[:16]
-
-
-class Clock:
-    """Say how far work has come and how long it will take.
-
-    Args:
-        progress: called with a line of text every few seconds.
-        total: units of work.
-        done: of them, earlier.
-    """
-
-    def __init__(self, progress: Progress | None, total: int, done: int = 0) -> None:
-        self.progress, self.began, self.last = progress, time.perf_counter(), time.perf_counter()
-        self.left, self.done = total - done, 0
-
-    def due(self, units: int) -> bool:
-        """Count `units` as done, and tell whether to say something."""
-        self.left, self.done = self.left - units, self.done + units
-        return self.progress is not None and time.perf_counter() - self.last > EVERY_S
-
-    def say(self, text: str) -> None:
-        """Pass on `text` and the time left."""
-        self.last = time.perf_counter()
-        seconds = (self.last - self.began) / self.done * self.left
-        if self.progress:
-            self.progress(f"{text}; about {seconds:.0f} s left")
-
-
-def moments(adam: torch.optim.Adam, tensors: Sequence[Tensor], name: str) -> dict[str, Tensor]:
-    """Return an optimizer's state under names that start with `name`."""
-    return {
-        f"{name}.{index}.{key}": value
-        for index, tensor in enumerate(tensors)
-        for key, value in adam.state[tensor].items()
-    }
-
-
-def restore(
-    adam: torch.optim.Adam, tensors: Sequence[Tensor], kept: dict[str, Tensor], name: str
-) -> None:
-    """Put back what `moments` returned."""
-    for index, tensor in enumerate(tensors):
-        adam.state[tensor] = {
-            key: kept[f"{name}.{index}.{key}"].to(tensor.device if key != "step" else "cpu")
-            for key in ("step", "exp_avg", "exp_avg_sq")
-        }

@@ -52,6 +52,10 @@ class Teacher:
         ]
         return results[:-n], torch.stack(entropies)
 
+    def results(self, images: Tensor) -> list[Any]:
+        """Return the graph's results alone."""
+        return list(self.gm(images))[: -len(self.taps.taps)]
+
     def _entropy(self, vectors: Tensor, patches: Tensor) -> Tensor:
         if self.prior.estimator == "converged":
             return patch_similarity_entropy(vectors, self.grid, patches)
@@ -76,10 +80,7 @@ def capture_images(
             "expected the float model, found a compressed Program: integer codes carry no gradient "
             "to the pixels; pass the model it was made from"
         )
-    module = model.module() if isinstance(model, ExportedProgram) else model
-    if isinstance(model, ExportedProgram):
-        module.training = False  # an exported graph has no mode of its own
-    captured = capture(module, example_inputs)
+    captured = capture(model, example_inputs)
     inputs = captured.signature.tensors
     if len(inputs) != 1 or len(inputs[0].shape) != 4 or not inputs[0].dtype.is_floating_point:
         listing = ", ".join(f"{leaf.name} {list(leaf.shape)} {leaf.dtype}" for leaf in inputs)

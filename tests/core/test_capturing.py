@@ -290,3 +290,51 @@ def test_a_model_that_takes_any_number_of_arguments_is_refused_with_a_way_out() 
 
     with pytest.raises(UnsupportedError, match=r"\*parts.*named arguments"):
         capture(Any().eval(), (torch.randn(2, 3), torch.randn(2, 3)))
+
+
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin, self.drop = nn.Linear(8, 8), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor, pair: tuple[Tensor, Tensor], *, gain: Tensor) -> dict[str, Tensor]:
+        return {"y": self.drop(self.lin(x + pair[0] * pair[1])) * gain}
+
+
+def test_an_exported_program_is_captured_as_the_model_it_came_from() -> None:
+    model, x = TwoInputs().eval(), torch.randn(3, 8)
+    pair, gain = (torch.randn(3, 8), torch.randn(8)), torch.tensor(2.0)
+    batch = {0: torch.export.Dim.AUTO}
+    sizes = {"x": batch, "pair": (batch, None), "gain": None}
+    exported = torch.export.export(model, (x, pair), {"gain": gain}, dynamic_shapes=sizes)
+
+    program = fxq.compress(exported, {"x": x, "pair": pair, "gain": gain}, "w8a8_dynamic")
+
+    same = fxq.compress(model, {"x": x, "pair": pair, "gain": gain}, "w8a8_dynamic")
+    y, other = torch.randn(5, 8), (torch.randn(5, 8), pair[1])
+    assert torch.equal(program(y, other, gain=gain)["y"], same(y, other, gain=gain)["y"])
+    assert [r.row.module for r in fxq.report(program).rows] == ["lin"]
+
+
+@pytest.mark.parametrize(
+    "example",
+    [
+        (torch.zeros(3, 8),),
+        {"x": torch.zeros(3, 8), "pair": torch.zeros(3, 8), "gain": torch.zeros(())},
+        {"x": torch.zeros(3, 8), "pair": (torch.zeros(3, 8),) * 2, "gian": torch.zeros(())},
+    ],
+)
+def test_an_exported_program_takes_the_arguments_it_was_exported_with(example: Any) -> None:
+    x = torch.randn(3, 8)
+    exported = torch.export.export(TwoInputs().eval(), (x, (x, x)), {"gain": torch.ones(())})
+
+    with pytest.raises(TypeError, match="example_inputs: "):
+        fxq.capture(exported, example)
+
+
+def test_an_exported_program_in_train_mode_is_refused() -> None:
+    x = torch.randn(3, 8)
+    exported = torch.export.export(TwoInputs().train(), (x, (x, x)), {"gain": torch.ones(())})
+
+    with pytest.raises(ValueError, match=r"expected eval mode, found aten\.dropout"):
+        fxq.capture(exported, {"x": x, "pair": (x, x), "gain": torch.ones(())})

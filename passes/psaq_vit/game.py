@@ -1,0 +1,262 @@
+"""The game of PSAQ-ViT V2 (arXiv:2209.05687): images and quantized model improve each other, with
+no labels.
+
+    generator   minimize over pixels     prior (entropy, total variation)  -  beta * D(P, Q)
+    student     minimize over weights    D(P, Q)
+
+P is the frozen float model, Q its quantized version, D their disagreement on the outputs that the
+caller selects. Images go where the two disagree and still look like pictures to P; Q follows.
+
+No code is public and the paper names no constants that could be verified: D, beta, the schedule and
+every default here are ours. D is the mean absolute error in units of the output's own size, because
+that of a divergence vanishes as Q approaches P; beta makes both gradients of an image equally long,
+so that D neither drowns nor is drowned.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from fxq.dialect import OBSERVED
+from fxq.errors import UnsupportedError
+from fxq.graph import copy_graph
+from fxq.passes.common import adopt, student_of
+from fxq.passes.psaq_vit.images import SyntheticImages
+from fxq.passes.psaq_vit.long_work import Checkpoint, Clock, fingerprint
+from fxq.passes.psaq_vit.players import Gap, Outputs, Painter, Student
+from fxq.passes.psaq_vit.prior import Prior, generator_of, learning_rate_factor
+from fxq.passes.psaq_vit.taps import find_taps
+from fxq.passes.psaq_vit.teacher import Teacher, capture_images
+from fxq.pipeline import CheckedBatches, Progress, Recipe, resolve_recipe
+from fxq.program import Program
+from fxq.signature import Inputs
+
+
+@dataclass(frozen=True)
+class Game:
+    """Settings.
+
+    Args:
+        n_rounds: how often generator and student take turns. A round moves one batch of images.
+        generator_steps: per round.
+        student_steps: per round, on batches drawn from all images.
+        image_learning_rate: of Adam, fraction of the pixel range.
+        student_learning_rate: of Adam, at the end of a warm-up of a tenth of all steps; from there
+            it falls to zero along half a cosine.
+        adversarial_weight: length of D's gradient at an image, in lengths of the prior's; 0 leaves
+            the images to the prior.
+        prior: what an image must look like.
+    Raises:
+        ValueError: no round or no student step.
+    """
+
+    n_rounds: int = 80
+    generator_steps: int = 5
+    student_steps: int = 5
+    image_learning_rate: float = 0.02
+    student_learning_rate: float = 5e-4
+    adversarial_weight: float = 1.0
+    prior: Prior = field(default_factory=Prior)
+
+    def __post_init__(self) -> None:
+        if self.n_rounds < 1 or self.student_steps < 1 or self.generator_steps < 0:
+            raise ValueError(f"Game: expected rounds and student steps, found {self}")
+
+    @property
+    def total_steps(self) -> int:
+        """Student steps of all rounds."""
+        return self.n_rounds * self.student_steps
+
+    def student_learning_rate_at(self, step: int) -> float:
+        """Return the student's learning rate at a step."""
+        warmup = max(1, self.total_steps // 10)
+        return self.student_learning_rate * learning_rate_factor(step, self.total_steps, warmup)
+
+
+@dataclass(frozen=True)
+class GameTrace:
+    """How a game went, per round; disagreement in units of the output's mean magnitude.
+
+    Args:
+        generator: disagreement on the images moved, before the student answers `[R]`.
+        entropy: their patch-similarity entropy, summed over attentions `[R]`, nat.
+        total_variation: their root mean square neighbour difference `[R]`, fraction of the pixel
+            range.
+        student: disagreement on the batch that the student learned from last `[R]`.
+        before: disagreement on the images the game began with, as quantized without it.
+        after: likewise, at the end.
+    """
+
+    generator: Tensor
+    entropy: Tensor
+    total_variation: Tensor
+    student: Tensor
+    before: float
+    after: float
+
+    @property
+    def improved(self) -> bool:
+        """Whether the student came closer to the teacher."""
+        return self.after < self.before
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """What a game gives.
+
+    Args:
+        program: the student, compressed; compile it like any other.
+        pixels: the images as the game left them `[n, C, H, W]`, fp32 in [0, 1].
+        trace: how it went.
+    """
+
+    program: Program
+    pixels: Tensor = field(repr=False)
+    trace: GameTrace = field(repr=False)
+
+
+def adversarial_refine(
+    model: nn.Module | ExportedProgram,
+    example_inputs: Inputs,
+    recipe: Recipe | str,
+    images: SyntheticImages,
+    *,
+    outputs: Outputs | None = None,
+    settings: Game = Game(),
+    seed: int = 0,
+    taps: str | Sequence[str] = "*",
+    n_prefix: int | None = None,
+    progress: Progress | None = None,
+    checkpoint: str | Path | None = None,
+) -> Refinement:
+    """Compress `model` by `recipe`, calibrated on `images`, and let images and result improve each
+    other. Activation ranges stay those of the calibration; all weights and biases train.
+
+    A student that ends farther from the teacher than it began, on the images it began with, is
+    given up: the program is then what `fxq.compress` makes, and says so in its notes. That is
+    common at 8 bits, where there is little to learn.
+
+    The model is read, never written; the same seed gives the same program.
+
+    Args:
+        model: the float model that dreamed the images, in float32.
+        example_inputs: one input as for `fxq.compress`; its values do not matter.
+        recipe: any recipe that observes, calibrates and converts, or the name of one.
+        images: where the game begins: `synthesize(..., labels=None)`.
+        outputs: takes the model's own output and returns the tensors to agree on, each with the
+            batch first; all floating ones unless given. A detector is best compared at its
+            features and dense predictions, wrapped so that it returns them: what follows
+            suppression of boxes has no gradient.
+        settings: of the game.
+        seed: of all random numbers.
+        taps: which attentions count in the prior, as for `synthesize`.
+        n_prefix: likewise.
+        progress: called with a line of text every few seconds.
+        checkpoint: a file that keeps the state of an interrupted game, which then goes on from
+            there; it is removed at the end.
+    Raises:
+        UnsupportedError: no attention over patches, not one input of images, half precision, or a
+            recipe with nothing to train between observing and converting.
+        ValueError: images of another size than the model takes, or no output to agree on.
+    """
+    recipe = resolve_recipe(recipe)
+    prepare, finish = _split(recipe)
+    with torch.inference_mode(False), torch.no_grad():
+        captured, _ = capture_images(model, example_inputs)
+        batches = CheckedBatches(captured.signature, images, images.pixels.device)
+        example = next(iter(batches))[0]
+        found = find_taps(captured.graph_module, example, taps, n_prefix)
+        teacher = Teacher(captured.graph_module, found, settings.prior)
+        gap = Gap(teacher, outputs, captured.signature.out_spec, example)
+        observed = prepare.apply(copy_graph(captured.graph_module), batches, progress)
+        game = _Game(gap, Student(student_of(observed)), images, settings, seed)
+        about = repr((recipe, settings, seed, found, images.fingerprint))
+        mark = fingerprint(captured.graph_module, about, images.pixels)
+        trace = game.play(progress, Checkpoint(checkpoint, "fxq_game", mark))
+        if trace.improved:
+            adopt(observed, game.student.gm)
+        else:
+            note = (
+                f"the game is not part of it: disagreement {trace.before:.3g} before, "
+                f"{trace.after:.3g} after"
+            )
+            captured = replace(captured, notes=(*captured.notes, note))
+            if progress:
+                progress(f"refine: {note}")
+        gm = finish.apply(observed, progress=progress)
+        made_by = f"{recipe!r}, refined by {settings!r}"
+        program = Program.from_captured(captured, gm, recipe=made_by, model=model)
+        return Refinement(program, game.painter.all_pixels, trace)
+
+
+def _split(recipe: Recipe) -> tuple[Recipe, Recipe]:
+    """Split a recipe in front of the pass that leaves the OBSERVED dialect."""
+    for index, step in enumerate(recipe.passes):
+        if step.reads is OBSERVED and step.writes is not OBSERVED and index:
+            before, after = recipe.passes[:index], recipe.passes[index:]
+            return Recipe(recipe.name, before), Recipe(recipe.name, after)
+    raise UnsupportedError(
+        f"recipe {recipe.name!r}: expected observers and a Convert, between which a student can "
+        f"train, found {[type(step).__name__ for step in recipe.passes]}"
+    )
+
+
+class _Game:
+    """One call of `adversarial_refine`."""
+
+    def __init__(
+        self, gap: Gap, student: Student, images: SyntheticImages, settings: Game, seed: int
+    ) -> None:
+        self.gap, self.student, self.images, self.settings = gap, student, images, settings
+        n_views = settings.n_rounds * max(settings.generator_steps, settings.student_steps)
+        rate, weight = settings.image_learning_rate, settings.adversarial_weight
+        self.painter = Painter(images, settings.prior, n_views, rate, weight, seed)
+        self.seed = seed
+        self.record = torch.zeros(settings.n_rounds, 4)
+
+    def play(self, progress: Progress | None, checkpoint: Checkpoint) -> GameTrace:
+        """Play all rounds."""
+        before, n_rounds = self._gap_at_start(), self.settings.n_rounds
+        state, first = checkpoint.load(), 0
+        if state is not None:
+            about, kept = state
+            first, self.record = about["round"], kept["record"]
+            self.painter.restore(kept)
+            self.student.restore(kept)
+            if progress:
+                progress(f"refine: going on from round {first + 1} of {n_rounds}")
+        clock = Clock(progress, n_rounds, first)
+        for turn in range(first, n_rounds):
+            self._round(turn)
+            if clock.due(1):
+                moved, *_, learned = self.record[turn].tolist()
+                clock.say(
+                    f"refine: round {turn + 1} of {n_rounds}: disagreement {moved:.3f} on the "
+                    f"images moved, {learned:.3f} while learning"
+                )
+            if checkpoint.due:
+                kept = {"record": self.record} | self.painter.state() | self.student.state()
+                checkpoint.save({"round": turn + 1}, kept)
+        checkpoint.remove()
+        moved, entropy, tv, learned = self.record.T
+        return GameTrace(moved, entropy, tv, learned, before, self._gap_at_start())
+
+    def _round(self, turn: int) -> None:
+        s, painter = self.settings, self.painter
+        for step in range(turn * s.generator_steps, (turn + 1) * s.generator_steps):
+            index = turn % len(painter.batches)
+            self.record[turn, :3] = painter.move(index, step, self.gap, self.student.gm)
+        generator = generator_of(self.seed, -1 - turn)
+        for step in range(turn * s.student_steps, (turn + 1) * s.student_steps):
+            order = torch.randperm(len(self.images.pixels), generator=generator)
+            images = painter.view(order[: len(painter.batches[0])], step)
+            rate = s.student_learning_rate_at(step)
+            self.record[turn, 3] = self.student.learn(images, self.gap, rate)
+
+    def _gap_at_start(self) -> float:
+        parts = [self.gap.on(batch, self.student.gm) for batch in self.images]
+        return float(torch.cat(parts).mean())

@@ -1,0 +1,249 @@
+"""PSAQ-ViT V2: what each player's step does, what the game leaves untouched, what it gives."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from psaq import Manual, dream, graph_of, lively
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import fxq
+from fxq.errors import UnsupportedError
+from fxq.graph import copy_graph
+from fxq.numerics import sqnr_db
+from fxq.passes import w6a6
+from fxq.passes.common import student_of
+from fxq.passes.psaq_vit import (
+    Game,
+    Prior,
+    Refinement,
+    SyntheticImages,
+    adversarial_refine,
+    everywhere,
+    find_taps,
+)
+from fxq.passes.psaq_vit.players import Gap, Painter, Student, disagreement, opposed
+from fxq.passes.psaq_vit.teacher import Teacher
+from fxq.pipeline import Recipe
+from fxq.spec import MinMax
+
+W4A4 = everywhere("w4a4", 4, 4, MinMax())
+SHORT = Game(n_rounds=4, generator_steps=2, student_steps=2)
+
+
+def refine(model: nn.Module, example: Tensor, **changes: Any) -> Refinement:
+    images = changes.pop("images", None) or dream(model, example, labels=None)
+    recipe = changes.pop("recipe", W4A4)
+    return adversarial_refine(model, example, recipe, images, **{"settings": SHORT} | changes)
+
+
+def players(weight: float = 1.0, seed: int = 0) -> tuple[Gap, Painter, Student, SyntheticImages]:
+    """Both players over a W4A4 student, and the images they begin with."""
+    model, example = lively(seed)
+    images = dream(model, example, labels=None)
+    gm = graph_of(model, example)
+    x = images.images
+    teacher = Teacher(gm, find_taps(gm, x), Prior())
+    spec = pytree.tree_structure((torch.zeros(()),))
+    gap = Gap(teacher, None, spec, x)
+    observed = Recipe("w4a4", W4A4.passes[:-1]).apply(copy_graph(gm), [(x,)])
+    painter = Painter(images, Prior(jitter=(0.0,), flip=False), 8, 0.01, weight, seed)
+    return gap, painter, Student(student_of(observed)), images
+
+
+def test_disagreement_by_hand() -> None:
+    exact = [torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.tensor([[[4.0]], [[-4.0]]])]
+    found = [torch.tensor([[1.0, 3.0], [1.0, -1.0]]), torch.tensor([[[0.0]], [[0.0]]])]
+    # per image: (0.5 / 1 + 4 / 8) / 2 and (1 / 1 + 4 / 8) / 2
+    assert disagreement(exact, found, torch.tensor([1.0, 8.0])).tolist() == [0.5, 0.75]
+
+
+def test_opposed_by_hand() -> None:
+    prior = torch.tensor([[3.0, 4.0], [3.0, 4.0]]).view(2, 1, 1, 2)
+    against = torch.tensor([[0.0, 0.1], [0.0, 0.0]]).view(2, 1, 1, 2)
+    # the first is 5 long: 2 * 5 * (0, 1) is taken off; the second disagrees nowhere
+    assert opposed(prior, against, 2.0).flatten(1).tolist() == [[3.0, -6.0], [3.0, 4.0]]
+    assert torch.equal(opposed(prior, against, 0.0), prior)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_step_of_the_images_raises_the_disagreement_and_one_of_the_student_lowers_it(
+    seed: int,
+) -> None:
+    gap, painter, student, _ = players(weight=20.0, seed=seed)
+    with torch.no_grad():
+        before = gap.on(painter.normalized(painter.all_pixels), student.gm).mean()
+        for step in range(4):
+            painter.move(0, step, gap, student.gm)
+        x = painter.normalized(painter.all_pixels)
+        moved = gap.on(x, student.gm).mean()
+        for _ in range(4):
+            student.learn(x, gap, 1e-3)
+        learned = gap.on(x, student.gm).mean()
+    assert moved > before
+    assert learned < moved
+    assert 0 <= painter.all_pixels.min() <= painter.all_pixels.max() <= 1
+
+
+def test_a_student_that_is_the_teacher_has_nothing_to_learn() -> None:
+    gap, painter, _, images = players()
+    twin = graph_of(*lively())
+    with torch.no_grad():
+        before = painter.all_pixels
+        assert not gap.on(images.images, twin).any()
+        kept = painter.move(0, 0, gap, twin)
+    assert kept[0] == 0
+    assert kept.isfinite().all()
+    assert not torch.equal(painter.all_pixels, before)  # the prior alone moves it
+
+
+def test_the_game_leaves_model_and_images_untouched_and_is_reproducible() -> None:
+    model, example = lively()
+    images = dream(model, example, labels=None)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    pixels = images.pixels.clone()
+
+    first, again = (refine(model, example, images=images) for _ in range(2))
+
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert torch.equal(images.pixels, pixels)
+    assert torch.equal(first.pixels, again.pixels)
+    assert not torch.equal(first.pixels, pixels)
+    assert torch.equal(first.program(example), again.program(example))
+    other = refine(model, example, images=images, seed=1)
+    assert not torch.equal(first.pixels, other.pixels)
+
+
+def test_the_student_comes_closer_than_quantization_alone() -> None:
+    settings = Game(n_rounds=15, student_learning_rate=2e-3)
+    for seed in range(3):
+        model, example = lively(seed)
+        images = dream(model, example, labels=None, seed=seed, n_images=8)
+        unseen = dream(model, example, labels=None, seed=100 + seed, n_images=8).images
+        plain = fxq.compress(model, example, W4A4, data=images)
+
+        refined = refine(model, example, images=images, settings=settings, seed=seed)
+
+        assert refined.trace.after < 0.9 * refined.trace.before
+        exact = model(unseen).detach()
+        gain = sqnr_db(exact, refined.program(unseen)) - sqnr_db(exact, plain(unseen))
+        # on images of another seed
+        assert gain > 0.5  # measured GAIN
+
+
+def test_weights_of_the_result_are_codes_and_the_report_is_whole() -> None:
+    model, example = lively()
+    program = refine(model, example).program
+
+    codes = {n: b for n, b in program.named_buffers() if b.dtype == torch.int8}
+    assert len(codes) == len([r for r in fxq.report(program).rows if r.row.format])
+    assert all(int(b.min()) >= -7 and int(b.max()) <= 7 for b in codes.values())
+    assert "refined by Game" in program.recipe
+
+
+@pytest.mark.parametrize("recipe", ["w8a8_dynamic", "w8", "smoothquant_w8a8", w6a6.STATIC])
+def test_any_recipe_that_converts_can_be_refined(recipe: str | Recipe) -> None:
+    model, example = lively()
+    result = refine(model, example, recipe=recipe)
+    x = torch.randn(3, *example.shape[1:])
+    assert sqnr_db(model(x).detach(), result.program(x)) > 15
+
+
+def test_a_game_that_does_harm_is_given_up_and_says_so() -> None:
+    model, example = lively()
+    images = dream(model, example, labels=None)
+    wild = Game(n_rounds=2, student_learning_rate=0.3)
+    said: list[str] = []
+
+    result = refine(model, example, images=images, settings=wild, progress=said.append)
+
+    plain = fxq.compress(model, example, W4A4, data=images)
+    assert result.trace.after > result.trace.before
+    assert not result.trace.improved
+    assert torch.equal(result.program(example), plain(example))
+    assert any("not part of it" in note for note in result.program.notes)
+    assert any("not part of it" in line for line in said)
+
+
+def test_feature_maps_can_be_agreed_on_and_need_no_classes() -> None:
+    class Backbone(nn.Module):  # its second output fixes the batch
+        def __init__(self) -> None:
+            super().__init__()
+            self.vit = Manual(True)
+
+        def forward(self, images: Tensor) -> dict[str, Tensor]:
+            tokens = self.vit.stem(images)
+            return {"map": tokens * self.vit(images).mean(), "norm": tokens.abs().mean()}
+
+    torch.manual_seed(0)
+    model, example = Backbone().eval(), torch.randn(1, 3, 16, 16)
+    with pytest.raises(ValueError, match="batch of 2 images first"):
+        refine(model, example)
+
+    result = refine(model, example, outputs=lambda output: output["map"])
+
+    x = torch.randn(2, 3, 16, 16)
+    assert sqnr_db(model(x)["map"].detach(), result.program(x)["map"]) > 5
+    assert result.trace.generator.isfinite().all()
+
+
+def test_an_interrupted_game_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, example = lively()
+    images = dream(model, example, labels=None, batch_size=2)
+    whole = refine(model, example, images=images)
+    path = tmp_path / "game.safetensors"
+    monkeypatch.setattr("fxq.passes.psaq_vit.long_work.SAVE_EVERY_S", -1.0)
+    learn, calls = Student.learn, 0
+
+    def interrupted(*args: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 6:  # in the third round
+            raise KeyboardInterrupt
+        return learn(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Student, "learn", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            refine(model, example, images=images, checkpoint=path)
+    with pytest.raises(ValueError, match="remove it or choose another"):
+        refine(model, example, images=images, checkpoint=path, seed=9)
+    said: list[str] = []
+
+    resumed = refine(model, example, images=images, checkpoint=path, progress=said.append)
+
+    assert any("going on from round 3 of 4" in line for line in said)
+    assert torch.equal(resumed.pixels, whole.pixels)
+    assert torch.equal(resumed.program(example), whole.program(example))
+    assert torch.equal(resumed.trace.student, whole.trace.student)
+    assert not path.exists()
+
+
+def test_an_exported_program_can_be_refined() -> None:
+    model, example = lively()
+    images = dream(model, example, labels=None)
+    exported = torch.export.export(model, (images.images,))
+    result = refine(exported, images.images, images=images)  # type: ignore[arg-type]
+    assert result.program(images.images).shape == model(images.images).shape
+
+
+def test_bad_arguments() -> None:
+    model, example = lively()
+    images = dream(model, example, labels=None)
+    with pytest.raises(UnsupportedError, match="expected observers and a Convert"):
+        refine(model, example, images=images, recipe=Recipe("nothing", ()))
+    program = fxq.compress(model, example, "w8a8_dynamic")
+    with pytest.raises(UnsupportedError, match="found a compressed Program"):
+        refine(program, example, images=images)
+    with pytest.raises(ValueError, match="expected rounds and student steps"):
+        Game(n_rounds=0)
+    small = torch.zeros(1, 3, 8, 8)
+    wrong = SyntheticImages(small, images.mean, images.std, None, images.trace)
+    with pytest.raises(ValueError, match="expected shape"):
+        refine(model, example, images=wrong)
+    half = dream(model.bfloat16(), example.bfloat16(), labels=None)
+    with pytest.raises(UnsupportedError, match="expected float32 to train in"):
+        refine(model, example.bfloat16(), images=half)
