@@ -36,20 +36,28 @@ def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def shifted(images: Tensor) -> Tensor:
-    """Return all nine shifts of the images by up to one pixel `[9, N, 1, 8, 8]`; entry 4 is
+    """Return all nine shifts of the images by up to one pixel `[9, N, 1, H, W]`; entry 4 is
     unshifted."""
     padded = F.pad(images, (1, 1, 1, 1), value=float(images.min()))
-    return torch.stack([padded[:, :, i : i + 8, j : j + 8] for i in range(3) for j in range(3)])
+    h, w = images.shape[-2:]
+    return torch.stack([padded[:, :, i : i + h, j : j + w] for i in range(3) for j in range(3)])
 
 
 def train_vit(
-    images: Tensor, labels: Tensor, width: int = 64, depth: int = 3, epochs: int = EPOCHS
+    images: Tensor,
+    labels: Tensor,
+    width: int = 64,
+    depth: int = 3,
+    epochs: int = EPOCHS,
+    patch: int = 2,
+    class_token: bool = False,
 ) -> VisionTransformer:
-    """Return a ViT trained on 2 x 2 patches, in eval mode."""
+    """Return a ViT trained on square patches, in eval mode."""
     torch.manual_seed(0)
     model = VisionTransformer(
-        img_size=8, patch_size=2, in_chans=1, num_classes=10, embed_dim=width, depth=depth,
-        num_heads=width // 32, class_token=False, global_pool="avg",
+        img_size=images.shape[-1], patch_size=patch, in_chans=1, num_classes=10, embed_dim=width,
+        depth=depth, num_heads=width // 32, class_token=class_token,
+        global_pool="token" if class_token else "avg",
     )  # fmt: skip
     views = shifted(images)
     steps = len(images) // BATCH * epochs

@@ -54,11 +54,11 @@ class Game:
         ValueError: no round or no student step.
     """
 
-    n_rounds: int = 80
+    n_rounds: int = 160
     generator_steps: int = 5
     student_steps: int = 5
     image_learning_rate: float = 0.02
-    student_learning_rate: float = 5e-4
+    student_learning_rate: float = 2e-3
     adversarial_weight: float = 1.0
     prior: Prior = field(default_factory=Prior)
 
