@@ -20,7 +20,7 @@ from digits_vit import digits, train_vit
 from rich.console import Console
 
 import fxq
-from fxq.passes import psaq_vit
+from fxq.passes import psaq_vit, w8a8
 from fxq.passes.psaq_vit.images import contact_sheet
 from fxq.scorecard import measure
 
@@ -60,7 +60,7 @@ def main(path: str) -> None:
     )  # fmt: skip
     draw(dreams, path)
     say(f"drawn to {path}")
-    program = fxq.compress(model, torch.zeros(1, 1, 8, 8), psaq_vit.W8A8, data=dreams, progress=say)
+    program = fxq.compress(model, torch.zeros(1, 1, 8, 8), w8a8.STATIC, data=dreams, progress=say)
     card = measure(model, program, [test_images], [test_labels], say=say)
     console.print(fxq.report(program, test_images).table())
     console.print(card.table())

@@ -31,7 +31,9 @@ from fxq.spec import (
 )
 
 
-def everywhere(name: str, weight_bits: int, activation_bits: int, observer: Observer) -> Recipe:
+def everywhere(
+    name: str, weight_bits: int, activation_bits: int, observer: Observer, pair_safe: bool = False
+) -> Recipe:
     """Return a recipe with the published places.
 
     Args:
@@ -39,11 +41,13 @@ def everywhere(name: str, weight_bits: int, activation_bits: int, observer: Obse
         weight_bits: of weights, per output channel, symmetric, from smallest and largest value.
         activation_bits: of activations, per tensor, affine.
         observer: how activations' ranges are found.
+        pair_safe: choose weight scales for which int8 kernels exist on every x86, as in
+            `fxq.passes.w8a8`; the published ones are as large as the weight.
     """
     activation = QuantSpec(
         bits=activation_bits, symmetric=False, granularity=PerTensor(), observer=observer
     )
-    weight = QuantSpec(bits=weight_bits, granularity=PerChannel(0))
+    weight = QuantSpec(bits=weight_bits, granularity=PerChannel(0), pair_safe=pair_safe)
     layers = InsertObservers(LayerSpec(activation, weight), targets=("linear", "conv"))
     steps = (DecomposeAttention(), layers, ObserveActivations(activation), Calibrate(), Convert())
     return Recipe(name, steps)
@@ -51,6 +55,6 @@ def everywhere(name: str, weight_bits: int, activation_bits: int, observer: Obse
 
 W8A8 = everywhere("psaq_w8a8", 8, 8, MinMax())
 W4A8 = everywhere("psaq_w4a8", 4, 8, MinMax())
-W8A8_PERCENTILE = everywhere("psaq_w8a8_percentile", 8, 8, Percentile())
+W8A8_PERCENTILE = everywhere("psaq_w8a8_percentile", 8, 8, Percentile(), pair_safe=True)
 W4A8_MSE = everywhere("psaq_w4a8_mse", 4, 8, MeanSquaredError())
 W6A6 = everywhere("psaq_w6a6", 6, 6, MeanSquaredError())
