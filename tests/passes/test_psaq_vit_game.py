@@ -118,7 +118,7 @@ def test_the_game_leaves_model_and_images_untouched_and_is_reproducible() -> Non
 
 
 def test_the_student_comes_closer_than_quantization_alone() -> None:
-    settings = Game(n_rounds=15, student_learning_rate=2e-3)
+    settings = Game(n_rounds=8, generator_steps=2, student_steps=6)
     for seed in range(3):
         model, example = lively(seed)
         images = dream(model, example, labels=None, seed=seed, n_images=8)
@@ -127,11 +127,10 @@ def test_the_student_comes_closer_than_quantization_alone() -> None:
 
         refined = refine(model, example, images=images, settings=settings, seed=seed)
 
-        assert refined.trace.after < 0.9 * refined.trace.before
+        assert refined.trace.after < 0.9 * refined.trace.before  # measured 0.76, 0.56, 0.62
         exact = model(unseen).detach()
         gain = sqnr_db(exact, refined.program(unseen)) - sqnr_db(exact, plain(unseen))
-        # on images of another seed
-        assert gain > 0.5  # measured GAIN
+        assert gain > 1.0  # dB on images of another seed; measured 2.0, 4.7, 5.0
 
 
 def test_weights_of_the_result_are_codes_and_the_report_is_whole() -> None:
