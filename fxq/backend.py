@@ -24,9 +24,9 @@ from torch._subclasses import FakeTensor
 from torch.fx import GraphModule, Node
 
 from fxq.canonicalize.cleanup import DROPOUT
-from fxq.capturing import from_dynamo
+from fxq.capturing import from_dynamo, qualified_name
 from fxq.errors import FxqWarning, SkippedError, did_you_mean
-from fxq.graph import bind, is_op
+from fxq.graph import RUNTIME_STATE, bind, is_op
 from fxq.lowering.derived import version_of
 from fxq.lowering.lower import lower
 from fxq.ops import decompositions
@@ -183,7 +183,10 @@ def _holds_program(gm: GraphModule) -> bool:
 
 
 def _is_static(placeholder: Node) -> bool:
-    """Tell whether a placeholder of a Dynamo graph is a parameter or buffer of a module."""
+    """Tell whether a placeholder of a Dynamo graph is a parameter or buffer of a module whose value
+    can be compiled in."""
+    if RUNTIME_STATE in qualified_name(placeholder).split("."):
+        return False
     tensor_dict = placeholder.meta.get("tensor_dict") or {}
     value = placeholder.meta.get("example_value")
     return isinstance(value, Tensor) and (
