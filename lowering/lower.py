@@ -30,7 +30,7 @@ def lower(
         if kind_of(node) in ("linear", "conv") and is_op(args_of(node)[1], ops.dequantize.default):
             decisions[node.name] = rule.apply(node)
         elif is_op(node, SPARSE_ATTENTION):
-            decisions[node.name] = lower_attention(lowered, node, device, sizes)
+            decisions[node.name] = lower_attention(node, device, sizes)
     fold_dequantized_weights(lowered)
     erase_dead(lowered)
     lowered.graph.lint()

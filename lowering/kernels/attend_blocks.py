@@ -103,7 +103,7 @@ BENCHMARK_CASES = {
 
 def choose_config(block_size: int, dim: int, *, online: bool) -> Config:
     """Return tiles for a block size and head dim, both as padded to powers of two."""
-    return Config(min(block_size, 128), 8 if block_size >= 128 else 4, 2)
+    return Config(min(block_size, 128), 8 if block_size >= 128 else 4, 3)
 
 
 @triton.jit
@@ -203,7 +203,7 @@ def attend_blocks_kernel(
         pooled_k = pooled_k_ptr + bh.to(tl.int64) * N * D
         pooled_v = pooled_v_ptr + bh.to(tl.int64) * N * DV
         n_pooled = tl.where(is_text, 0, N)
-        for start in range(0, n_pooled, BN):
+        for start in tl.range(0, n_pooled, BN, num_stages=2):
             cols = start + offs_n
             in_cols = cols < N
             k = tl.load(
