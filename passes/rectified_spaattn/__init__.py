@@ -11,6 +11,7 @@ instead of being moved; steps are chosen by a tensor in the graph, not by a coun
 attention is found in graphs, not by replacing methods of model classes.
 """
 
+from fxq.passes.rectified_spaattn.calibration import Calibration, Measurement, calibrate_density
 from fxq.passes.rectified_spaattn.curve import block_adjacency, curve_order
 from fxq.passes.rectified_spaattn.layout import TokenLayout
 from fxq.passes.rectified_spaattn.recipes import ONLINE_20, TOPK_11, TOPK_20, W8A8_TOPK_20
@@ -29,9 +30,12 @@ __all__ = [
     "W8A8_TOPK_20",
     "ByStep",
     "ByTimestep",
+    "Calibration",
+    "Measurement",
     "ReplaceAttention",
     "TokenLayout",
     "block_adjacency",
+    "calibrate_density",
     "curve_order",
     "set_densities",
     "set_step",

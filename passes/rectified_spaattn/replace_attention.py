@@ -30,6 +30,7 @@ from fxq.passes.rectified_spaattn.schedule import (
     insert_densities,
 )
 from fxq.pipeline import Pass
+from fxq.rectified_attention.layout import check_choices
 
 aten = torch.ops.aten
 MAX_HEAD_DIM = 256  # of any attention kernel
@@ -67,7 +68,8 @@ class ReplaceAttention(Pass):
         center_keys: subtract the mean key before the gate; a departure that helps where keys have
             an offset.
         min_tokens: sequences below this stay dense: they would not become faster.
-        reorder: put visual tokens in curve order and keep the blocks next to each other, where the
+        reorder: put visual tokens in curve order, where the grid is known.
+        keep_neighbours: keep every block that touches the query block in space and time, where the
             grid is known.
         layout: what is known about the sequence and not to be found in the graph.
         overrides: (pattern, density) pairs. A pattern is a qualified module name with shell
@@ -84,6 +86,7 @@ class ReplaceAttention(Pass):
     center_keys: bool = False
     min_tokens: int = 4096  # dense SDPA is faster below, at any useful density
     reorder: bool = True
+    keep_neighbours: bool = True
     layout: TokenLayout = field(default_factory=TokenLayout)
     overrides: tuple[Override, ...] = ()
 
@@ -92,6 +95,7 @@ class ReplaceAttention(Pass):
 
     def __post_init__(self) -> None:
         densities_of(self.density)
+        check_choices(self.mode, self.mass)
         if not 0 <= self.top_p <= 1:
             raise ValueError(f"ReplaceAttention.top_p: expected 0 to 1, found {self.top_p}")
         if self.block_size < 1 or self.min_tokens < 1:
@@ -165,7 +169,7 @@ class ReplaceAttention(Pass):
             return Skip("a free number of tokens; capture with a fixed one", intended=False)
         if shape[2] < self.min_tokens:
             return Skip(
-                f"{shape[2]} tokens; dense is faster below {self.min_tokens}", intended=True
+                f"{shape[2]} tokens: dense is faster below {self.min_tokens}", intended=True
             )
         dims = (shape[3], head_dim)
         if any(not isinstance(d, int) or d % ALIGNED or d > MAX_HEAD_DIM for d in dims):
@@ -192,7 +196,7 @@ class ReplaceAttention(Pass):
     def _replace(self, gm: GraphModule, sites: Sequence[_Site]) -> None:
         own = [site.density for site in sites]
         densities = insert_densities(gm, self.density, own, sites[0].node)
-        curves: dict[tuple[Grid, torch.device], tuple[Node, Node]] = {}
+        curves: dict[tuple[Grid, torch.device], tuple[Node | None, Node | None]] = {}
         for site, density in zip(sites, densities, strict=True):
             order, adjacency = self._curve(gm, site, curves)
             node, segments = site.node, site.segments
@@ -215,20 +219,25 @@ class ReplaceAttention(Pass):
         self,
         gm: GraphModule,
         site: _Site,
-        curves: dict[tuple[Grid, torch.device], tuple[Node, Node]],
-    ) -> tuple[Node, Node] | tuple[None, None]:
+        curves: dict[tuple[Grid, torch.device], tuple[Node | None, Node | None]],
+    ) -> tuple[Node | None, Node | None]:
         """Return order and adjacency of the site's grid, shared by all layers."""
-        grid = site.segments.grid
-        if grid is None or not self.reorder:
+        grid, device = site.segments.grid, val_of(site.node).device
+        if grid is None:
             return None, None
-        device = val_of(site.node).device
         if (grid, device) not in curves:
-            order = curve_order(grid)
-            touching = block_adjacency(grid, order, self.block_size)
-            curves[grid, device] = (
-                add_buffer(gm, "curve_order", order.to(device, copy=True), like=site.node),
-                add_buffer(gm, "curve_adjacency", touching.to(device), like=site.node),
-            )
+            order = curve_order(grid) if self.reorder else None
+            values = {
+                "curve_order": order,
+                "block_adjacency": block_adjacency(grid, order, self.block_size)
+                if self.keep_neighbours
+                else None,
+            }
+            nodes = [
+                None if value is None else add_buffer(gm, name, value.to(device), like=site.node)
+                for name, value in values.items()
+            ]
+            curves[grid, device] = (nodes[0], nodes[1])
         return curves[grid, device]
 
     def _format(self, own: float | None) -> str:
