@@ -101,9 +101,13 @@ BENCHMARK_CASES = {
 }
 
 
-def choose_config(block_size: int, dim: int, *, online: bool) -> Config:
-    """Return tiles for a block size and head dim, both as padded to powers of two."""
-    return Config(min(block_size, 128), 8 if block_size >= 128 else 4, 3)
+def choose_config(block_size: int, dim: int) -> Config:
+    """Return tiles for a block size and a head dim padded to a power of two.
+
+    One tile is a whole block. Four warps would spill with 128 queries; of three stages the index
+    takes one, so that two tiles of keys and values are in flight.
+    """
+    return Config(block_size, 8 if block_size >= 128 else 4, 3)
 
 
 @triton.jit
@@ -294,7 +298,7 @@ def launch(
     n_batch, n_heads, n_tokens, dim = query.shape
     n_blocks, block, dim_v = layout.n_blocks, layout.block_size, value.shape[-1]
     padded = triton.next_power_of_2(max(dim, dim_v))
-    tiles = config or choose_config(block, padded, online=pooled is not None)
+    tiles = config or choose_config(block, padded)
     out = allocate((n_batch, n_heads, n_tokens, dim_v), query.dtype, query.device)
     lse = allocate((n_batch, n_heads, n_tokens), torch.float32, query.device)
     grid = (n_blocks + triton.cdiv(layout.text_size, block), n_batch * n_heads)

@@ -20,6 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+WARPS = 8
+
 
 class Case(NamedTuple):
     """A shape that tests run.
@@ -130,6 +132,6 @@ def launch(
     pool_blocks_kernel[grid](
         x, index, mean, spread, copied, *x.stride()[:3], n_heads, n_tokens, n_visual, n_blocks, dim,
         visual_start, HAS_ORDER=index is not None, HAS_DEVIATION=deviation, BLOCK=block_size,
-        ROWS=triton.next_power_of_2(block_size), BD=triton.next_power_of_2(dim), num_warps=8,
+        ROWS=triton.next_power_of_2(block_size), BD=triton.next_power_of_2(dim), num_warps=WARPS,
     )  # fmt: skip
     return mean, spread, copied

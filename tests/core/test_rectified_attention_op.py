@@ -1,24 +1,18 @@
 """The operator `fxq::rectified_attention`: registered as torch wants it, in its dialects, in the
 account, and in a file."""
 
-import operator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.fx import GraphModule
-from torch.fx.passes.infra.pass_base import PassResult
+from sparse_attention import compressed
+from torch import Tensor
 from torch.library import opcheck
 
 import fxq
 from fxq.account import account
 from fxq.dialect import ATEN, LOWERED, QUANTIZED
 from fxq.errors import PassError
-from fxq.graph import add_buffer, insert_call, is_op
-from fxq.pipeline import Pass, Recipe
 from fxq.rectified_attention import reference
 
 OP = torch.ops.fxq.rectified_attention
@@ -82,37 +76,6 @@ def test_a_gradient_is_refused_rather_than_wrong() -> None:
 
     with pytest.raises(RuntimeError, match="autograd"):
         out.sum().backward()
-
-
-class Attention(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(x, x, x) * 2
-
-
-@dataclass(frozen=True)
-class MakeSparse(Pass):
-    """Put the op in the place of every attention, its density a buffer or computed."""
-
-    by_policy: bool = False
-    reads = writes = QUANTIZED
-
-    def run(self, gm: GraphModule) -> PassResult:
-        for node in list(gm.graph.nodes):
-            if not is_op(node, torch.ops.aten.scaled_dot_product_attention.default):
-                continue
-            density = add_buffer(gm, "density", torch.tensor(0.25), like=node)
-            if self.by_policy:
-                density = insert_call(torch.ops.aten.mul.Tensor, (density, density), before=node)
-            args = (*node.args[:3], density, None, None, None, 0, 0, 4, *SETTINGS, False, None)
-            call = insert_call(OP.default, args, before=node)
-            node.replace_all_uses_with(insert_call(operator.getitem, (call, 0), before=node))
-            gm.graph.erase_node(node)
-        return PassResult(gm, True)
-
-
-def compressed(by_policy: bool = False) -> fxq.Program:
-    recipe = Recipe("sparse", (MakeSparse(by_policy),))
-    return fxq.compress(Attention().eval(), torch.randn(2, 2, 16, 8), recipe)
 
 
 def test_op_belongs_to_quantized_and_lowered_but_not_to_aten() -> None:
