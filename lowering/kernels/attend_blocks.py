@@ -305,7 +305,7 @@ def launch(
     if grid[0] * grid[1] == 0:
         return out, lse
     attend_blocks_kernel[grid](
-        query, key, value, out, lse, selection.count, selection.visited, selection.ratio,
+        query, key, value, out, lse, selection.n_visited, selection.visited, selection.ratio,
         correction, *(pooled or (None, None, None)), text_len, index,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
         n_heads, n_heads // key.shape[1], n_tokens, layout.n_visual, n_blocks, dim, dim_v,

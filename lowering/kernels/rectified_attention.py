@@ -10,12 +10,13 @@ Nothing waits for the host. `fxq.rectified_attention.reference` is the definitio
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fxq.lowering.kernels import attend_blocks, pool_blocks, select_blocks
-from fxq.lowering.kernels.select_blocks import Products
+from fxq.lowering.kernels.select_blocks import Products, Selection
 from fxq.rectified_attention.layout import TokenLayout
 from fxq.rectified_attention.pooling import BlockStats, mean_token
 from fxq.rectified_attention.reference import repeat_heads
@@ -64,6 +65,103 @@ def text_log_sum_exp(
     return logits.logsumexp(-1)
 
 
+class Prepared(NamedTuple):
+    """What `attend_blocks.launch` takes.
+
+    Args:
+        query, key, value: as given, or copies in canonical order.
+        selection: lists of visited blocks, and R.
+        correction: U, in "paper" mode.
+        pooled: pseudo-keys, in "online" mode.
+        text_len: valid text tokens per sample.
+        positions: where canonical tokens lie in the sequence; None where nothing was copied.
+        layout: of query, key and value.
+        scale: of the logits.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    selection: Selection
+    correction: Tensor | None
+    pooled: attend_blocks.Pooled | None
+    text_len: Tensor | None
+    positions: Tensor | None
+    layout: TokenLayout
+    scale: float
+
+
+def prepare(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    density: Tensor,
+    text_len: Tensor | None,
+    order: Tensor | None,
+    adjacency: Tensor | None,
+    text_start: int,
+    text_size: int,
+    block_size: int,
+    top_p: float,
+    mode: str,
+    mass: str,
+    gate: bool,
+    center_keys: bool,
+    is_causal: bool,
+    scale: float,
+) -> Prepared:
+    """Pool and select. Arguments: `fxq.rectified_attention.reference`."""
+    layout = TokenLayout(query.shape[2], text_start, text_size, block_size)
+    n_heads, n_visual = query.shape[1], layout.n_visual
+    gate = gate and mode != "sparse"
+    index = None if order is None else layout.to_canonical(order, query.device)
+
+    def pool(x: Tensor, deviation: bool) -> tuple[BlockStats, Tensor]:
+        mean, spread, copied = pool_blocks.launch(
+            x, index, n_visual, layout.visual_start, block_size, deviation=deviation
+        )
+        parts = (mean, mean if spread is None else spread)  # without a gate nobody reads it
+        return BlockStats(*(repeat_heads(part, n_heads) for part in parts)), copied
+
+    (q, query), (k, key), (v, value) = pool(query, gate), pool(key, gate), pool(value, False)
+    text_first = text_start == 0
+    if index is not None:
+        layout = dataclasses.replace(layout, text_start=n_visual)
+    counts = layout.counts(query.device)
+    products = pair_products(q, k, counts, gate=gate, center_keys=center_keys)
+    text_lse = None
+    if text_size and (text_first or not is_causal):
+        text_key = key[:, :, layout.text_start : layout.text_start + text_size]
+        text_lse = text_log_sum_exp(q.mean, text_key, text_len, scale)
+    selection = select_blocks.launch(
+        products, text_lse, adjacency, density, n_visual, block_size, top_p, mode, mass, scale,
+        is_causal=is_causal,
+    )  # fmt: skip
+    correction, pooled = None, None
+    if mode == "paper":
+        correction = corrections(selection, v.mean)
+    elif mode == "online":
+        assert selection.given is not None
+        keys, values = k.mean.to(key.dtype), v.mean.to(value.dtype)
+        pooled = attend_blocks.Pooled(keys, values, selection.given)
+    return Prepared(
+        query, key, value, selection, correction, pooled, text_len, index, layout, scale
+    )
+
+
+def corrections(selection: Selection, v_mean: Tensor) -> Tensor:
+    """Return U `[B * H * N + 1, Dv]`, fp32; the last row, that of text queries, is zero.
+
+    Args:
+        selection: with probabilities given back.
+        v_mean: pooled values `[B, H, N, Dv]`, fp32.
+    """
+    assert selection.given is not None
+    out = torch.zeros(selection.ratio.shape[0], v_mean.shape[-1], device=v_mean.device)
+    torch.matmul(selection.given, v_mean, out=out[:-1].view(v_mean.shape))
+    return out
+
+
 def launch(
     query: Tensor,
     key: Tensor,
@@ -84,45 +182,8 @@ def launch(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Run the kernels. Arguments and results: `fxq.rectified_attention.reference`."""
-    layout = TokenLayout(query.shape[2], text_start, text_size, block_size)
-    n_heads, n_visual, device = query.shape[1], layout.n_visual, query.device
-    gate = gate and mode != "sparse"
-    index = None if order is None else layout.to_canonical(order, device)
-
-    def pool(x: Tensor, deviation: bool) -> tuple[BlockStats, Tensor]:
-        start = layout.visual_start
-        mean, spread, copied = pool_blocks.launch(
-            x, index, n_visual, start, block_size, deviation=deviation
-        )
-        parts = (mean, mean if spread is None else spread)
-        return BlockStats(*(repeat_heads(part, n_heads) for part in parts)), copied
-
-    (q, query), (k, key), (v, value) = (
-        pool(query, gate),
-        pool(key, gate),
-        pool(value, False),
-    )
-    if index is not None:
-        layout = dataclasses.replace(layout, text_start=n_visual)
-    products = pair_products(q, k, layout.counts(device), gate=gate, center_keys=center_keys)
-    text_lse = None
-    if text_size and not (is_causal and layout.text_start > 0):
-        text_key = key[:, :, layout.text_start : layout.text_start + text_size]
-        text_lse = text_log_sum_exp(q.mean, text_key, text_len, scale)
-    selection = select_blocks.launch(
-        products, text_lse, adjacency, density, n_visual, block_size, top_p, mode, mass, scale,
-        is_causal=is_causal,
+    prepared = prepare(
+        query, key, value, density, text_len, order, adjacency, text_start, text_size, block_size,
+        top_p, mode, mass, gate, center_keys, is_causal, scale,
     )  # fmt: skip
-
-    correction, pooled = None, None
-    if selection.given is not None and mode == "paper":
-        rows, dim_v = selection.ratio.shape[0], value.shape[-1]
-        correction = torch.zeros(rows, dim_v, device=device)
-        torch.matmul(selection.given, v.mean, out=correction[:-1].view(v.mean.shape))
-    elif selection.given is not None:
-        keys, values = k.mean.to(key.dtype), v.mean.to(value.dtype)
-        pooled = attend_blocks.Pooled(keys, values, selection.given)
-    return attend_blocks.launch(
-        query, key, value, selection, correction, pooled, text_len, index, layout, scale,
-        is_causal=is_causal,
-    )  # fmt: skip
+    return attend_blocks.launch(*prepared, is_causal=is_causal)

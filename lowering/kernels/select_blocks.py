@@ -175,14 +175,14 @@ class Selection(NamedTuple):
     everything and get nothing back.
 
     Args:
-        count: blocks visited `[B * H * N + 1]`, int32.
-        visited: their indices, ascending, as many as `count` says `[B * H * N + 1, N]`, int32.
+        n_visited: blocks visited `[B * H * N + 1]`, int32.
+        visited: their indices, ascending, as many as `n_visited` says `[B * H * N + 1, N]`, int32.
         ratio: R `[B * H * N + 1]`, fp32.
         given: what is given back `[B, H, N, N]`, fp32: probabilities in "paper" mode, biases of
             pseudo-keys in "online" mode; None in "sparse" mode.
     """
 
-    count: Tensor
+    n_visited: Tensor
     visited: Tensor
     ratio: Tensor
     given: Tensor | None

@@ -104,13 +104,15 @@ def check_select(case: select_blocks.Case, device: str) -> dict[str, float]:
         "lists": float(lists_equal(found, selected)),
         "ratio": float((found.ratio[:-1].cpu() - ratio.flatten()).abs().max()),
         "given": 0.0 if found.given is None else difference(found.given.cpu(), expected),
-        "text_row": float(found.count[-1] == n and found.visited[-1].tolist() == list(range(n))),
+        "text_row": float(
+            found.n_visited[-1] == n and found.visited[-1].tolist() == list(range(n))
+        ),
     }
 
 
 def lists_equal(found: select_blocks.Selection, selected: Tensor) -> bool:
     """Tell whether every row lists what is selected, in ascending order."""
-    counts, visited = found.count.tolist(), found.visited.tolist()
+    counts, visited = found.n_visited.tolist(), found.visited.tolist()
     rows = selected.flatten(0, 2)
     return all(
         visited[i][: counts[i]] == row.nonzero()[:, 0].tolist() for i, row in enumerate(rows)
