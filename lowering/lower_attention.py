@@ -42,8 +42,8 @@ def why_not_triton(node: Node, sizes: Mapping[str, int] | None) -> str | None:
     n_visual = hint(shape_of(query)[2], sizes) - hint(args_of(node)[8], sizes)
     if dtype_of(query) not in (torch.float16, torch.bfloat16):
         return f"the kernel is for float16 and bfloat16, found {dtype_of(query)}"
-    if max(dims) > 128 or min(dims) < 16:
-        return f"the kernel is for head dims of 16 to 128, found {dims[0]} and {dims[1]}"
+    if max(dims) > 128 or min(dims) < 16 or dims[0] % 8 or dims[1] % 8:
+        return f"the kernel is for head dims of 16 to 128 by 8, found {dims[0]} and {dims[1]}"
     if size not in (64, 128):
         return f"the kernel is for blocks of 64 or 128 tokens, found {size}"
     if n_visual > MAX_BLOCKS * size:

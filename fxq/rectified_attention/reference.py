@@ -60,7 +60,8 @@ class Plan:
 
 def repeat_heads(x: Tensor, n_heads: int) -> Tensor:
     """Return key-value heads `[B, Hkv, ...]` repeated to `[B, H, ...]`, each for its group."""
-    return x.repeat_interleave(n_heads // x.shape[1], dim=1)
+    group = n_heads // x.shape[1]
+    return x if group == 1 else x.repeat_interleave(group, dim=1)
 
 
 def plan(

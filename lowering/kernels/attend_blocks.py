@@ -111,10 +111,11 @@ def choose_config(block_size: int, dim: int) -> Config:
 
 
 @triton.jit
-def _weigh(acc, total, peak, logits, v):
-    """One step of online softmax; logits in base 2."""
-    new = tl.maximum(peak, tl.max(logits, 1))
-    weights = tl.exp2(logits - new[:, None])
+def _weigh(acc, total, peak, dots, v, scale2):
+    """One step of online softmax in base 2. The scale, > 0, and the peak go into one FMA: softmax
+    takes about half the time of a tile."""
+    new = tl.maximum(peak, tl.max(dots, 1) * scale2)
+    weights = tl.exp2(dots * scale2 - new[:, None])
     alpha = tl.exp2(peak - new)
     total = total * alpha + tl.sum(weights, 1)
     acc = tl.dot(weights.to(v.dtype), v, acc * alpha[:, None])
@@ -173,12 +174,11 @@ def attend_blocks_kernel(
         else:
             k = tl.load(k_base + start.to(tl.int64) * k_s + k_offs)
             v = tl.load(v_base + start.to(tl.int64) * v_s + v_offs)
-        logits = tl.dot(q, tl.trans(k)) * scale2
-        acc, total, peak = _weigh(acc, total, peak, logits, v)
+        acc, total, peak = _weigh(acc, total, peak, tl.dot(q, tl.trans(k)), v, scale2)
 
     n_text = text_size
     if HAS_TEXT_LEN:
-        n_text = tl.load(text_len_ptr + b)
+        n_text = tl.load(text_len_ptr + b).to(tl.int32)
     n_masked = masked * SPLIT
     block0 = tl.load(visited + full, mask=masked > 0, other=0) * BLOCK if TAIL or CAUSAL else 0
     for i in tl.range(0, n_masked + tl.cdiv(n_text, BN), num_stages=1):
@@ -200,8 +200,8 @@ def attend_blocks_kernel(
         seen = (cols < end)[None, :]
         if CAUSAL:
             seen = seen & (cols[None, :] <= rows[:, None])
-        logits = tl.where(seen, tl.dot(q, tl.trans(k)) * scale2, float("-inf"))
-        acc, total, peak = _weigh(acc, total, peak, logits, v)
+        dots = tl.where(seen, tl.dot(q, tl.trans(k)), float("-inf"))
+        acc, total, peak = _weigh(acc, total, peak, dots, v, scale2)
 
     if MODE == 1:
         pooled_k = pooled_k_ptr + bh.to(tl.int64) * N * D
@@ -221,8 +221,8 @@ def attend_blocks_kernel(
                 other=0.0,
             )
             bias = tl.load(bias_ptr + plan * N + cols, mask=in_cols, other=float("-inf"))
-            logits = tl.dot(q, tl.trans(k)) * scale2 + (bias * LOG2E)[None, :]
-            acc, total, peak = _weigh(acc, total, peak, logits, v)
+            dots = tl.dot(q, tl.trans(k)) + (bias / scale)[None, :]
+            acc, total, peak = _weigh(acc, total, peak, dots, v, scale2)
 
     empty = total == 0.0
     ratio = tl.load(ratio_ptr + plan) / tl.where(empty, 1.0, total)

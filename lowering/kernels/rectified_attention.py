@@ -117,6 +117,7 @@ def prepare(
     index = None if order is None else layout.to_canonical(order, query.device)
 
     def pool(x: Tensor, deviation: bool) -> tuple[BlockStats, Tensor]:
+        x = x if x.stride(-1) == 1 else x.contiguous()
         mean, spread, copied = pool_blocks.launch(
             x, index, n_visual, layout.visual_start, block_size, deviation=deviation
         )
@@ -134,8 +135,8 @@ def prepare(
         text_key = key[:, :, layout.text_start : layout.text_start + text_size]
         text_lse = text_log_sum_exp(q.mean, text_key, text_len, scale)
     selection = select_blocks.launch(
-        products, text_lse, adjacency, density, n_visual, block_size, top_p, mode, mass, scale,
-        is_causal=is_causal,
+        products, text_lse, adjacency, density.to(query.device), n_visual, block_size, top_p, mode,
+        mass, scale, is_causal=is_causal,
     )  # fmt: skip
     correction, pooled = None, None
     if mode == "paper":

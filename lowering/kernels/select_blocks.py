@@ -230,7 +230,7 @@ def launch(
     Args:
         products: contiguous.
         text_lse: log-sum-exp of the logits of valid text per query block `[B, H, N]`, fp32.
-        adjacency: `[N, N]`, bool, contiguous.
+        adjacency: `[N, N]`, bool.
         density: one element, any float dtype.
         n_visual: visual tokens.
         block_size: visual tokens per block.
@@ -252,7 +252,7 @@ def launch(
         return Selection(count, visited, ratio, given)
     select_blocks_kernel[(n_blocks, n_batch * n_heads)](
         products.dot, products.dq, products.dk, products.shift, products.shift_dq, text_lse,
-        None if adjacency is None else adjacency.view(torch.int8), density,
+        None if adjacency is None else adjacency.contiguous().view(torch.int8), density,
         count, visited, ratio, given, n_blocks, n_visual, scale, top_p,
         **flags(products, text_lse, adjacency, top_p, mode, mass, is_causal),
         BLOCK=block_size, BN=triton.next_power_of_2(n_blocks), num_warps=WARPS,

@@ -146,13 +146,16 @@ def attention_inputs(case: attend_blocks.Case) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def check_attend(case: attend_blocks.Case, device: str) -> dict[str, float]:
+def check_attend(
+    case: attend_blocks.Case, device: str, config: attend_blocks.Config | None = None
+) -> dict[str, float]:
     """Return the largest differences of output and log-sum-exp, and the output's SQNR."""
     poison()
     args = attention_inputs(case)
     moved = [x.to(device) if isinstance(x, Tensor) else x for x in args]
 
-    out, lse = rectified_attention.launch(*moved, case.dim**-0.5)
+    prepared = rectified_attention.prepare(*moved, case.dim**-0.5)
+    out, lse = attend_blocks.launch(*prepared, is_causal=case.is_causal, config=config)
 
     expected, expected_lse = reference.rectified_attention(*args, None)
     return {

@@ -24,10 +24,12 @@ import json, sys
 sys.path.insert(0, sys.argv[1])
 from attention_cases import check_attend, check_pool, check_select
 from fxq.lowering.kernels import attend_blocks, pool_blocks, select_blocks
+halved = [case._replace(block_size=32) for case in attend_blocks.CASES[4:10]]
 print(json.dumps({
     "pool": [check_pool(case, "cpu") for case in pool_blocks.CASES],
     "select": [check_select(case, "cpu") for case in select_blocks.CASES],
     "attend": [check_attend(case, "cpu") for case in attend_blocks.CASES],
+    "half": [check_attend(case, "cpu", attend_blocks.Config(16, 4, 2)) for case in halved],
 }))
 """
 
@@ -72,6 +74,11 @@ def test_selection_equals_the_definition(i: int) -> None:
 @number(attend_blocks.CASES)
 def test_attention_equals_the_definition(i: int) -> None:
     assert_attends(attend_blocks.CASES[i], results()["attend"][i])
+
+
+@number(attend_blocks.CASES[4:10])
+def test_attention_in_tiles_of_half_a_block_equals_the_definition(i: int) -> None:
+    assert_attends(attend_blocks.CASES[4 + i], results()["half"][i])
 
 
 def test_cases_reach_every_mode_and_both_ends() -> None:
