@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from fxq.rectified_attention.layout import TokenLayout
+from fxq.rectified_attention.layout import TokenLayout, empty_output
 from fxq.rectified_attention.reference import plan
 
 
@@ -100,6 +100,7 @@ def launch(
     layout = TokenLayout(query.shape[2], text_start, text_size, block_size)
     index = layout.to_canonical(order, query.device)
     text_mask = layout.text_mask(text_len, query.shape[0], query.device)
+    result = empty_output(query, value.shape[-1])
     query, key, value = (x.index_select(2, index) for x in (query, key, value))
     found = plan(
         query, key, value, density, text_mask, adjacency, layout, top_p, mode, mass, gate,
@@ -117,5 +118,5 @@ def launch(
         found.ratio[..., None].repeat_interleave(block_size, 2), (0, 0, 0, n_text), value=1
     )
     correction = F.pad(found.correction.repeat_interleave(block_size, 2), (0, 0, 0, n_text))
-    out = (sparse.float() * ratio + correction).to(query.dtype)
-    return out.index_select(2, rows), aux.lse.float().index_select(2, rows)
+    result.copy_((sparse.float() * ratio + correction).index_select(2, rows))
+    return result, aux.lse.float().index_select(2, rows)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fxq.rectified_attention import reference
+from fxq.rectified_attention.layout import empty_output
 
 ENGINES = ("triton", "flex")
 
@@ -75,7 +76,7 @@ def _fake(
     scale: float | None,
     engine: str,
 ) -> tuple[Tensor, Tensor]:
-    out = query.new_empty((*query.shape[:-1], value.shape[-1]))
+    out = empty_output(query, value.shape[-1])
     return out, query.new_empty(query.shape[:-1], dtype=torch.float32)
 
 

@@ -74,6 +74,18 @@ class TokenLayout:
         return torch.arange(self.text_size, device=device) < text_len[:, None]
 
 
+def empty_output(query: Tensor, dim_v: int) -> Tensor:
+    """Return an uninitialised output `[B, H, S, Dv]` in the dtype of `query`.
+
+    Where heads lie within tokens, as a linear leaves them, the output's do too: the reshape to
+    `[B, S, H * Dv]` behind attention then copies nothing.
+    """
+    n_batch, n_heads, n_tokens, _ = query.shape
+    if query.stride(1) < query.stride(2):
+        return query.new_empty(n_batch, n_tokens, n_heads, dim_v).transpose(1, 2)
+    return query.new_empty(n_batch, n_heads, n_tokens, dim_v)
+
+
 def check_choices(mode: str, mass: str) -> None:
     """Raise `ValueError` where a named choice does not exist."""
     for name, value, choices in (("mode", mode, get_args(Mode)), ("mass", mass, get_args(Mass))):

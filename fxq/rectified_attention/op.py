@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fxq.rectified_attention import reference
-from fxq.rectified_attention.layout import check_choices
+from fxq.rectified_attention.layout import check_choices, empty_output
 
 
 @torch.library.custom_op("fxq::rectified_attention", mutates_args=())
@@ -59,5 +59,5 @@ def _(
     scale: float | None,
 ) -> tuple[Tensor, Tensor]:
     check_choices(mode, mass)
-    out = query.new_empty((*query.shape[:-1], value.shape[-1]))
+    out = empty_output(query, value.shape[-1])
     return out, query.new_empty(query.shape[:-1], dtype=torch.float32)

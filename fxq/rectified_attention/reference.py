@@ -16,6 +16,7 @@ from fxq.rectified_attention.layout import (
     check_choices,
     check_layout,
     check_tensors,
+    empty_output,
 )
 from fxq.rectified_attention.pooling import pool_blocks
 from fxq.rectified_attention.rectification import (
@@ -236,8 +237,8 @@ def rectified_attention(
         is_causal: keys after the query are not seen.
         scale: of the logits, 1 / sqrt(D) unless given.
     Returns:
-        `[B, H, S, Dv]` in the dtype of `query`, and the log-sum-exp of the logits of all keys a
-        token sees, pseudo-keys included, `[B, H, S]`, fp32.
+        `[B, H, S, Dv]` in the dtype of `query` and laid out like it, and the log-sum-exp of the
+        logits of all keys a token sees, pseudo-keys included, `[B, H, S]`, fp32.
     Raises:
         ValueError: arguments that make no self-attention or do not fit each other.
     """
@@ -248,6 +249,7 @@ def rectified_attention(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     index = layout.to_canonical(order, query.device)
     text_mask = layout.text_mask(text_len, query.shape[0], query.device)
+    out = empty_output(query, value.shape[-1])
     query, key, value = (x.index_select(2, index) for x in (query, key, value))
     found = plan(
         query, key, value, density, text_mask, adjacency, layout, top_p, mode, mass, gate,
@@ -256,7 +258,6 @@ def rectified_attention(
     positions = index if is_causal else None
     online = mode == "online"
     canonical = _attend_all(query, key, value, found, layout, text_mask, positions, online, scale)
-    out = torch.empty_like(canonical[0], dtype=query.dtype)
     out[:, :, index] = canonical[0].to(query.dtype)
     lse = torch.empty_like(canonical[1])
     lse[:, :, index] = canonical[1]

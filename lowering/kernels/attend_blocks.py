@@ -126,7 +126,7 @@ def _weigh(acc, total, peak, dots, v, scale2):
 def attend_blocks_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, count_ptr, list_ptr, ratio_ptr, correction_ptr,
     pooled_k_ptr, pooled_v_ptr, bias_ptr, text_len_ptr, index_ptr,
-    q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s,
+    q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, out_b, out_h, out_s,
     H, GROUP, S, T, N, D, DV, visual_start, text_start, text_size, scale,
     HAS_TEXT_LEN: tl.constexpr, HAS_ORDER: tl.constexpr, CAUSAL: tl.constexpr, MODE: tl.constexpr,
     TAIL: tl.constexpr,
@@ -233,10 +233,10 @@ def attend_blocks_kernel(
     lse = tl.where(empty, float("-inf"), lse)
     if HAS_ORDER:  # back to the order of the sequence
         rows = tl.load(index_ptr + rows, mask=in_rows, other=0)
-    flat = bh.to(tl.int64) * S + rows
-    tl.store(lse_ptr + flat, lse, mask=in_rows)
+    tl.store(lse_ptr + bh.to(tl.int64) * S + rows, lse, mask=in_rows)
+    out_base = out_ptr + b.to(tl.int64) * out_b + h.to(tl.int64) * out_h
     tl.store(
-        out_ptr + flat[:, None] * DV + offs_d[None, :],
+        out_base + rows.to(tl.int64)[:, None] * out_s + offs_d[None, :],
         out.to(out_ptr.dtype.element_ty),
         mask=in_rows[:, None] & in_dv[None, :],
     )
@@ -265,6 +265,7 @@ def launch(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    out: Tensor,
     selection: Selection,
     correction: Tensor | None,
     pooled: Pooled | None,
@@ -282,6 +283,7 @@ def launch(
         query: `[B, H, S, D]`, last stride 1.
         key: `[B, Hkv, S, D]`, last stride 1.
         value: `[B, Hkv, S, Dv]`, last stride 1.
+        out: where the output goes `[B, H, S, Dv]`, last stride 1.
         selection: of `select_blocks`.
         correction: U `[B * H * N + 1, Dv]`, fp32, zeros in the last row; with `pooled` or without
             rectification None.
@@ -293,13 +295,12 @@ def launch(
         is_causal: keys after the query are not seen.
         config: tiles; chosen by shape unless given.
     Returns:
-        output `[B, H, S, Dv]` in the dtype of query, and log-sum-exp `[B, H, S]`, fp32.
+        `out`, and log-sum-exp `[B, H, S]`, fp32.
     """
     n_batch, n_heads, n_tokens, dim = query.shape
     n_blocks, block, dim_v = layout.n_blocks, layout.block_size, value.shape[-1]
     padded = triton.next_power_of_2(max(dim, dim_v))
     tiles = config or choose_config(block, padded)
-    out = allocate((n_batch, n_heads, n_tokens, dim_v), query.dtype, query.device)
     lse = allocate((n_batch, n_heads, n_tokens), torch.float32, query.device)
     grid = (n_blocks + triton.cdiv(layout.text_size, block), n_batch * n_heads)
     if grid[0] * grid[1] == 0:
@@ -307,7 +308,7 @@ def launch(
     attend_blocks_kernel[grid](
         query, key, value, out, lse, selection.n_visited, selection.visited, selection.ratio,
         correction, *(pooled or (None, None, None)), text_len, index,
-        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
         n_heads, n_heads // key.shape[1], n_tokens, layout.n_visual, n_blocks, dim, dim_v,
         layout.visual_start, layout.text_start, layout.text_size, scale,
         HAS_TEXT_LEN=text_len is not None, HAS_ORDER=index is not None, CAUSAL=is_causal,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fxq.lowering.kernels import attend_blocks, pool_blocks, select_blocks
 from fxq.lowering.kernels.select_blocks import Products, Selection
-from fxq.rectified_attention.layout import TokenLayout
+from fxq.rectified_attention.layout import TokenLayout, empty_output
 from fxq.rectified_attention.pooling import BlockStats, mean_token
 from fxq.rectified_attention.reference import repeat_heads
 
@@ -70,6 +70,7 @@ class Prepared(NamedTuple):
 
     Args:
         query, key, value: as given, or copies in canonical order.
+        out: uninitialised, laid out like the query that was given.
         selection: lists of visited blocks, and R.
         correction: U, in "paper" mode.
         pooled: pseudo-keys, in "online" mode.
@@ -82,6 +83,7 @@ class Prepared(NamedTuple):
     query: Tensor
     key: Tensor
     value: Tensor
+    out: Tensor
     selection: Selection
     correction: Tensor | None
     pooled: attend_blocks.Pooled | None
@@ -113,6 +115,7 @@ def prepare(
     """Pool and select. Arguments: `fxq.rectified_attention.reference`."""
     layout = TokenLayout(query.shape[2], text_start, text_size, block_size)
     n_heads, n_visual = query.shape[1], layout.n_visual
+    out = empty_output(query, value.shape[-1])
     gate = gate and mode != "sparse"
     index = None if order is None else layout.to_canonical(order, query.device)
 
@@ -146,7 +149,7 @@ def prepare(
         keys, values = k.mean.to(key.dtype), v.mean.to(value.dtype)
         pooled = attend_blocks.Pooled(keys, values, selection.given)
     return Prepared(
-        query, key, value, selection, correction, pooled, text_len, index, layout, scale
+        query, key, value, out, selection, correction, pooled, text_len, index, layout, scale
     )
 
 

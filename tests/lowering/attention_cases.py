@@ -9,7 +9,7 @@ from fxq.lowering.kernels import attend_blocks, pool_blocks, rectified_attention
 from fxq.lowering.kernels.select_blocks import Products
 from fxq.numerics import sqnr_db
 from fxq.rectified_attention import reference
-from fxq.rectified_attention.layout import TokenLayout
+from fxq.rectified_attention.layout import TokenLayout, empty_output
 from fxq.rectified_attention.pooling import pool_blocks as pool
 from fxq.rectified_attention.rectification import rectification
 from fxq.rectified_attention.selection import (
@@ -33,6 +33,7 @@ def poison() -> None:
     """Poison the outputs of all kernels."""
     for module in (attend_blocks, pool_blocks, select_blocks):
         module.allocate = poisoned  # type: ignore[assignment]
+    rectified_attention.empty_output = lambda *of: empty_output(*of).fill_(float("nan"))
 
 
 def check_pool(case: pool_blocks.Case, device: str) -> dict[str, float]:
@@ -158,6 +159,7 @@ def check_attend(
     out, lse = attend_blocks.launch(*prepared, is_causal=case.is_causal, config=config)
 
     expected, expected_lse = reference.rectified_attention(*args, None)
+    assert out.stride() == expected.stride()
     return {
         "out": difference(out.cpu().float(), expected.float()),
         "lse": difference(lse.cpu(), expected_lse),

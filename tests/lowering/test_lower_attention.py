@@ -95,11 +95,18 @@ def test_the_limits_of_the_rule_are_those_of_the_kernel() -> None:
     assert kernel.MAX_BLOCKS == MAX_BLOCKS
 
 
-def test_on_a_cpu_the_reference_computes_and_the_report_says_so() -> None:
+def test_on_a_cpu_the_definition_is_the_kernel_and_the_report_says_so() -> None:
     (row,) = fxq.report(compressed()).rows
 
-    assert (row.status, row.kernel) == ("simulated", None)
-    assert "visited blocks only, on cpu" in row.reason
+    assert (row.status, row.kernel) == ("lowered", "rectified_attention (torch)")
+    assert "visited blocks only" in row.reason
+
+
+def test_other_devices_have_no_kernel() -> None:
+    _, decisions = lower(compressed().graph_module, torch.device("mps"))
+
+    (decision,) = decisions.values()
+    assert decision == Decision(None, "the reference: no kernel for mps")
 
 
 def test_lowered_graph_computes_what_was_simulated() -> None:

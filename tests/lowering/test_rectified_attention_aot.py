@@ -13,7 +13,7 @@ from fxq.lowering.kernels.pool_blocks import pool_blocks_kernel
 from fxq.lowering.kernels.select_blocks import WARPS, select_blocks_kernel
 
 SHARED_BYTES = 227 * 1024  # what a block may have on sm_90
-STRIDES = tuple(f"{x}_{of}" for x in "qkv" for of in "bhs")
+STRIDES = tuple(f"{x}_{of}" for x in ("q", "k", "v", "out") for of in "bhs")
 POINTERS = {
     "lse_ptr": "*fp32", "count_ptr": "*i32", "list_ptr": "*i32", "ratio_ptr": "*fp32",
     "correction_ptr": "*fp32", "bias_ptr": "*fp32", "text_len_ptr": "*i32", "index_ptr": "*i64",
