@@ -8,14 +8,23 @@ Takes about three minutes on two cores; nothing is downloaded. Attention over 8 
 Expect online to be several times closer to dense than sparse without correction.
 """
 
+import sys
+import time
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor, nn
 
+import fxq
 from fxq.passes.rectified_spaattn import ByTimestep, ReplaceAttention
+from fxq.pipeline import Recipe
 
 FRAMES, SIDE, PATCH, WIDTH, HEADS, DEPTH = 8, 16, 2, 96, 3, 3
-STEPS, BATCH, PEAK_LR, SAMPLING_STEPS = 600, 6, 3e-3, 20
+STEPS, BATCH, PEAK_LR, SAMPLING_STEPS = 800, 6, 3e-3, 20
+RADIUS, COLOURS = 3.0, ((1.0, 0.55, 0.1), (0.1, 0.65, 0.95))
 SPARSE = ReplaceAttention(
     density=ByTimestep(levels=(0.8,), densities=(0.2, 1.0)), block_size=16, min_tokens=512,
     keep_neighbours=False, top_p=0.0,
@@ -24,23 +33,18 @@ SPARSE = ReplaceAttention(
 
 def moving_shapes(n: int) -> Tensor:
     """Return videos `[n, 3, FRAMES, SIDE, SIDE]` in [-1, 1]: a disc and a square that bounce."""
-    time_, half = torch.arange(FRAMES).view(1, 1, FRAMES), SIDE / 2
-    radius = torch.empty(n, 2, 1).uniform_(2, 3.5)
-    place, speed = torch.rand(n, 2, 2, 1) * SIDE, torch.empty(n, 2, 2, 1).uniform_(-2, 2)
-    free = (half - radius).unsqueeze(2) * 2
-    path = (place + speed * time_.unsqueeze(0)) % (2 * free)  # [n, shape, axis, frame]
-    centre = radius.unsqueeze(2) + torch.minimum(path, 2 * free - path)
-    grid = torch.arange(SIDE) + 0.5
-    dy = (grid.view(1, 1, 1, -1, 1) - centre[:, :, 0, :, None, None]).abs()
-    dx = (grid.view(1, 1, 1, 1, -1) - centre[:, :, 1, :, None, None]).abs()
-    reach = radius[..., None, None]
-    far = torch.stack([(dy**2 + dx**2).sqrt()[:, 0], torch.maximum(dy, dx)[:, 1]], 1)
-    shape = (reach - far + 0.5).clamp(0, 1)  # [n, shape, frame, y, x], soft edges
-    colour = F.one_hot(torch.stack([torch.randperm(3)[:2] for _ in range(n)]), 3).float()
+    speed = torch.empty(n, 2, 2, 1).uniform_(-2, 2)  # [n, axis, shape, frame]
+    free = SIDE - 2 * RADIUS
+    path = (torch.rand(n, 2, 2, 1) * SIDE + speed * torch.arange(FRAMES)) % (2 * free)
+    centre = RADIUS + torch.minimum(path, 2 * free - path)
+    pixels = torch.arange(SIDE) + 0.5
+    dy = (pixels[:, None] - centre[:, 0, ..., None, None]).abs()
+    dx = (pixels - centre[:, 1, ..., None, None]).abs()  # [n, shape, frame, 1, x]
+    far = (dy**2 + dx**2).sqrt()[:, 0], torch.maximum(dy, dx)[:, 1] + 0.5
     video = torch.zeros(n, 3, FRAMES, SIDE, SIDE)
-    for i in range(2):
-        cover = shape[:, i, None]
-        video = video * (1 - cover) + colour[:, i, :, None, None, None] * cover
+    for colour, distance in zip(COLOURS, far, strict=True):
+        cover = (RADIUS - distance + 0.5).clamp(0, 1)[:, None]  # soft edges
+        video = video * (1 - cover) + torch.tensor(colour).view(3, 1, 1, 1) * cover
     return video * 2 - 1
 
 
