@@ -13,7 +13,7 @@ import torch
 from torch.fx import Node
 
 import fxq.lowering.rectified_attention  # noqa: F401  registers the op
-from fxq.graph import args_of, dtype_of, hint, insert_call, shape_of
+from fxq.graph import args_of, dtype_of, hint, insert_call, shape_of, val_of
 from fxq.lowering.decision import Decision
 
 MAX_BLOCKS = 4096  # `fxq.lowering.kernels.select_blocks.MAX_BLOCKS`, which loads Triton
@@ -44,11 +44,13 @@ def why_not_triton(node: Node, sizes: Mapping[str, int] | None) -> str | None:
     """Return why our kernel does not take an attention, None where it does."""
     query, value, size, scale = (args_of(node)[i] for i in (0, 2, 9, 16))
     dims = [hint(shape_of(x)[-1], sizes) for x in (query, value)]
-    n_visual = hint(shape_of(query)[2], sizes) - hint(args_of(node)[8], sizes)
+    text_size = args_of(node)[8]
+    text_size = val_of(text_size) if isinstance(text_size, Node) else text_size
+    n_visual = hint(shape_of(query)[2], sizes) - hint(text_size, sizes)
     if dtype_of(query) not in (torch.float16, torch.bfloat16):
         return f"the kernel is for float16 and bfloat16, found {dtype_of(query)}"
-    if max(dims) > 128 or min(dims) < 16 or dims[0] % 8 or dims[1] % 8:
-        return f"the kernel is for head dims of 16 to 128 by 8, found {dims[0]} and {dims[1]}"
+    if any(dim % 16 or not 16 <= dim <= 128 for dim in dims):  # rows of whole 16-byte loads
+        return f"the kernel is for head dims of 16 to 128 by 16, found {dims[0]} and {dims[1]}"
     if size not in (64, 128):
         return f"the kernel is for blocks of 64 or 128 tokens, found {size}"
     if n_visual > MAX_BLOCKS * size:

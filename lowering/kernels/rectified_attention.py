@@ -65,6 +65,15 @@ def text_log_sum_exp(
     return logits.logsumexp(-1)
 
 
+def is_aligned(x: Tensor) -> bool:
+    """Tell whether every row of `x` `[B, H, S, D]` starts at a multiple of 16 bytes and of 16
+    elements. Triton then loads 16 bytes at a time, asynchronously; where it cannot, kernels
+    spill."""
+    steps = [step for step, size in zip(x.stride(), x.shape, strict=True) if size > 1][:-1]
+    in_sequence = x.shape[-1] == 1 or x.stride(-1) == 1
+    return in_sequence and x.data_ptr() % 16 == 0 and all(step % 16 == 0 for step in steps)
+
+
 class Prepared(NamedTuple):
     """What `attend_blocks.launch` takes.
 
@@ -120,7 +129,7 @@ def prepare(
     index = None if order is None else layout.to_canonical(order, query.device)
 
     def pool(x: Tensor, deviation: bool) -> tuple[BlockStats, Tensor]:
-        x = x if x.stride(-1) == 1 else x.contiguous()
+        x = x if is_aligned(x) else x.clone(memory_format=torch.contiguous_format)
         mean, spread, copied = pool_blocks.launch(
             x, index, n_visual, layout.visual_start, block_size, deviation=deviation
         )

@@ -171,4 +171,6 @@ def assert_attends(case: attend_blocks.Case, found: dict[str, float]) -> None:
     """Assert what `check_attend` found: rounding of the dtype, for values of unit variance."""
     bound = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}[case.dtype]
     assert found["out"] <= bound
-    assert found["lse"] <= (2e-6 if case.dtype == torch.float32 else 1e-5)
+    # Logits are exact products of narrow inputs, but pseudo-keys are rounded to their dtype.
+    rounded = case.mode == "online" and case.dtype != torch.float32
+    assert found["lse"] <= (bound if rounded else 1e-5)

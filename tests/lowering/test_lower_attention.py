@@ -55,9 +55,9 @@ def test_our_kernel_takes_common_attention(dim: int, mode: str) -> None:
     ("shape", "dtype", "options", "reason"),
     [
         ((1, 2, 256, 64), torch.float32, {}, "float16 and bfloat16, found torch.float32"),
-        ((1, 2, 256, 256), BF16, {}, "head dims of 16 to 128 by 8, found 256"),
-        ((1, 2, 256, 8), BF16, {}, "head dims of 16 to 128 by 8, found 8"),
-        ((1, 2, 256, 36), BF16, {}, "head dims of 16 to 128 by 8, found 36"),
+        ((1, 2, 256, 256), BF16, {}, "head dims of 16 to 128 by 16, found 256"),
+        ((1, 2, 256, 8), BF16, {}, "head dims of 16 to 128 by 16, found 8"),
+        ((1, 2, 256, 72), BF16, {}, "head dims of 16 to 128 by 16, found 72"),
         ((1, 2, 512, 64), BF16, {"block_size": 256}, "blocks of 64 or 128 tokens, found 256"),
         ((1, 2, 256, 64), BF16, {"scale": -1.0}, "positive scale, found -1.0"),
     ],
