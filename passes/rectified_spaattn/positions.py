@@ -217,6 +217,14 @@ def _getitem(walk: _Walk, node: Node) -> Any:
     return walk.numbers[source][index]
 
 
+def _as_complex(walk: _Walk, node: Node) -> Tensor:
+    return walk.of(args_of(node)[0])[..., 0]
+
+
+def _as_real(walk: _Walk, node: Node) -> Tensor:
+    return walk.of(args_of(node)[0]).unsqueeze(-1).expand(sizes_of(node))
+
+
 def _pad(walk: _Walk, node: Node) -> Tensor:
     return torch.constant_pad_nd(walk.of(args_of(node)[0]), args_of(node)[1], NOWHERE)
 
@@ -296,5 +304,7 @@ RULES: dict[Any, Rule] = {
     **dict.fromkeys(ATTENTION, _attention),
     **dict.fromkeys(PLACELESS, _placeless),
     aten.copy.default: _copy,
+    aten.view_as_complex.default: _as_complex,
+    aten.view_as_real.default: _as_real,
     operator.getitem: _getitem,
 }

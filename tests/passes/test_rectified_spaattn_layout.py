@@ -52,6 +52,12 @@ def modulated(video: Tensor, text: Tensor) -> Tensor:
     return torch.cat([pooled * flat(video) + text[:, :1], text * pooled], 1)
 
 
+def complex_rotary(video: Tensor, text: Tensor) -> Tensor:
+    pairs = torch.view_as_complex(flat(video).contiguous().unflatten(-1, (-1, 2)))
+    angle = torch.polar(torch.ones(48, 4), torch.arange(48.0)[:, None] * torch.ones(4))
+    return torch.view_as_real(pairs * angle).flatten(2)
+
+
 def between(video: Tensor, text: Tensor) -> Tensor:
     first, second = flat(video).split([10, 38], 1)
     return torch.cat([first, text, second], 1)
@@ -71,6 +77,7 @@ def patched(video: Tensor, text: Tensor) -> Tensor:
         (in_place, 48, 0, 4, (4, 3, 4)),
         (modulated, 48, 48, 4, (4, 3, 4)),
         (patched, 24, 24, 0, (2, 3, 4)),
+        (complex_rotary, 48, 48, 0, (4, 3, 4)),
         (lambda v, t: flat(v[:, :, :1]), 12, 12, 0, (1, 3, 4)),
         (lambda v, t: flat(v.transpose(2, 4)), 48, 48, 0, None),  # columns first: not raster order
         (lambda v, t: flat(v)[:, ::2], 24, 24, 0, (4, 3, 2)),
