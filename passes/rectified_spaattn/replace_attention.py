@@ -37,6 +37,7 @@ MAX_HEAD_DIM = 256  # of any attention kernel
 ALIGNED = 8  # channels: what tensor cores load at once
 
 Override = tuple[str, float | None]
+Masked = tuple[Node | None, Segments]
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class ReplaceAttention(Pass):
     mass: Literal["complement", "critical"] = "complement"
     gate: bool | None = None
     center_keys: bool = False
-    min_tokens: int = 4096  # dense SDPA is faster below, at any useful density
+    min_tokens: int = 4096  # CPU, density 0.2: 1.6x dense SDPA here, slower at 1,024
     reorder: bool = True
     keep_neighbours: bool = True
     layout: TokenLayout = field(default_factory=TokenLayout)
@@ -114,7 +115,7 @@ class ReplaceAttention(Pass):
         """Replace what can be replaced and mark the rest."""
         positions = find_positions(gm)
         overridden = self._overridden(list(positions.attention))
-        sites, lengths = [], dict[Node, Node | Skip | None]()
+        sites, lengths = [], dict[Masked, Node | Skip | None]()
         for node in positions.attention:
             found = self._examine(node, positions, overridden, lengths)
             if isinstance(found, Skip):
@@ -134,7 +135,7 @@ class ReplaceAttention(Pass):
         node: Node,
         positions: Positions,
         overridden: dict[Node, Override],
-        lengths: dict[Node, Node | Skip | None],
+        lengths: dict[Masked, Node | Skip | None],
     ) -> _Site | Skip:
         """Return what to replace, or why not. `lengths` has the valid text of masks seen so far."""
         pattern, density = overridden.get(node, (None, None))
@@ -146,9 +147,10 @@ class ReplaceAttention(Pass):
         if isinstance(segments, Skip):
             return segments
         mask = _option(node, 3, "attn_mask", None)
-        if mask not in lengths:
-            lengths[mask] = valid_text(mask, segments, self.layout.prefix_masks, node)
-        text_len = lengths[mask]
+        masked = mask, segments
+        if masked not in lengths:
+            lengths[masked] = valid_text(mask, segments, self.layout.prefix_masks, node)
+        text_len = lengths[masked]
         if isinstance(text_len, Skip):
             return text_len
         return _Site(node, segments, text_len, density)
@@ -166,7 +168,9 @@ class ReplaceAttention(Pass):
         if str(shape[2]) != str(n_keys):
             return Skip(f"cross-attention: {shape[2]} queries, {n_keys} keys", intended=True)
         if not isinstance(shape[2], int):
-            return Skip("a free number of tokens; capture with a fixed one", intended=False)
+            return Skip(
+                "a free number of tokens; fix it (torch.compile: dynamic=False)", intended=False
+            )
         if shape[2] < self.min_tokens:
             return Skip(
                 f"{shape[2]} tokens: dense is faster below {self.min_tokens}", intended=True
