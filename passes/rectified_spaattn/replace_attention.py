@@ -270,7 +270,7 @@ def _option(attention: Node, index: int, name: str, default: Any) -> Any:
 
 
 def _allow_copies(node: Node) -> None:
-    """Turn views of a result into reshapes: its memory lies otherwise than the dense one's did."""
+    """Turn views of a result into reshapes: its memory may lie otherwise than the dense one's."""
     for user in node.users:
         if is_op(user, aten.view.default):
             user.target = aten.reshape.default
