@@ -3,9 +3,9 @@ sparse in three ways, and print and draw what each does to the same videos.
 
     python examples/sparse_video_dit.py [figure.png]
 
-Takes about three minutes on two cores; nothing is downloaded. Attention over 8 x 8 x 8 tokens keeps
-20 % of the key blocks, the first (noisiest) fifth of the steps stays dense, one graph serves both.
-Expect online to be several times closer to dense than sparse without correction.
+Takes about seven minutes on one core; nothing is downloaded. Attention over 8 x 8 x 8 tokens keeps
+20 % of the key blocks; the first (noisiest) fifth of the steps stays dense, in the same graph.
+Expect an error of one step of 0.14 without correction, 0.10 with the paper's, and 0.08 online.
 """
 
 import sys
