@@ -109,6 +109,24 @@ def test_report_lists_the_attention_with_what_computes_it() -> None:
     assert row.row.format == "sparse (paper), density 0.25"
 
 
+@pytest.mark.parametrize("mode", ["paper", "online"])
+def test_exported_graph_serves_every_length_and_density(mode: str) -> None:
+    class Model(torch.nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, density: Tensor) -> Tensor:
+            how = (0.3, mode, "complement", True, False, False, None)
+            return OP(q, k, v, density, None, None, None, 0, 5, 4, *how)[0]
+
+    length = torch.export.Dim("length", min=8, max=100)
+    shapes = (*({2: length},) * 3, None)
+    exported = torch.export.export(
+        Model(), (*inputs(), torch.tensor(0.3)), dynamic_shapes=shapes
+    ).module()
+
+    for n_tokens, density in ((37, 1.0), (50, 0.2), (11, 0.5)):
+        args = (*inputs(n_tokens), torch.tensor(density))
+        assert torch.equal(exported(*args), Model()(*args))
+
+
 def test_a_file_holds_the_op(tmp_path: Path) -> None:
     program, x = compressed(), torch.randn(2, 2, 16, 8)
     fxq.save(program, tmp_path / "sparse.safetensors")

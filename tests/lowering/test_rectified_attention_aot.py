@@ -12,7 +12,7 @@ from fxq.lowering.kernels.attend_blocks import Config, attend_blocks_kernel, cho
 from fxq.lowering.kernels.pool_blocks import WARPS as POOL_WARPS
 from fxq.lowering.kernels.pool_blocks import pool_blocks_kernel
 from fxq.lowering.kernels.rectified_attention import is_aligned
-from fxq.lowering.kernels.select_blocks import WARPS, select_blocks_kernel
+from fxq.lowering.kernels.select_blocks import MAX_BLOCKS, WARPS, select_blocks_kernel
 
 SHARED_BYTES = 227 * 1024  # what a block may have on sm_90
 STRIDES = tuple(f"{x}_{of}" for x in ("q", "k", "v", "out") for of in "bhs")
@@ -64,14 +64,16 @@ def compiled(
     dtype: str = "bf16",
     tiles: Config | None = None,
     aligned: tuple[str, ...] = (*STRIDES, "D", "DV"),
+    ones: tuple[str, ...] = ("GROUP",),
 ) -> AotReport:
-    """Compile what a launch would; Triton makes a GROUP of 1 a constant."""
+    """Compile what a launch would; Triton makes sizes of one constants."""
     tiles = tiles or choose_config(block, dim)
     constants = PLAIN | VARIANTS[variant] | {
-        "MODE": MODES[mode], "BLOCK": block, "BN": tiles.bn, "BD": dim, "GROUP": 1,
+        "MODE": MODES[mode], "BLOCK": block, "BN": tiles.bn, "BD": dim,
+        **dict.fromkeys(ones, 1),
     }  # fmt: skip
     signature = dict.fromkeys(attend_blocks_kernel.arg_names, "constexpr")
-    signature |= POINTERS | {name: "i32" for name in SIZES if name != "GROUP"} | {"scale": "fp32"}
+    signature |= POINTERS | {name: "i32" for name in SIZES if name not in ones} | {"scale": "fp32"}
     values = ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "pooled_k_ptr", "pooled_v_ptr")
     signature |= dict.fromkeys(values, f"*{dtype}")
     return compile_for(
@@ -154,16 +156,44 @@ def test_pooling_compiles_without_spills(order: bool, block: int, dim: int) -> N
     assert "ld.global.v4" in report.ptx or "ld.global.v2.b64" in report.ptx  # 16 bytes at a time
 
 
+@pytest.mark.parametrize(
+    "ones",
+    [
+        ("GROUP", "H", "S", "T", "N"),
+        ("N", "T", "text_start", "text_size"),
+        ("N", "T", "visual_start", "text_size", "H"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("mode", ["paper", "online"])
+def test_sequences_of_a_token_or_two_compile(mode: str, ones: tuple[str, ...]) -> None:
+    for variant in ("text", "everything"):
+        assert compiled(mode, 64, 64, variant, ones=ones).spill_bytes == 0
+
+
+SELECTIONS = {
+    "plain": {},
+    "no text": {"HAS_TEXT": False},
+    "causal, critical mass": {"CAUSAL": True, "CRITICAL": True, "HAS_ADJACENCY": False},
+    "no gate, all": {"GATE": False, "CENTER": False, "ALL": True},
+    "not centred": {"CENTER": False},
+}
+
+
+@pytest.mark.parametrize("options", SELECTIONS)
 @pytest.mark.parametrize("mode", [0, 1, 2])
-@pytest.mark.parametrize("n_blocks", [256, 1024, 4096])
-def test_selection_compiles_without_spills(n_blocks: int, mode: int) -> None:
+@pytest.mark.parametrize("n_blocks", [1, MAX_BLOCKS])
+def test_selection_compiles_without_spills(n_blocks: int, mode: int, options: str) -> None:
     signature = dict.fromkeys(select_blocks_kernel.arg_names, "*fp32")
     signature |= {"adjacency_ptr": "*i8", "count_ptr": "*i32", "list_ptr": "*i32"}
     signature |= {"N": "i32", "T": "i32", "scale": "fp32", "top_p": "fp32"}
     constants = {
         "HAS_TEXT": True, "HAS_ADJACENCY": True, "GATE": True, "CENTER": True, "CAUSAL": False,
         "MODE": mode, "CRITICAL": False, "ALL": False, "BLOCK": 128, "BN": n_blocks,
+        **SELECTIONS[options],
     }  # fmt: skip
+    if n_blocks == 1:
+        constants["N"] = 1
     signature |= dict.fromkeys(constants, "constexpr")
 
     report = compile_for(select_blocks_kernel, signature, constants, num_warps=WARPS, num_stages=1)

@@ -6,9 +6,19 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from attention_cases import assert_attends, check_attend, check_pool, check_select
+from attention_cases import (
+    assert_attends,
+    attention_inputs,
+    check_attend,
+    check_pool,
+    check_select,
+    difference,
+)
 
+import fxq.lowering.rectified_attention  # noqa: F401  registers the op
 from fxq.lowering.kernels import attend_blocks, pool_blocks, select_blocks
+from fxq.lowering.kernels.rectified_attention import launch
+from fxq.rectified_attention import reference
 
 pytestmark = [
     pytest.mark.gpu,
@@ -52,11 +62,26 @@ def test_attention_equals_the_definition_on_the_gpu(
     assert_attends(larger, found)
 
 
+@pytest.mark.parametrize("mode", ["paper", "sparse"])
+@pytest.mark.parametrize(("dim", "dtype"), [(64, torch.float32), (256, torch.bfloat16)], ids=str)
+def test_flex_attention_equals_the_definition_on_the_gpu(
+    dim: int, dtype: torch.dtype, mode: str
+) -> None:
+    case = attend_blocks.Case(
+        1000, dim, 128, 4, 2, 100, (100, 30), text_first=True, mode=mode, dtype=dtype, reorder=True
+    )
+    args = attention_inputs(case)
+    moved = [x.cuda() if isinstance(x, torch.Tensor) else x for x in args]
+
+    out, lse = torch.ops.fxq.lowered_attention(*moved, None, "flex")
+
+    expected, expected_lse = reference.rectified_attention(*args, None)
+    bound = 1e-4 if dtype == torch.float32 else 2e-2
+    assert difference(out.cpu().float(), expected.float()) <= bound
+    assert difference(lse.cpu(), expected_lse) <= 1e-4
+
+
 def test_nothing_waits_for_the_host() -> None:
-    from attention_cases import attention_inputs
-
-    from fxq.lowering.kernels.rectified_attention import launch
-
     case = attend_blocks.Case(2000, 64, 128, 2, 2, 200, (200, 30), dtype=torch.bfloat16)
     args = [x.cuda() if isinstance(x, torch.Tensor) else x for x in attention_inputs(case)]
     launch(*args, case.dim**-0.5)  # compiles, which does wait
