@@ -102,13 +102,15 @@ BENCHMARK_CASES = {
 }
 
 
-def choose_config(block_size: int, dim: int) -> Config:
+def choose_config(block_size: int, dim: int, *, online: bool) -> Config:
     """Return tiles for a block size and a head dim padded to a power of two.
 
-    One tile is a whole block. Four warps would spill with 128 queries; of three stages the index
-    takes one, so that two tiles of keys and values are in flight.
+    One tile is a whole block, half of one in the largest online kernel, whose second loop would
+    spill in float16. Four warps would spill with 128 queries; of three stages the index takes one,
+    so that two tiles of keys and values are in flight.
     """
-    return Config(block_size, 8 if block_size >= 128 else 4, 3)
+    half = online and block_size >= 128 and dim >= 128
+    return Config(block_size // 2 if half else block_size, 8 if block_size >= 128 else 4, 3)
 
 
 @triton.jit
@@ -301,7 +303,7 @@ def launch(
     n_batch, n_heads, n_tokens, dim = query.shape
     n_blocks, block, dim_v = layout.n_blocks, layout.block_size, value.shape[-1]
     padded = triton.next_power_of_2(max(dim, dim_v))
-    tiles = config or choose_config(block, padded)
+    tiles = config or choose_config(block, padded, online=pooled is not None)
     lse = allocate((n_batch, n_heads, n_tokens), torch.float32, query.device)
     grid = (n_blocks + triton.cdiv(layout.text_size, block), n_batch * n_heads)
     if grid[0] * grid[1] == 0:

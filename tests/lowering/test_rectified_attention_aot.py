@@ -67,7 +67,7 @@ def compiled(
     ones: tuple[str, ...] = ("GROUP",),
 ) -> AotReport:
     """Compile what a launch would; Triton makes sizes of one constants."""
-    tiles = tiles or choose_config(block, dim)
+    tiles = tiles or choose_config(block, dim, online=mode == "online")
     constants = PLAIN | VARIANTS[variant] | {
         "MODE": MODES[mode], "BLOCK": block, "BN": tiles.bn, "BD": dim,
         **dict.fromkeys(ones, 1),
@@ -98,7 +98,7 @@ def test_what_is_shipped_compiles_for_sm_90_without_spills(
     assert report.has_async_copy
     assert report.shared_bytes <= SHARED_BYTES
     # Two tiles each of K and V in flight, beside Q: the main loop is pipelined.
-    tile = choose_config(block, dim).bn * dim * 2
+    tile = choose_config(block, dim, online=mode == "online").bn * dim * 2
     assert report.shared_bytes >= block * dim * 2 + 4 * tile
 
 
