@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all check format bench clean sz
+.PHONY: demo test test-all check format bench bench-gpu clean sz
 
 $(STAMP): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -40,6 +40,10 @@ bench: $(STAMP)  ## CPU benchmarks; results go to benchmarks/results
 	@$(BIN)/python benchmarks/data_free.py calibration
 	@$(BIN)/python benchmarks/data_free.py entropy --threads 1
 	@$(BIN)/python benchmarks/import_time.py
+
+bench-gpu: $(STAMP)  ## GPU benchmarks, not measured yet; results go to benchmarks/results
+	@$(BIN)/python benchmarks/gpu_rectified_attention.py
+	@$(BIN)/python benchmarks/gpu_int8_linear.py
 
 sz: ## core lines, median and maximum file length
 	@git ls-files 'fxq/*.py' 'passes/*.py' 'lowering/*.py' | xargs wc -l | sort -n | awk '$$2 != "total" {n[NR]=$$1; f=$$2} $$2 == "total" {t=$$1} END {print t " lines in " NR-1 " files, median " n[int(NR/2)] ", largest " n[NR-1] " (" f ")"}'

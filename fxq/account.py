@@ -2,7 +2,7 @@
 is.
 
 Linear, convolution, matmul and attention count: the cost of everything else grows with the number
-of elements only. Each of them is quantized, or carries a `Skip` that says why not.
+of elements only. Each of them is quantized or sparse, or carries a `Skip` that says why not.
 """
 
 import math
@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule, Node
 
-from fxq.graph import hint, is_op, owner_name, shape_of
+import fxq.rectified_attention.op  # noqa: F401  registers the operator
+from fxq.graph import args_of, constant_of, hint, is_constant, is_op, owner_name, shape_of, val_of
 
 aten = torch.ops.aten
 
@@ -28,7 +29,8 @@ MATMUL = frozenset({
     aten.matmul.default, aten.mm.default, aten.bmm.default, aten.mv.default, aten.dot.default,
     aten.addmm.default, aten.baddbmm.default,
 })  # fmt: skip
-ATTENTION = frozenset({aten.scaled_dot_product_attention.default})
+SPARSE_ATTENTION = torch.ops.fxq.rectified_attention.default
+ATTENTION = frozenset({aten.scaled_dot_product_attention.default, SPARSE_ATTENTION})
 KINDS = {
     "linear": LINEAR,
     "conv": CONV,
@@ -61,7 +63,8 @@ class Row:
         module: qualified name of the module it came from.
         kind: a key of `KINDS`.
         flops: floating-point operations, a multiply-add counting as two.
-        format: `"int8 x int8"` and the like (activation x weight), None where float.
+        format: `"int8 x int8"` and the like (activation x weight), how sparse an attention is, None
+            where float and dense.
         skip: why float, None where quantized or about to be.
         note: a remark of the pass that quantized it.
     """
@@ -94,6 +97,9 @@ def add_note(node: Node, note: str) -> None:
 def flops_of(node: Node, sizes: Mapping[str, int] | None = None) -> int:
     """Return a node's floating-point operations, 0 for a node that does not multiply.
 
+    Sparse attention counts as the dense attention it stands for, so that shares compare with the
+    model as it was, and because its density may change from call to call.
+
     Args:
         node: any node.
         sizes: values of the graph's free sizes by name; those at capture where left out.
@@ -102,7 +108,9 @@ def flops_of(node: Node, sizes: Mapping[str, int] | None = None) -> int:
     if kind is None:
         return 0
     shapes = [[hint(size, sizes) for size in shape_of(n)] for n in node.args if isinstance(n, Node)]
-    out = math.prod(hint(size, sizes) for size in shape_of(node))
+    result = val_of(node)
+    result = result[0] if isinstance(result, tuple | list) else result
+    out = math.prod(hint(size, sizes) for size in result.shape)
     match kind:
         case "linear":
             return 2 * out * shapes[1][-1]
@@ -116,6 +124,16 @@ def flops_of(node: Node, sizes: Mapping[str, int] | None = None) -> int:
     return 2 * out * shapes[1 if adds else 0][-1]
 
 
+def sparse_format(node: Node) -> str | None:
+    """Return how sparse an attention is, None for any other operator."""
+    if not is_op(node, SPARSE_ATTENTION):
+        return None
+    density, mode = args_of(node)[3], args_of(node)[11]
+    if not is_constant(density):
+        return f"sparse ({mode}), density by policy"
+    return f"sparse ({mode}), density {float(constant_of(density)):.3g}"
+
+
 def account(gm: GraphModule, sizes: Mapping[str, int] | None = None) -> list[Row]:
     """Return one row per operator that multiplies, in graph order. `sizes` as for `flops_of`."""
     rows = []
@@ -123,7 +141,7 @@ def account(gm: GraphModule, sizes: Mapping[str, int] | None = None) -> list[Row
         kind = kind_of(node)
         if kind is None:
             continue
-        format = node.meta.get("fxq_format")
+        format = node.meta.get("fxq_format") or sparse_format(node)
         skip = None
         if format is None and "fxq_spec" not in node.meta:
             skip = node.meta.get("fxq_skip", Skip("no pass looked at it", intended=False))

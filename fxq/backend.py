@@ -23,10 +23,11 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses import FakeTensor
 from torch.fx import GraphModule, Node
 
+from fxq.account import unintended_skips
 from fxq.canonicalize.cleanup import training_op
-from fxq.capturing import from_dynamo
+from fxq.capturing import from_dynamo, qualified_name
 from fxq.errors import FxqWarning, SkippedError, did_you_mean
-from fxq.graph import bind
+from fxq.graph import RUNTIME_STATE, bind
 from fxq.lowering.derived import version_of
 from fxq.lowering.lower import lower
 from fxq.ops import decompositions
@@ -42,7 +43,8 @@ class Options:
     Args:
         recipe: how to quantize a float model: a `Recipe` without calibration, or the name of one.
             Ignored for a program, which is quantized already.
-        strict: raise where a quantized layer has no integer kernel on this device.
+        strict: raise where a quantized layer has no integer kernel on this device, or where the
+            recipe could not do to an operator what it is for, which otherwise is a warning.
         inductor: options handed to Inductor, as `torch.compile(..., options=)` would take them.
     """
 
@@ -79,7 +81,8 @@ def fxq(
     Raises:
         ValueError: an unknown option, a recipe that needs data, a model in train mode, an input
             that requires grad.
-        SkippedError: `strict` and a quantized layer has no kernel here.
+        SkippedError: `strict` and a quantized layer has no kernel here, or the recipe could not do
+            to an operator what it is for.
     """
     settings = Options.parse(options)
     recipe = resolve_recipe(settings.recipe)
@@ -159,6 +162,7 @@ class Compiled:
             bound = bind(self.graph_module, {nodes[i].name: args[i].detach() for i in self.static})
             if not self.is_program:
                 bound = self.recipe.apply(bound)
+                self._tell_of_skips(unintended_skips(bound))
             lowered, decisions = lower(bound, _device_of(weights))
             declined = {name: d.reason for name, d in decisions.items() if d.kernel is None}
             if self.strict and declined:
@@ -170,6 +174,17 @@ class Compiled:
         # The entry keeps the weights alive, so that their ids are not given to others.
         self.builds[tuple(map(id, weights))] = Build(versions, weights, run)
         return run
+
+    def _tell_of_skips(self, skips: Mapping[str, str]) -> None:
+        """Raise, or warn, where the recipe could not do what it is for."""
+        if not skips:
+            return
+        listing = "\n  ".join(f"{name}: {why}" for name, why in skips.items())
+        if self.strict:
+            raise SkippedError(f"strict=True, and {self.recipe.name!r} left as it was\n  {listing}")
+        warnings.warn(
+            f"recipe {self.recipe.name!r} left as it was\n  {listing}", FxqWarning, stacklevel=2
+        )
 
 
 def _holds_program(gm: GraphModule) -> bool:
@@ -183,7 +198,10 @@ def _holds_program(gm: GraphModule) -> bool:
 
 
 def _is_static(placeholder: Node) -> bool:
-    """Tell whether a placeholder of a Dynamo graph is a parameter or buffer of a module."""
+    """Tell whether a placeholder of a Dynamo graph is a parameter or buffer of a module whose value
+    can be compiled in."""
+    if RUNTIME_STATE in qualified_name(placeholder).split("."):
+        return False
     tensor_dict = placeholder.meta.get("tensor_dict") or {}
     value = placeholder.meta.get("example_value")
     return isinstance(value, Tensor) and (

@@ -286,7 +286,7 @@ def from_dynamo(gm: GraphModule) -> GraphModule:
     """Return the graph that Dynamo hands to a backend as canonical aten operators.
 
     Placeholders keep their order; symbolic sizes stay Dynamo's. `meta["source"]` of a placeholder
-    is the qualified name of the parameter behind it, where there is one.
+    is the qualified name of the parameter behind it, or the name of the model's argument.
     """
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     values = [n.meta["example_value"] for n in placeholders]
@@ -297,7 +297,7 @@ def from_dynamo(gm: GraphModule) -> GraphModule:
             whole = FunctionalTensorMode(pre_dispatch=True, export=True)
             flat = _trace(dispatch_functionalize(gm.forward, whole), values)
         for node, origin in zip(flat.graph.nodes, placeholders, strict=False):
-            node.meta["source"] = _qualified_name(origin)
+            node.meta["source"] = qualified_name(origin)
         return canonicalize(flat)
 
 
@@ -305,13 +305,14 @@ def _trace(forward: Callable[..., Any], values: Sequence[Any]) -> GraphModule:
     return make_fx(forward, pre_dispatch=True, _allow_non_fake_inputs=True)(*values)
 
 
-def _qualified_name(placeholder: Node) -> str:
-    """Return `blocks.0.attn.qkv.weight` for a placeholder that stands for it in a Dynamo graph."""
+def qualified_name(placeholder: Node) -> str:
+    """Return `blocks.0.attn.qkv.weight` for a placeholder that stands for it in a Dynamo graph, and
+    `hidden_states` for one that stands for an argument."""
     source = getattr(placeholder, "_dynamo_source", None)
     text = source.name if source is not None else ""
     text = text() if callable(text) else text
     parts = re.findall(r"\['([^']+)'\]|\.([A-Za-z]\w*)|\[(\d+)\]", text)
     stores = ("_modules", "_parameters", "_buffers")
-    names = [a or b or c for a, b, c in parts][1:]  # the first is the local that holds the model
+    local, *names = [a or b or c for a, b, c in parts] or [placeholder.name]
     names = [name for name in names if name not in stores]
-    return ".".join(names) or placeholder.name
+    return ".".join(names) or local  # of a parameter the local holds the model; an input is one

@@ -3,7 +3,8 @@
     ATEN       aten operators, in canonical form: what `fxq.capture` gives
     OBSERVED   ATEN, with range observers on edges and a `LayerSpec` in the meta of every layer to
                be quantized
-    QUANTIZED  ATEN, with fxq::quantize and fxq::dequantize: runs anywhere, is saved and inspected
+    QUANTIZED  ATEN, with fxq::quantize, fxq::dequantize and fxq::rectified_attention: runs
+               anywhere, is saved and inspected
     LOWERED    QUANTIZED, with kernels of `fxq.lowering` in place of what they compute
 
 A dialect is a function from a node to a complaint, or None. `check` collects the complaints of a
@@ -17,11 +18,12 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule, Node
 
-import fxq.ops  # noqa: F401  registers the operators of QUANTIZED
+import fxq.ops
+import fxq.rectified_attention.op  # noqa: F401  like fxq.ops, registers operators of QUANTIZED
 from fxq.errors import PassError
 from fxq.observers import RangeObserver
 
-QUANTIZED_OPS = frozenset({"quantize", "dequantize", "choose_qparams"})
+QUANTIZED_OPS = frozenset({"quantize", "dequantize", "choose_qparams", "rectified_attention"})
 SYMBOLIC = {
     operator.getitem,
     torch.sym_max,

@@ -27,6 +27,11 @@ VIEWS = frozenset(
 )
 
 
+# Submodule of a graph whose buffers may change in place between calls, as a step counter does. The
+# backend hands them to every call instead of compiling their values in.
+RUNTIME_STATE = "runtime_state"
+
+
 def is_op(node: Any, *targets: Any) -> bool:
     """Tell whether `node` calls one of `targets`."""
     return isinstance(node, Node) and node.op == "call_function" and node.target in targets
@@ -127,6 +132,11 @@ def owner_name(node: Node) -> str:
             return str(arg.target).rpartition(".")[0]
     stack = list(node.meta.get("nn_module_stack", {}).values())
     return stack[-1][0] if stack and stack[-1][0] else node.name
+
+
+def input_name(placeholder: Node) -> str:
+    """Return the name of the model's argument behind a placeholder that is no parameter."""
+    return str(placeholder.meta.get("source", placeholder.name)).rpartition(".")[2]
 
 
 def hint(size: int | torch.SymInt, sizes: Mapping[str, int] | None = None) -> int:

@@ -24,8 +24,8 @@ class ReportRow:
 
     Args:
         row: its account in the program's graph.
-        status: "lowered" to an integer kernel; "simulated": quantized values, float arithmetic; or
-            "float".
+        status: "lowered" to a kernel, of integers or of sparse attention; "simulated": computed
+            by the definition, on quantized values in float arithmetic; or "float".
         kernel: the kernel where lowered.
         reason: why not lowered, or a remark.
     """

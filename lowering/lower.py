@@ -5,10 +5,11 @@ from collections.abc import Mapping
 import torch
 from torch.fx import GraphModule
 
-from fxq.account import kind_of
+from fxq.account import SPARSE_ATTENTION, kind_of
 from fxq.dialect import LOWERED
 from fxq.graph import add_buffer, args_of, copy_graph, erase_dead, is_constant, is_op, tensor_of
 from fxq.lowering.decision import Decision
+from fxq.lowering.lower_attention import lower_attention
 from fxq.lowering.lower_linear import LowerLinear
 
 ops = torch.ops.fxq
@@ -28,6 +29,8 @@ def lower(
     for node in list(lowered.graph.nodes):
         if kind_of(node) in ("linear", "conv") and is_op(args_of(node)[1], ops.dequantize.default):
             decisions[node.name] = rule.apply(node)
+        elif is_op(node, SPARSE_ATTENTION):
+            decisions[node.name] = lower_attention(node, device, sizes)
     fold_dequantized_weights(lowered)
     erase_dead(lowered)
     lowered.graph.lint()

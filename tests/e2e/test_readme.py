@@ -3,7 +3,8 @@
 import re
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import torch
 from small_models import ZOO, seeded
@@ -69,3 +70,13 @@ def test_the_sites_of_the_readme_are_found() -> None:
     printed = re.search(r"Llama: (\{.*?\})", README)
     assert printed is not None
     assert eval(printed[1]) == scope["found"].count()  # type: ignore[attr-defined]
+
+
+def test_the_sparse_attention_of_the_readme_is_accepted() -> None:
+    model, _ = seeded(ZOO["wan"])
+    scope: dict[str, Any] = {"torch": torch, "pipe": SimpleNamespace(transformer=model)}
+
+    exec(block("ReplaceAttention(density=ByTimestep"), scope)
+
+    assert scope["sparse"].density.densities == (0.2, 1.0)
+    assert callable(scope["pipe"].transformer)

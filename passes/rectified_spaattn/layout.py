@@ -1,0 +1,174 @@
+"""Token layout: which part of a sequence is text, which is visual, and the grid of the visual part.
+
+The visual tokens are those whose input the model returns: a denoiser returns its latents. Where a
+model returns none of its inputs' positions (a classifier), it is the longest part. Everything else
+in the sequence - text, class tokens, registers - is kept by every query and never pooled, and is
+called text for short. `TokenLayout` says by hand what a graph does not hold.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fxq.account import Skip
+from fxq.passes.rectified_spaattn.curve import Grid
+from fxq.passes.rectified_spaattn.positions import NOWHERE, UNKNOWN, Positions, Stream
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """What a user knows about the sequence. What is None is read off the graph.
+
+    Args:
+        text: where the text tokens are.
+        text_size: how many there are, padding included; 0 for none. Give it together with `text`.
+        grid: frames, height and width of the visual tokens, which lie in this (raster) order.
+        prefix_masks: the word that every key-padding mask keeps a prefix of the text and all visual
+            tokens.
+    """
+
+    text: Literal["first", "last"] | None = None
+    text_size: int | None = None
+    grid: Grid | None = None
+    prefix_masks: bool = False
+
+    def __post_init__(self) -> None:
+        if self.text not in (None, "first", "last"):
+            raise ValueError(f"TokenLayout.text: expected 'first' or 'last', found {self.text!r}")
+        if self.text_size is not None and (
+            self.text_size < 0 or (self.text_size and self.text is None)
+        ):
+            raise ValueError(
+                f"TokenLayout.text_size: expected a number of tokens and their place, found "
+                f"{self.text_size} and text={self.text!r}; give text='first' or 'last' with it"
+            )
+        if self.grid is not None and (len(self.grid) != 3 or min(self.grid) < 1):
+            raise ValueError(
+                f"TokenLayout.grid: expected (frames, height, width) in tokens, found {self.grid}"
+            )
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Where the tokens of one sequence are.
+
+    Args:
+        text_start: first text token.
+        text_size: how many, 0 for none.
+        size: of the whole sequence.
+        grid: of the visual tokens in raster order, None where it is not known.
+        note: how this is known, for a person to read.
+    """
+
+    text_start: int
+    text_size: int
+    size: int
+    grid: Grid | None
+    note: str
+
+    @property
+    def n_visual(self) -> int:
+        """Number of visual tokens."""
+        return self.size - self.text_size
+
+
+def find_segments(
+    numbers: tuple[Tensor, Tensor, Tensor], positions: Positions, layout: TokenLayout
+) -> Segments | Skip:
+    """Return the segments of one attention's sequence, or why they are not known.
+
+    Args:
+        numbers: positions of its queries, keys and values, each `[S]`, from `find_positions`.
+        positions: what else the walk found.
+        layout: what the user knows.
+    """
+    query, key, value = numbers
+    size = len(query)
+    if len(key) != size:
+        return Skip(f"cross-attention: {size} queries, {len(key)} keys", intended=True)
+    known = not any(bool((part == UNKNOWN).any()) for part in numbers)
+    if known and not (torch.equal(query, key) and torch.equal(key, value)):
+        return Skip("cross-attention: keys or values are other tokens than queries", intended=True)
+    if layout.text_size is not None:
+        return _given(size, layout)
+    if not known or not bool((query != NOWHERE).any()):
+        return Skip(
+            "where its tokens come from cannot be followed through the graph; give "
+            "layout=TokenLayout(text, text_size, grid)",
+            intended=False,
+        )
+    return _traced(query, positions, layout)
+
+
+def _given(size: int, layout: TokenLayout) -> Segments | Skip:
+    text_size = layout.text_size or 0
+    n_visual = size - text_size
+    if layout.grid is not None and layout.grid[0] * layout.grid[1] * layout.grid[2] != n_visual:
+        return Skip(
+            f"the given layout has {text_size} text tokens and the grid {layout.grid}, found a "
+            f"sequence of {size}",
+            intended=False,
+        )
+    start = 0 if layout.text == "first" else n_visual
+    return Segments(start, text_size, size, layout.grid, "layout as given")
+
+
+def _traced(numbers: Tensor, positions: Positions, layout: TokenLayout) -> Segments | Skip:
+    streams = positions.streams
+    bases = torch.tensor([stream.base for stream in streams])
+    index = torch.bucketize(numbers, bases, right=True) - 1  # -1: a learned token
+    present = {streams[i].name: int((index == i).sum()) for i in index.unique() if i >= 0}
+    returned = {name: n for name, n in present.items() if name in positions.returned}
+    if positions.returned and not returned:
+        names = ", ".join(sorted(present))
+        return Skip(f"all its tokens are {names}, of which the model returns none", intended=True)
+    candidates = returned or present
+    visual = max(candidates, key=lambda name: candidates[name])
+    stream = next(s for s in streams if s.name == visual)
+    is_text = index != streams.index(stream)
+    text_size, size = int(is_text.sum()), len(numbers)
+    start = int(is_text.int().argmax()) if text_size else size
+    if start not in (0, size - text_size) or not bool(is_text[start : start + text_size].all()):
+        return Skip(
+            f"expected text before or behind the tokens of {visual}, found both mixed",
+            intended=False,
+        )
+    grid = layout.grid or grid_of(numbers[~is_text], stream)
+    if grid is not None and grid[0] * grid[1] * grid[2] != size - text_size:
+        return Skip(
+            f"the given grid {layout.grid} has {grid[0] * grid[1] * grid[2]} tokens, found "
+            f"{size - text_size} visual ones",
+            intended=False,
+        )
+    others = sorted(set(present) - {visual}) or (["learned tokens"] if text_size else [])
+    place = "first" if start == 0 else "last"
+    note = f"{text_size} text tokens {place} ({', '.join(others)})" if text_size else "no text"
+    return Segments(start, text_size, size, grid, note)
+
+
+def grid_of(numbers: Sequence[int] | Tensor, stream: Stream) -> Grid | None:
+    """Return the grid that visual tokens fill in raster order, None where they do not.
+
+    Args:
+        numbers: positions of the tokens `[S]`, from `find_positions`.
+        stream: the input they were cut from.
+    Returns:
+        frames, height and width in tokens; one frame for an image. None for packed tokens, whose
+        input has no spatial dimensions, and for windows or any other order.
+    """
+    offsets = torch.as_tensor(numbers) - stream.base
+    coordinates = torch.unravel_index(offsets, stream.shape)
+    varying = [c for c in coordinates if bool((c != c[0]).any())]
+    if not 2 <= len(varying) <= 3:
+        return None
+    sides = [len(c.unique()) for c in varying]
+    if torch.Size(sides).numel() != len(offsets):
+        return None
+    raster = torch.cartesian_prod(*(c.unique() for c in varying))
+    if not torch.equal(torch.stack(varying, 1), raster):
+        return None
+    t, h, w = [1] * (3 - len(sides)) + sides
+    return t, h, w

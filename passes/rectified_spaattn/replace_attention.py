@@ -1,0 +1,278 @@
+"""ReplaceAttention: self-attention over visual tokens becomes `fxq::rectified_attention`.
+
+Which tokens are visual is read off the graph (`layout.py`), and so is the number of valid text
+tokens (`padding.py`). Visual tokens are put in the order of a space-filling curve inside the
+operator where their grid is known. What is left dense carries its reason, and the report shows it.
+"""
+
+import fnmatch
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.fx.passes.infra.pass_base import PassResult
+
+from fxq.account import SPARSE_ATTENTION, Skip, add_note, kind_of, mark_skip
+from fxq.dialect import QUANTIZED, Dialect
+from fxq.errors import did_you_mean
+from fxq.graph import add_buffer, args_of, insert_call, is_op, owner_name, shape_of, val_of
+from fxq.passes.rectified_spaattn.curve import Grid, block_adjacency, curve_order
+from fxq.passes.rectified_spaattn.layout import Segments, TokenLayout, find_segments
+from fxq.passes.rectified_spaattn.padding import valid_text
+from fxq.passes.rectified_spaattn.positions import Positions, find_positions
+from fxq.passes.rectified_spaattn.schedule import (
+    ByStep,
+    Schedule,
+    densities_of,
+    insert_densities,
+)
+from fxq.pipeline import Pass
+from fxq.rectified_attention.layout import check_choices
+
+aten = torch.ops.aten
+MAX_HEAD_DIM = 256  # of any attention kernel
+ALIGNED = 8  # channels: what tensor cores load at once
+
+Override = tuple[str, float | None]
+Masked = tuple[Node | None, Segments]
+
+
+@dataclass(frozen=True)
+class _Site:
+    """An attention to be replaced."""
+
+    node: Node
+    segments: Segments
+    text_len: Node | None
+    density: float | None
+
+
+@dataclass(frozen=True)
+class ReplaceAttention(Pass):
+    """Replace every self-attention over enough visual tokens by rectified sparse attention.
+
+    Defaults are the published code's for HunyuanVideo (arXiv:2511.19835).
+
+    Args:
+        density: share of visual key blocks that each query block keeps at least; a number or a
+            schedule over steps. 1 and more is dense.
+        mode: "paper"; "online", where dropped blocks join the softmax as pooled pseudo-keys: closer
+            to dense at 4 to 7 % more work (not in the paper); "sparse", without correction.
+        top_p: keep more blocks until their implicit probability exceeds this.
+        block_size: tokens per block, of queries and keys.
+        mass: what the rectification factor counts: "complement", all but what is compensated (the
+            published code), or "critical", what is kept.
+        gate: compensate only blocks whose pooling gains more than it errs. None: in paper mode.
+        center_keys: subtract the mean key before the gate; a departure that helps where keys have
+            an offset.
+        min_tokens: sequences below this stay dense: they would not become faster.
+        reorder: put visual tokens in curve order, where the grid is known.
+        keep_neighbours: keep every block that touches the query block in space and time, where the
+            grid is known.
+        layout: what is known about the sequence and not to be found in the graph.
+        overrides: (pattern, density) pairs. A pattern is a qualified module name with shell
+            wildcards (`"blocks.0.*"`); a density of None keeps the layer dense. The first match
+            wins. At steps that the schedule makes dense these are dense too.
+    """
+
+    density: Schedule = 0.2  # README: drop rate 0.8 on HunyuanVideo
+    mode: Literal["paper", "online", "sparse"] = "paper"
+    top_p: float = 0.3  # p_remain of the published code
+    block_size: int = 128  # B_M and B_N of the published kernel
+    mass: Literal["complement", "critical"] = "complement"
+    gate: bool | None = None
+    center_keys: bool = False
+    min_tokens: int = 4096  # CPU, density 0.2: 1.6x dense SDPA here, slower at 1,024
+    reorder: bool = True
+    keep_neighbours: bool = True
+    layout: TokenLayout = field(default_factory=TokenLayout)
+    overrides: tuple[Override, ...] = ()
+
+    reads: ClassVar[Dialect] = QUANTIZED
+    writes: ClassVar[Dialect] = QUANTIZED
+
+    def __post_init__(self) -> None:
+        densities_of(self.density)
+        check_choices(self.mode, self.mass)
+        if not 0 <= self.top_p <= 1:
+            raise ValueError(f"ReplaceAttention.top_p: expected 0 to 1, found {self.top_p}")
+        if self.block_size < 1 or self.min_tokens < 1:
+            raise ValueError(
+                "ReplaceAttention: expected block_size and min_tokens of at least 1, found "
+                f"{self.block_size} and {self.min_tokens}"
+            )
+        for pattern, density in self.overrides:
+            if density is not None and not density > 0:
+                raise ValueError(
+                    f"ReplaceAttention.overrides: expected a positive density or None for "
+                    f"{pattern!r}, found {density}"
+                )
+
+    def run(self, gm: GraphModule) -> PassResult:
+        """Replace what can be replaced and mark the rest."""
+        positions = find_positions(gm)
+        overridden = self._overridden(list(positions.attention))
+        sites, lengths = [], dict[Masked, Node | Skip | None]()
+        for node in positions.attention:
+            found = self._examine(node, positions, overridden, lengths)
+            if isinstance(found, Skip):
+                mark_skip(node, found)
+            else:
+                sites.append(found)
+        for node in gm.graph.nodes:
+            if kind_of(node) is not None and not {"fxq_skip", "fxq_format"} & set(node.meta):
+                mark_skip(node, Skip("this recipe replaces attention only", intended=True))
+        if sites:
+            self._replace(gm, sites)
+            gm.graph.eliminate_dead_code()
+        return PassResult(gm, modified=bool(sites))
+
+    def _examine(
+        self,
+        node: Node,
+        positions: Positions,
+        overridden: dict[Node, Override],
+        lengths: dict[Masked, Node | Skip | None],
+    ) -> _Site | Skip:
+        """Return what to replace, or why not. `lengths` has the valid text of masks seen so far."""
+        pattern, density = overridden.get(node, (None, None))
+        if pattern is not None and (density is None or density >= 1):
+            return Skip(f"override {pattern!r}", intended=True)
+        if reason := self._unfit(node):
+            return reason
+        segments = find_segments(positions.attention[node], positions, self.layout)
+        if isinstance(segments, Skip):
+            return segments
+        mask = _option(node, 3, "attn_mask", None)
+        masked = mask, segments
+        if masked not in lengths:
+            lengths[masked] = valid_text(mask, segments, self.layout.prefix_masks, node)
+        text_len = lengths[masked]
+        if isinstance(text_len, Skip):
+            return text_len
+        return _Site(node, segments, text_len, density)
+
+    def _unfit(self, node: Node) -> Skip | None:
+        """Return why attention of this form stays dense, None where its form fits."""
+        query, key, value = args_of(node)[:3]
+        shape, n_keys, head_dim = shape_of(query), shape_of(key)[-2], shape_of(value)[-1]
+        if _option(node, 4, "dropout_p", 0.0):
+            return Skip("dropout on the attention weights", intended=False)
+        if _option(node, 5, "is_causal", False):
+            return Skip("causal attention: the method is for denoisers", intended=True)
+        if len(shape) != 4:
+            return Skip(f"expected [B, H, S, D], found {len(shape)} dimensions", intended=False)
+        if str(shape[2]) != str(n_keys):
+            return Skip(f"cross-attention: {shape[2]} queries, {n_keys} keys", intended=True)
+        if not isinstance(shape[2], int):
+            return Skip(
+                "a free number of tokens; fix it (torch.compile: dynamic=False)", intended=False
+            )
+        if shape[2] < self.min_tokens:
+            return Skip(
+                f"{shape[2]} tokens: dense is faster below {self.min_tokens}", intended=True
+            )
+        dims = (shape[3], head_dim)
+        if any(not isinstance(d, int) or d % ALIGNED or d > MAX_HEAD_DIM for d in dims):
+            return Skip(
+                f"head sizes {dims}: expected multiples of {ALIGNED} up to {MAX_HEAD_DIM}",
+                intended=False,
+            )
+        return None
+
+    def _overridden(self, attentions: Sequence[Node]) -> dict[Node, Override]:
+        names = {node: owner_name(node) for node in attentions}
+        chosen: dict[Node, Override] = {}
+        for pattern, density in self.overrides:
+            matched = [n for n in attentions if fnmatch.fnmatchcase(names[n], pattern)]
+            if not matched:
+                raise ValueError(
+                    f"override {pattern!r} matches no attention; "
+                    f"{did_you_mean(pattern, set(names.values()))}"
+                )
+            for node in matched:
+                chosen.setdefault(node, (pattern, density))
+        return chosen
+
+    def _replace(self, gm: GraphModule, sites: Sequence[_Site]) -> None:
+        own = [site.density for site in sites]
+        densities = insert_densities(gm, self.density, own, sites[0].node)
+        curves: dict[tuple[Grid, torch.device], tuple[Node | None, Node | None]] = {}
+        for site, density in zip(sites, densities, strict=True):
+            order, adjacency = self._curve(gm, site, curves)
+            node, segments = site.node, site.segments
+            query, key, value = args_of(node)[:3]
+            gate = self.mode == "paper" if self.gate is None else self.gate
+            args = (
+                query, key, value, density, site.text_len, order, adjacency, segments.text_start,
+                segments.text_size, self.block_size, self.top_p, self.mode, self.mass, gate,
+                self.center_keys, False, node.kwargs.get("scale"),
+            )  # fmt: skip
+            sparse = insert_call(SPARSE_ATTENTION, args, before=node)
+            sparse.meta["fxq_format"] = self._format(site.density)
+            add_note(sparse, self._note(site))
+            result = insert_call(operator.getitem, (sparse, 0), before=node)
+            node.replace_all_uses_with(result)
+            gm.graph.erase_node(node)
+            _allow_copies(result)
+
+    def _curve(
+        self,
+        gm: GraphModule,
+        site: _Site,
+        curves: dict[tuple[Grid, torch.device], tuple[Node | None, Node | None]],
+    ) -> tuple[Node | None, Node | None]:
+        """Return order and adjacency of the site's grid, shared by all layers."""
+        grid, device = site.segments.grid, val_of(site.node).device
+        if grid is None:
+            return None, None
+        if (grid, device) not in curves:
+            order = curve_order(grid) if self.reorder else None
+            values = {
+                "curve_order": order,
+                "block_adjacency": block_adjacency(grid, order, self.block_size)
+                if self.keep_neighbours
+                else None,
+            }
+            nodes = [
+                None if value is None else add_buffer(gm, name, value.to(device), like=site.node)
+                for name, value in values.items()
+            ]
+            curves[grid, device] = (nodes[0], nodes[1])
+        return curves[grid, device]
+
+    def _format(self, own: float | None) -> str:
+        densities = {d if own is None or d >= 1 else own for d in densities_of(self.density)}
+        low, high = min(densities), min(max(densities), 1.0)
+        share = f"{low:.0%}" if low == high else f"{low:.0%} to {high:.0%}"
+        by = " by step" if isinstance(self.density, ByStep) else ""
+        return f"sparse {share}{by}, {self.mode}"
+
+    def _note(self, site: _Site) -> str:
+        segments = site.segments
+        parts = [segments.note]
+        if site.text_len is not None:
+            parts.append("padding counted")
+        if segments.grid is None:
+            parts.append("grid unknown: tokens as they lie")
+        elif self.reorder:
+            parts.append(f"grid {'x'.join(map(str, segments.grid))} in curve order")
+        return ", ".join(parts)
+
+
+def _option(attention: Node, index: int, name: str, default: Any) -> Any:
+    """Return an argument of `aten.scaled_dot_product_attention`, however it was given."""
+    args = args_of(attention)
+    return args[index] if len(args) > index else attention.kwargs.get(name, default)
+
+
+def _allow_copies(node: Node) -> None:
+    """Turn views of a result into reshapes: its memory may lie otherwise than the dense one's."""
+    for user in node.users:
+        if is_op(user, aten.view.default):
+            user.target = aten.reshape.default
+        elif is_op(user, aten.permute.default, aten.transpose.int):
+            _allow_copies(user)

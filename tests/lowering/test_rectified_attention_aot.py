@@ -1,0 +1,201 @@
+"""Every configuration of the attention kernels that can be launched, compiled for sm_90 without a
+GPU: tensor cores, asynchronous copies, no spills."""
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from fxq.lowering.aot import AotReport, compile_for
+from fxq.lowering.kernels.attend_blocks import Config, attend_blocks_kernel, choose_config
+from fxq.lowering.kernels.pool_blocks import WARPS as POOL_WARPS
+from fxq.lowering.kernels.pool_blocks import pool_blocks_kernel
+from fxq.lowering.kernels.rectified_attention import is_aligned
+from fxq.lowering.kernels.select_blocks import MAX_BLOCKS, WARPS, select_blocks_kernel
+
+SHARED_BYTES = 227 * 1024  # what a block may have on sm_90
+STRIDES = tuple(f"{x}_{of}" for x in ("q", "k", "v", "out") for of in "bhs")
+POINTERS = {
+    "lse_ptr": "*fp32", "count_ptr": "*i32", "list_ptr": "*i32", "ratio_ptr": "*fp32",
+    "correction_ptr": "*fp32", "bias_ptr": "*fp32", "text_len_ptr": "*i32", "index_ptr": "*i64",
+}  # fmt: skip
+SIZES = (
+    *STRIDES, "H", "GROUP", "S", "T", "N", "D", "DV", "visual_start", "text_start", "text_size",
+)  # fmt: skip
+PLAIN = {
+    "HAS_TEXT_LEN": False, "HAS_ORDER": False, "CAUSAL": False, "TAIL": False, "PADDED": False,
+}  # fmt: skip
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "text": {"HAS_TEXT_LEN": True, "TAIL": True},
+    "curve": {"HAS_TEXT_LEN": True, "TAIL": True, "HAS_ORDER": True},
+    "causal": {"CAUSAL": True, "TAIL": True},
+    "padded": {"PADDED": True, "TAIL": True},
+    "everything": {**dict.fromkeys(PLAIN, True), "HAS_ORDER": False},
+    "padded, curve": {**dict.fromkeys(PLAIN, True), "CAUSAL": False},
+}
+MODES = {"paper": 0, "online": 1, "sparse": 2}
+QUICK = ("plain", "text", "everything", "padded, curve")
+SHIPPED = [
+    pytest.param(
+        mode,
+        block,
+        dim,
+        variant,
+        marks=() if block == 128 and dim >= 64 and variant in QUICK else pytest.mark.slow,
+    )
+    for mode in MODES
+    for block in (64, 128)
+    for dim in (16, 32, 64, 128)
+    for variant in VARIANTS
+    if dim >= 64 or variant in ("plain", "everything")
+    # One mode more of the variants that touch neither the loop of pseudo-keys nor the epilogue
+    # would say nothing new.
+    if mode != "sparse" or variant in ("plain", "everything")
+]
+
+
+def compiled(
+    mode: str,
+    block: int,
+    dim: int,
+    variant: str,
+    dtype: str = "bf16",
+    tiles: Config | None = None,
+    aligned: tuple[str, ...] = (*STRIDES, "D", "DV"),
+    ones: tuple[str, ...] = ("GROUP",),
+) -> AotReport:
+    """Compile what a launch would; Triton makes sizes of one constants."""
+    tiles = tiles or choose_config(block, dim, online=mode == "online")
+    constants = PLAIN | VARIANTS[variant] | {
+        "MODE": MODES[mode], "BLOCK": block, "BN": tiles.bn, "BD": dim,
+        **dict.fromkeys(ones, 1),
+    }  # fmt: skip
+    signature = dict.fromkeys(attend_blocks_kernel.arg_names, "constexpr")
+    signature |= POINTERS | {name: "i32" for name in SIZES if name not in ones} | {"scale": "fp32"}
+    values = ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "pooled_k_ptr", "pooled_v_ptr")
+    signature |= dict.fromkeys(values, f"*{dtype}")
+    return compile_for(
+        attend_blocks_kernel,
+        signature,
+        constants,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+        divisible_by_16=(*POINTERS, *values, *aligned),
+    )
+
+
+@pytest.mark.parametrize(("mode", "block", "dim", "variant"), SHIPPED)
+def test_what_is_shipped_compiles_for_sm_90_without_spills(
+    mode: str, block: int, dim: int, variant: str
+) -> None:
+    report = compiled(mode, block, dim, variant)
+
+    assert report.spill_bytes == 0
+    assert not report.serialized
+    assert report.has_wgmma
+    assert report.has_async_copy
+    assert report.shared_bytes <= SHARED_BYTES
+    # Two tiles each of K and V in flight, beside Q: the main loop is pipelined.
+    tile = choose_config(block, dim, online=mode == "online").bn * dim * 2
+    assert report.shared_bytes >= block * dim * 2 + 4 * tile
+
+
+@pytest.mark.parametrize("mode", ["paper", "online"])
+def test_float16_compiles_like_bfloat16(mode: str) -> None:
+    report = compiled(mode, 128, 128, "text", dtype="fp16")
+
+    assert report.spill_bytes == 0
+    assert ".f16.f16" in report.ptx
+
+
+@pytest.mark.parametrize("bn", [64, 128])
+def test_four_warps_would_spill(bn: int) -> None:
+    report = compiled("paper", 128, 128, "text", tiles=Config(bn, 4, 3))
+
+    assert report.spill_bytes > 0
+
+
+def test_rows_that_are_not_aligned_would_spill_and_are_therefore_copied() -> None:
+    report = compiled("paper", 128, 128, "padded", aligned=())
+
+    assert report.spill_bytes > 0
+    assert not report.has_async_copy
+    x = torch.zeros(2, 3, 5, 80)
+    assert is_aligned(x)
+    assert is_aligned(x.transpose(1, 2))
+    assert not is_aligned(torch.zeros(2, 3, 5, 72))
+    assert not is_aligned(x[..., 1:65])
+    assert not is_aligned(x.transpose(2, 3))
+    assert not is_aligned(torch.zeros(2 * 3 * 5 * 80 + 1)[1:].view(x.shape))
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("block", [64, 128])
+@pytest.mark.parametrize("order", [False, True])
+def test_pooling_compiles_without_spills(order: bool, block: int, dim: int) -> None:
+    signature = dict.fromkeys(pool_blocks_kernel.arg_names, "i32")
+    signature |= {"x_ptr": "*bf16", "copied_ptr": "*bf16", "index_ptr": "*i64"}
+    signature |= {"mean_ptr": "*fp32", "deviation_ptr": "*fp32"}
+    constants = {
+        "HAS_ORDER": order, "HAS_DEVIATION": True, "BLOCK": block, "ROWS": block, "BD": dim,
+    }  # fmt: skip
+    signature |= dict.fromkeys(constants, "constexpr")
+
+    report = compile_for(
+        pool_blocks_kernel,
+        signature,
+        constants,
+        num_warps=POOL_WARPS,
+        num_stages=1,
+        divisible_by_16=("x_ptr", "copied_ptr", "stride_b", "stride_h", "stride_s", "D"),
+    )
+
+    assert report.spill_bytes == 0
+    assert "ld.global.v4" in report.ptx or "ld.global.v2.b64" in report.ptx  # 16 bytes at a time
+
+
+@pytest.mark.parametrize(
+    "ones",
+    [
+        ("GROUP", "H", "S", "T", "N"),
+        ("N", "T", "text_start", "text_size"),
+        ("N", "T", "visual_start", "text_size", "H"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("mode", ["paper", "online"])
+def test_sequences_of_a_token_or_two_compile(mode: str, ones: tuple[str, ...]) -> None:
+    for variant in ("text", "everything"):
+        assert compiled(mode, 64, 64, variant, ones=ones).spill_bytes == 0
+
+
+SELECTIONS = {
+    "plain": {},
+    "no text": {"HAS_TEXT": False},
+    "causal, critical mass": {"CAUSAL": True, "CRITICAL": True, "HAS_ADJACENCY": False},
+    "no gate, all": {"GATE": False, "CENTER": False, "ALL": True},
+    "not centred": {"CENTER": False},
+}
+
+
+@pytest.mark.parametrize("options", SELECTIONS)
+@pytest.mark.parametrize("mode", [0, 1, 2])
+@pytest.mark.parametrize("n_blocks", [1, MAX_BLOCKS])
+def test_selection_compiles_without_spills(n_blocks: int, mode: int, options: str) -> None:
+    signature = dict.fromkeys(select_blocks_kernel.arg_names, "*fp32")
+    signature |= {"adjacency_ptr": "*i8", "count_ptr": "*i32", "list_ptr": "*i32"}
+    signature |= {"N": "i32", "T": "i32", "scale": "fp32", "top_p": "fp32"}
+    constants = {
+        "HAS_TEXT": True, "HAS_ADJACENCY": True, "GATE": True, "CENTER": True, "CAUSAL": False,
+        "MODE": mode, "CRITICAL": False, "ALL": False, "BLOCK": 128, "BN": n_blocks,
+        **SELECTIONS[options],
+    }  # fmt: skip
+    if n_blocks == 1:
+        constants["N"] = 1
+    signature |= dict.fromkeys(constants, "constexpr")
+
+    report = compile_for(select_blocks_kernel, signature, constants, num_warps=WARPS, num_stages=1)
+
+    assert report.spill_bytes == 0

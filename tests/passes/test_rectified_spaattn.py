@@ -1,0 +1,335 @@
+"""ReplaceAttention: what it replaces, what it leaves and why, and that dense stays exact."""
+
+import functools
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from small_models import ZOO, seeded
+from sparse_models import (
+    JointAttention,
+    Mask,
+    additive,
+    below_length,
+    beside_ones,
+    joint_inputs,
+    not_above_length,
+    per_query,
+    too_short_a_length,
+)
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+from torch.utils._pytree import tree_leaves
+
+import fxq
+from fxq.account import SPARSE_ATTENTION, unintended_skips
+from fxq.capturing import Captured
+from fxq.errors import SkippedError
+from fxq.graph import args_of, copy_graph, is_op
+from fxq.passes import w8a8
+from fxq.passes.rectified_spaattn import ReplaceAttention, TokenLayout
+from fxq.pipeline import Recipe
+from fxq.program import Program
+
+SMALL = ReplaceAttention(density=0.3, block_size=4, min_tokens=8)
+DENSE = replace(SMALL, density=1.0)
+
+
+def compress(model: nn.Module, example: Any, attention: ReplaceAttention, **kwargs: Any) -> Program:
+    return fxq.compress(model.eval(), example, Recipe("test", (attention,)), **kwargs)
+
+
+@functools.cache
+def captured(family: str) -> Captured:
+    """Capture a family once for all tests."""
+    return fxq.capture(*seeded(ZOO[family]))
+
+
+def compress_family(family: str, *passes: Any) -> tuple[Program, nn.Module, Any]:
+    model, example = seeded(ZOO[family])
+    found, recipe = captured(family), Recipe("test", passes)
+    gm = recipe.apply(copy_graph(found.graph_module))
+    return Program.from_captured(found, gm, recipe=repr(recipe), model=model), model, example
+
+
+def sparse_nodes(gm: GraphModule) -> list[Node]:
+    return [n for n in gm.graph.nodes if is_op(n, SPARSE_ATTENTION)]
+
+
+def reasons(program: Program) -> dict[str, str]:
+    """Module name -> why its attention is dense."""
+    rows = fxq.report(program).rows
+    return {r.row.module: r.reason for r in rows if r.row.kind == "attention" and r.row.skip}
+
+
+# Family -> attention replaced, text (start, size), grid known.
+FAMILIES = {
+    "wan": (1, (32, 0), True),
+    "hunyuan_video": (2, (32, 5), True),
+    "flux": (2, (0, 5), False),
+    "cogvideox": (1, (0, 5), True),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_have_their_joint_attention_replaced(family: str) -> None:
+    count, text, has_grid = FAMILIES[family]
+
+    program, *_ = compress_family(family, SMALL)
+
+    assert not unintended_skips(program.graph_module)
+
+    nodes = sparse_nodes(program.graph_module)
+    assert len(nodes) == count
+    for node in nodes:
+        _, _, _, _, text_len, order, adjacency, start, size, *_ = args_of(node)
+        assert (start, size) == text
+        assert (text_len is not None) == (family == "hunyuan_video")
+        assert (order is not None) == (adjacency is not None) == has_grid
+    kept = [n for n in program.graph_module.graph.nodes if "scaled_dot_product" in str(n.target)]
+    assert len(kept) == len(reasons(program))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_at_density_one_are_as_before(family: str) -> None:
+    program, model, example = compress_family(family, DENSE)
+
+    with torch.no_grad():
+        expected, found = (tree_leaves(f(**example))[0] for f in (model, program))
+    torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
+
+
+def test_the_report_says_what_was_replaced_and_what_not() -> None:
+    program, *_ = compress_family("hunyuan_video", SMALL)
+
+    rows = [r for r in fxq.report(program).rows if r.row.kind == "attention"]
+    sparse = [r for r in rows if r.row.skip is None]
+    assert {r.row.format for r in sparse} == {"sparse 30%, paper"}
+    assert all("5 text tokens last (encoder_hidden_states)" in r.reason for r in sparse)
+    assert all("padding counted" in r.reason and "grid 2x4x4" in r.reason for r in sparse)
+    assert list(reasons(program).values()) == ["5 tokens: dense is faster below 8"]
+    others = {r.reason for r in fxq.report(program).rows if r.row.kind == "linear"}
+    assert others == {"this recipe replaces attention only"}
+
+
+def test_it_composes_with_quantized_linears() -> None:
+    program, _, example = compress_family("flux", *w8a8.DYNAMIC.passes, SMALL)
+
+    assert not unintended_skips(program.graph_module)
+    formats = Counter(r.row.format for r in fxq.report(program).rows)
+    assert formats["sparse 30%, paper"] == 2
+    assert formats["int8 x int8"] > 10
+    assert all(size == 5 for size in (args_of(n)[8] for n in sparse_nodes(program.graph_module)))
+    assert program(**example).sample.isfinite().all()
+
+
+@pytest.mark.parametrize("text", ["first", "last", "none"])
+def test_text_is_told_from_visual_tokens(text: Any) -> None:
+    model, example = JointAttention(text), joint_inputs()
+
+    program = compress(model, example, SMALL, strict=True)
+
+    (node,) = sparse_nodes(program.graph_module)
+    size = 0 if text == "none" else 7
+    assert args_of(node)[7:9] == (0 if text == "first" else 72, size)
+    order = program.graph_module.get_buffer("curve_order")
+    assert torch.equal(order.sort().values, torch.arange(72))
+
+
+@pytest.mark.parametrize("mask", [below_length, not_above_length])
+def test_padded_text_is_counted_and_has_no_influence(mask: Mask) -> None:
+    model, example = JointAttention("last", mask), joint_inputs(lengths=(7, 3))
+
+    program = compress(model, example, SMALL, strict=True)
+    dense = compress(model, example, DENSE)
+
+    (node,) = sparse_nodes(program.graph_module)
+    assert args_of(node)[4] is not None
+    with torch.no_grad():
+        torch.testing.assert_close(dense(**example), model(**example), atol=1e-6, rtol=1e-5)
+        before = program(**example)
+        example["text"][1, 3:] += 1e3
+        torch.testing.assert_close(program(**example), before, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mask", [below_length, beside_ones])
+@pytest.mark.parametrize("lengths", [(0, 0), (7, 0), (1, 7)])
+def test_empty_and_full_text_never_give_nan(mask: Mask, lengths: tuple[int, int]) -> None:
+    model, example = JointAttention("last", mask), joint_inputs(lengths=lengths)
+    attention = replace(SMALL, layout=TokenLayout(prefix_masks=True))
+
+    for variant in (attention, replace(attention, mode="online"), replace(attention, density=1.0)):
+        before = {name: value.clone() for name, value in example.items()}
+        program = compress(model, example, variant, strict=True)
+        result = program(**example)
+
+        assert result.isfinite().all()
+        assert all(torch.equal(example[name], before[name]) for name in before)
+    with torch.no_grad():
+        torch.testing.assert_close(result, model(**example), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("mask", "text", "reason"),
+    [
+        (too_short_a_length, "last", "cannot be proved to keep all visual tokens"),
+        (beside_ones, "last", "cannot be proved to keep all visual tokens"),
+        (below_length, "first", "cannot be proved to keep all visual tokens"),
+        (additive, "last", "not key padding: expected bool"),
+        (per_query, "last", "not key padding: expected bool"),
+    ],
+)
+def test_masks_that_are_not_key_padding_stay_dense(mask: Mask, text: Any, reason: str) -> None:
+    model, example = JointAttention(text, mask), joint_inputs()
+
+    program = compress(model, example, SMALL)
+
+    (found,) = reasons(program).values()
+    assert reason in found
+    with torch.no_grad():
+        assert torch.equal(program(**example), model(**example))
+    with pytest.raises(SkippedError, match="mask"):
+        compress(model, example, SMALL, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("model", "change", "reason"),
+    [
+        (JointAttention(is_causal=True), {}, "causal attention"),
+        (JointAttention(dropout=0.5), {}, "dropout"),
+        (JointAttention(head_dim=12), {}, "head sizes (12, 12): expected multiples of 8"),
+        (JointAttention(), {"min_tokens": 80}, "79 tokens: dense is faster below 80"),
+        (JointAttention(), {"layout": TokenLayout(grid=(2, 4, 6))}, "the given grid (2, 4, 6) has"),
+        (JointAttention(), {"layout": TokenLayout("last", 5, (3, 4, 6))}, "the given layout has 5"),
+    ],
+)
+def test_what_stays_dense_says_why(model: nn.Module, change: dict[str, Any], reason: str) -> None:
+    program = compress(model, joint_inputs(), replace(SMALL, **change))
+
+    assert not sparse_nodes(program.graph_module)
+    (found,) = reasons(program).values()
+    assert found.startswith(reason)
+
+
+def test_grouped_heads_and_a_given_layout() -> None:
+    model, example = JointAttention("first", heads=(4, 2)), joint_inputs()
+    layout = TokenLayout("first", 7, (3, 4, 6))
+
+    program = compress(model, example, replace(DENSE, layout=layout), strict=True)
+
+    (node,) = sparse_nodes(program.graph_module)
+    assert args_of(node)[7:9] == (0, 7)
+    with torch.no_grad():
+        torch.testing.assert_close(program(**example), model(**example), atol=1e-6, rtol=1e-5)
+
+
+class SameLength(nn.Module):
+    """Cross-attention whose keys happen to be as many as its queries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:
+        q, k = self.q(x)[:, None], self.k(other)[:, None]
+        return nn.functional.scaled_dot_product_attention(q, k, k)[:, 0]
+
+
+class Permuted(nn.Module):
+    """Attention over tokens in an order that only the data knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, index: Tensor) -> Tensor:
+        q = self.q(x[:, index])[:, None]
+        return nn.functional.scaled_dot_product_attention(q, q, q)[:, 0]
+
+
+def test_cross_attention_of_equal_length_is_seen() -> None:
+    x = torch.randn(2, 24, 16)
+
+    program = compress(SameLength(), (x, torch.randn(2, 24, 16)), SMALL, strict=True)
+
+    (found,) = reasons(program).values()
+    assert found == "cross-attention: keys or values are other tokens than queries"
+
+
+def test_tokens_of_unknown_origin_need_the_users_word() -> None:
+    example = (torch.randn(2, 24, 16), torch.randperm(24))
+
+    silent = compress(Permuted(), example, SMALL)
+    told = compress(
+        Permuted(), example, replace(SMALL, layout=TokenLayout(text_size=0)), strict=True
+    )
+
+    (found,) = reasons(silent).values()
+    assert found.endswith("give layout=TokenLayout(text, text_size, grid)")
+    assert len(sparse_nodes(told.graph_module)) == 1
+
+
+def test_overrides_choose_layers_and_the_first_match_wins() -> None:
+    overrides = (("transformer_blocks.*", None), ("*transformer_blocks.*", 0.6))
+
+    program, *_ = compress_family("hunyuan_video", replace(SMALL, overrides=overrides))
+
+    assert reasons(program)["transformer_blocks.0.attn"] == "override 'transformer_blocks.*'"
+    assert len(sparse_nodes(program.graph_module)) == 1
+    table = program.graph_module.get_buffer("runtime_state.densities")
+    torch.testing.assert_close(table, torch.tensor([[0.6]]))
+    with pytest.raises(ValueError, match=r"override 'bloks\.0' matches no attention"):
+        compress_family("hunyuan_video", replace(SMALL, overrides=(("bloks.0", None),)))
+
+
+def test_modes_differ_and_online_is_closest_to_dense() -> None:
+    torch.manual_seed(0)
+    model, example = JointAttention("none", head_dim=64), joint_inputs()
+    attention = replace(SMALL, keep_neighbours=False, top_p=0.0)
+    with torch.no_grad():
+        expected = model.eval()(**example)
+
+    errors = {
+        mode: float((compress(model, example, replace(attention, mode=mode))(**example)
+                     - expected).norm() / expected.norm())
+        for mode in ("sparse", "paper", "online")
+    }  # fmt: skip
+
+    assert errors["online"] < 0.5 * errors["sparse"]
+    assert errors["paper"] != errors["sparse"]
+
+
+def test_a_program_survives_saving(tmp_path: Any) -> None:
+    program, _, example = compress_family("hunyuan_video", SMALL)
+
+    fxq.save(program, tmp_path / "sparse.safetensors")
+    loaded = fxq.load(tmp_path / "sparse.safetensors")
+
+    assert torch.equal(loaded(**example).sample, program(**example).sample)
+    assert fxq.report(loaded).rows[0].row.kind == fxq.report(program).rows[0].row.kind
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"density": 0.0}, "density: expected positive shares"),
+        ({"density": float("nan")}, "density: expected positive shares"),
+        ({"top_p": 1.5}, "top_p: expected 0 to 1, found 1.5"),
+        ({"block_size": 0}, "block_size and min_tokens of at least 1"),
+        ({"mode": "fast"}, "mode: expected one of"),
+        ({"overrides": (("a", 0.0),)}, "positive density or None for 'a'"),
+    ],
+)
+def test_bad_settings_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(SMALL, **change)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"text_size": 5}, {"text": "middle"}, {"grid": (0, 2, 2)}, {"text_size": -1}]
+)
+def test_a_bad_layout_is_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="TokenLayout"):
+        TokenLayout(**fields)

@@ -1,0 +1,161 @@
+"""Where tokens come from, operator by operator, and what follows for the layout."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small_models import ZOO, seeded
+from torch import Tensor, nn
+
+import fxq
+from fxq.account import Skip
+from fxq.passes.rectified_spaattn.layout import Segments, TokenLayout, find_segments, grid_of
+from fxq.passes.rectified_spaattn.positions import Stream, find_positions
+
+
+class Attend(nn.Module):
+    """Self-attention over what a function makes of video and text; returns the video's part."""
+
+    def __init__(self, tokens: Callable[[Tensor, Tensor], Tensor], returned: slice) -> None:
+        super().__init__()
+        self.tokens, self.returned = tokens, returned
+        self.embed = nn.Linear(8, 8)
+
+    def forward(self, video: Tensor, text: Tensor) -> Tensor:
+        x = self.embed(self.tokens(video, text))[:, None]
+        return F.scaled_dot_product_attention(x, x, x)[:, 0, self.returned]
+
+
+def segments(model: nn.Module, example: Any, layout: TokenLayout | None = None) -> list[Any]:
+    positions = find_positions(fxq.capture(model.eval(), example).graph_module)
+    return [
+        find_segments(numbers, positions, layout or TokenLayout())
+        for numbers in positions.attention.values()
+    ]
+
+
+def flat(video: Tensor) -> Tensor:
+    """`[B, 8, T, H, W]` to tokens `[B, T H W, 8]`."""
+    return video.flatten(2).transpose(1, 2)
+
+
+def in_place(video: Tensor, text: Tensor) -> Tensor:
+    tokens = torch.cat([text, flat(video)], 1)
+    tokens[:, 4:, ::2] = tokens[:, 4:, 1::2] * 2
+    return tokens
+
+
+def modulated(video: Tensor, text: Tensor) -> Tensor:
+    pooled = text.mean(1, keepdim=True)
+    return torch.cat([pooled * flat(video) + text[:, :1], text * pooled], 1)
+
+
+def complex_rotary(video: Tensor, text: Tensor) -> Tensor:
+    pairs = torch.view_as_complex(flat(video).contiguous().unflatten(-1, (-1, 2)))
+    angle = torch.polar(torch.ones(48, 4), torch.arange(48.0)[:, None] * torch.ones(4))
+    return torch.view_as_real(pairs * angle).flatten(2)
+
+
+def between(video: Tensor, text: Tensor) -> Tensor:
+    first, second = flat(video).split([10, 38], 1)
+    return torch.cat([first, text, second], 1)
+
+
+def patched(video: Tensor, text: Tensor) -> Tensor:
+    """Patches of two frames, cut by reshaping: channels, then t, h, w."""
+    patches = video[:, :4].unflatten(2, (2, 2)).permute(0, 2, 4, 5, 1, 3)
+    return patches.flatten(4).flatten(1, 3)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "n_visual", "start", "size", "grid"),
+    [
+        (lambda v, t: flat(v), 48, 48, 0, (4, 3, 4)),
+        (lambda v, t: torch.cat([flat(v), t], 1), 48, 48, 4, (4, 3, 4)),
+        (in_place, 48, 0, 4, (4, 3, 4)),
+        (modulated, 48, 48, 4, (4, 3, 4)),
+        (patched, 24, 24, 0, (2, 3, 4)),
+        (complex_rotary, 48, 48, 0, (4, 3, 4)),
+        (lambda v, t: flat(v[:, :, :1]), 12, 12, 0, (1, 3, 4)),
+        (lambda v, t: flat(v.transpose(2, 4)), 48, 48, 0, None),  # columns first: not raster order
+        (lambda v, t: flat(v)[:, ::2], 24, 24, 0, (4, 3, 2)),
+        (lambda v, t: F.pad(flat(v), (0, 0, 3, 0)), 48, 0, 3, (4, 3, 4)),
+    ],
+)
+def test_segments_and_grid_follow_the_tokens(
+    tokens: Any, n_visual: int, start: int, size: int, grid: Any
+) -> None:
+    returned = slice(size, None) if start == 0 and size else slice(0, n_visual)
+    example = (torch.randn(2, 8, 4, 3, 4), torch.randn(2, 4, 8))
+
+    (found,) = segments(Attend(tokens, returned), example)
+
+    assert isinstance(found, Segments), found
+    assert (found.text_start, found.text_size, found.n_visual) == (start, size, n_visual)
+    assert found.grid == grid
+
+
+def test_packed_tokens_have_no_grid_but_take_a_given_one() -> None:
+    model = Attend(lambda v, t: torch.cat([t, v], 1), slice(4, None))
+    example = (torch.randn(2, 12, 8), torch.randn(2, 4, 8))
+
+    (found,), (given,) = (
+        segments(model, example, layout) for layout in (None, TokenLayout(grid=(1, 3, 4)))
+    )
+
+    assert (found.text_size, found.grid) == (4, None)
+    assert (given.text_size, given.grid) == (4, (1, 3, 4))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "reason"),
+    [
+        (between, "expected text before or behind the tokens of video, found both mixed"),
+        (lambda v, t: t, "all its tokens are text, of which the model returns none"),
+        (lambda v, t: flat(v).sort(1).values, "where its tokens come from cannot be followed"),
+    ],
+)
+def test_what_cannot_be_told_apart_has_a_reason(tokens: Any, reason: str) -> None:
+    class Model(Attend):
+        def forward(self, video: Tensor, text: Tensor) -> Tensor:
+            return video + super().forward(video, text).mean((1, 2)).view(-1, 1, 1, 1, 1)
+
+    example = (torch.randn(2, 8, 4, 3, 4), torch.randn(2, 4, 8))
+
+    (found,) = segments(Model(tokens, slice(None)), example)
+
+    assert isinstance(found, Skip)
+    assert found.reason.startswith(reason)
+
+
+@pytest.mark.parametrize(
+    ("family", "text", "grid"),
+    [("vit", (0, 1), (1, 4, 4)), ("deit", (0, 2), (1, 4, 4)), ("dit", (16, 0), (1, 4, 4))],
+)
+def test_class_tokens_count_as_text(family: str, text: Any, grid: Any) -> None:
+    for found in segments(*seeded(ZOO[family])):
+        assert (found.text_start, found.text_size) == text
+        assert found.grid == grid
+
+
+def test_a_unet_has_a_grid_until_upsampling_repeats_positions() -> None:
+    found = segments(*seeded(ZOO["unet_condition"]))
+
+    assert [s.grid for s in found[0::2]] == [(1, 8, 8), (1, 4, 4), None, None]
+    assert all("cross-attention" in s.reason for s in found[1::2])
+
+
+def test_windows_are_not_one_sequence() -> None:
+    assert all(isinstance(s, Skip) for s in segments(*seeded(ZOO["swin"])))
+
+
+def test_a_grid_needs_every_token_once_in_raster_order() -> None:
+    stream = Stream("video", (2, 3, 4), base=5)
+    tokens = torch.arange(24) + 5
+
+    assert grid_of(tokens, stream) == (2, 3, 4)
+    assert grid_of(tokens.flip(0), stream) is None
+    assert grid_of(tokens[:-1], stream) is None
+    assert grid_of(tokens[:4], stream) is None  # one row

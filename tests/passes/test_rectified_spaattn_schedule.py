@@ -1,0 +1,110 @@
+"""Density schedules: which row holds, and that it is a tensor that decides."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from sparse_models import JointAttention, joint_inputs
+from torch import nn
+
+import fxq
+from fxq.passes.rectified_spaattn import (
+    ByStep,
+    ByTimestep,
+    ReplaceAttention,
+    set_densities,
+    set_step,
+)
+from fxq.passes.rectified_spaattn.schedule import density_table
+from fxq.pipeline import Recipe
+from fxq.program import Program
+
+SMALL = ReplaceAttention(density=0.3, block_size=4, min_tokens=8, keep_neighbours=False)
+
+
+def compressed(density: Any, **kwargs: Any) -> tuple[nn.Module, Program, dict[str, torch.Tensor]]:
+    model, example = JointAttention().eval(), joint_inputs() | kwargs
+    recipe = Recipe("test", (replace(SMALL, density=density),))
+    return model, fxq.compress(model, example, recipe, strict=True), example
+
+
+def is_dense(model: nn.Module, program: Program, example: dict[str, torch.Tensor]) -> bool:
+    with torch.no_grad():
+        return torch.allclose(program(**example), model(**example), atol=2e-6)
+
+
+def test_the_noise_level_chooses_the_density() -> None:
+    schedule = ByTimestep(levels=(200.0, 800.0), densities=(1.0, 0.3, 1.0))
+    model, program, example = compressed(schedule, timestep=torch.tensor([500.0, 500.0]))
+
+    dense = []
+    for noise in (0.0, 200.0, 200.5, 799.0, 800.0, 801.0, 1000.0):
+        example["timestep"] = torch.full((2,), noise)
+        dense.append(is_dense(model, program, example))
+
+    assert dense == [True, True, False, False, False, True, True]
+    example["timestep"] = torch.tensor([500.0, 900.0])  # the largest counts
+    assert is_dense(model, program, example)
+
+
+def test_integer_time_steps_do_as_well() -> None:
+    schedule = ByTimestep(levels=(800.0,), densities=(0.3, 1.0))
+    model, program, example = compressed(schedule, timestep=torch.tensor([801, 801]))
+
+    assert is_dense(model, program, example)
+
+
+def test_a_step_counter_chooses_the_density_and_the_last_one_stays() -> None:
+    model, program, example = compressed(ByStep((1.0, 0.3)))
+
+    dense = []
+    for step in (0, 1, 2, 50, 0):
+        set_step(program, step)
+        dense.append(is_dense(model, program, example))
+
+    assert dense == [True, False, False, False, True]
+
+
+def test_densities_can_be_replaced_in_place() -> None:
+    model, program, example = compressed(0.3)
+    assert not is_dense(model, program, example)
+
+    set_densities(program, [[1.0]])
+
+    assert is_dense(model, program, example)
+
+
+def test_layers_keep_their_own_density_but_at_dense_steps() -> None:
+    table = density_table(ByStep((1.0, 0.2)), [None, 0.5])
+
+    torch.testing.assert_close(table, torch.tensor([[1.0, 1.0], [0.2, 0.5]]))
+
+
+def test_the_report_names_the_range() -> None:
+    schedule = ByTimestep(levels=(800.0,), densities=(0.3, 1.0))
+    _, program, _ = compressed(schedule, timestep=torch.tensor([1.0, 1.0]))
+
+    (row,) = [r.row for r in fxq.report(program).rows if r.row.kind == "attention"]
+
+    assert row.format == "sparse 30% to 100%, paper"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ByTimestep((1.0,), (0.2,)), "one more density"),
+        (lambda: ByTimestep((2.0, 1.0), (0.2, 0.3, 1.0)), "ascending levels"),
+        (lambda: ByStep(()), "expected positive shares"),
+        (lambda: ByStep((0.2, -1.0)), "expected positive shares"),
+        (lambda: compressed(ByTimestep((1.0,), (0.2, 1.0), "sigma")), "no input 'sigma'"),
+        (lambda: set_step(compressed(0.3)[1], 1), "expected one whose recipe sets 'step'"),
+        (lambda: set_step(compressed(ByStep((1.0,)))[1], -1), "expected 0 or more"),
+        (lambda: set_densities(nn.Linear(2, 2), [[1.0]]), "it has no sparse attention"),
+        (lambda: set_densities(compressed(0.3)[1], [[0.2, 0.2]]), "found \\[1, 2\\]"),
+        (lambda: set_densities(compressed(0.3)[1], [[0.0]]), "1 that are not positive"),
+    ],
+)
+def test_bad_input_is_refused(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
