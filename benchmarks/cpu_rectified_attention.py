@@ -29,7 +29,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import fxq.rectified_attention.op  # noqa: F401  registers the operator
 from fxq.lowering.flex_attention import block_lists, compiled
 from fxq.numerics import sqnr_db
-from fxq.rectified_attention.layout import TokenLayout
+from fxq.rectified_attention.layout import BlockLayout
 from fxq.rectified_attention.reference import plan
 
 SHAPES = ((4, 1024, 64), (2, 4096, 64), (1, 8192, 128))  # heads, tokens, head dim
@@ -59,7 +59,7 @@ def ours(qkv: list[Tensor], density: float, mode: str) -> Callable[[], Tensor]:
 def flex(qkv: list[Tensor], density: float) -> Callable[[], Tensor]:
     """Return FlexAttention over the blocks that "sparse" mode visits."""
     query, key, value = qkv
-    layout = TokenLayout(query.shape[2], 0, 0, BLOCK)
+    layout = BlockLayout(query.shape[2], 0, 0, BLOCK)
     no_text, share = torch.ones(1, 0, dtype=torch.bool), torch.tensor(density)
     how = (no_text, None, layout, 0.0, "sparse", "complement", False, False, False)
     kept = plan(query, key, value, share, *how, query.shape[-1] ** -0.5).selected

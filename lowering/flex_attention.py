@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from fxq.rectified_attention.layout import TokenLayout, empty_output
+from fxq.rectified_attention.layout import BlockLayout, empty_output
 from fxq.rectified_attention.reference import plan
 
 
@@ -34,7 +34,7 @@ def block_lists(kept: Tensor) -> tuple[Tensor, Tensor]:
     return kept.sum(-1, dtype=torch.int32), order.to(torch.int32)
 
 
-def pad_segments(x: Tensor, layout: TokenLayout, n_visual: int, n_text: int) -> Tensor:
+def pad_segments(x: Tensor, layout: BlockLayout, n_visual: int, n_text: int) -> Tensor:
     """Return canonical tokens `[B, H, S, D]` with each segment filled up by zeros.
 
     Args:
@@ -48,7 +48,7 @@ def pad_segments(x: Tensor, layout: TokenLayout, n_visual: int, n_text: int) -> 
     return torch.cat([F.pad(part, (0, 0, 0, n - part.shape[2])) for part, n in parts], dim=2)
 
 
-def block_mask(selected: Tensor, text_mask: Tensor, layout: TokenLayout) -> BlockMask:
+def block_mask(selected: Tensor, text_mask: Tensor, layout: BlockLayout) -> BlockMask:
     """Return what query blocks visit, for segments filled up to whole blocks.
 
     Args:
@@ -97,7 +97,7 @@ def launch(
 
     All other arguments and the results: `fxq.rectified_attention.reference`.
     """
-    layout = TokenLayout(query.shape[2], text_start, text_size, block_size)
+    layout = BlockLayout(query.shape[2], text_start, text_size, block_size)
     index = layout.to_canonical(order, query.device)
     text_mask = layout.text_mask(text_len, query.shape[0], query.device)
     result = empty_output(query, value.shape[-1])

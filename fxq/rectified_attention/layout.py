@@ -1,7 +1,7 @@
 """Which tokens are visual and which are text, and what the op accepts.
 
 Inside the op tokens are in canonical order: visual tokens first, in curve order where one is given,
-then text. `TokenLayout` says how to get there and back.
+then text. `BlockLayout` says how to get there and back.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ Mass = Literal["complement", "critical"]
 
 
 @dataclass(frozen=True)
-class TokenLayout:
+class BlockLayout:
     """Where the text segment lies in a sequence, and how visual tokens are cut into blocks.
 
     Args:
@@ -118,7 +118,7 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor, density: Tensor) ->
 
 
 def check_layout(
-    layout: TokenLayout,
+    layout: BlockLayout,
     text_len: Tensor | None,
     order: Tensor | None,
     adjacency: Tensor | None,

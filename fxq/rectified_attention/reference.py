@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fxq.rectified_attention.layout import (
-    TokenLayout,
+    BlockLayout,
     check_choices,
     check_layout,
     check_tensors,
@@ -72,7 +72,7 @@ def plan(
     density: Tensor,
     text_mask: Tensor,
     adjacency: Tensor | None,
-    layout: TokenLayout,
+    layout: BlockLayout,
     top_p: float,
     mode: str,
     mass: str,
@@ -150,7 +150,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> tu
     return out, (total.log() + peak)[:, 0]
 
 
-def visited_tokens(selected: Tensor, layout: TokenLayout, text: Tensor) -> Tensor:
+def visited_tokens(selected: Tensor, layout: BlockLayout, text: Tensor) -> Tensor:
     """Return the canonical positions of the keys that a query block visits, ascending int64.
 
     Args:
@@ -244,7 +244,7 @@ def rectified_attention(
     """
     check_choices(mode, mass)
     check_tensors(query, key, value, density)
-    layout = TokenLayout(query.shape[2], text_start, text_size, block_size)
+    layout = BlockLayout(query.shape[2], text_start, text_size, block_size)
     check_layout(layout, text_len, order, adjacency, query.shape[0], is_causal)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     index = layout.to_canonical(order, query.device)
@@ -269,7 +269,7 @@ def _attend_all(
     key: Tensor,
     value: Tensor,
     found: Plan,
-    layout: TokenLayout,
+    layout: BlockLayout,
     text_mask: Tensor,
     positions: Tensor | None,
     online: bool,

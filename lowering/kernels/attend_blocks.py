@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fxq.lowering.kernels.select_blocks import Selection
-from fxq.rectified_attention.layout import TokenLayout
+from fxq.rectified_attention.layout import BlockLayout
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -274,7 +274,7 @@ def launch(
     pooled: Pooled | None,
     text_len: Tensor | None,
     index: Tensor | None,
-    layout: TokenLayout,
+    layout: BlockLayout,
     scale: float,
     *,
     is_causal: bool,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fxq.lowering.kernels import attend_blocks, pool_blocks, select_blocks
 from fxq.lowering.kernels.select_blocks import Products, Selection
-from fxq.rectified_attention.layout import TokenLayout, empty_output
+from fxq.rectified_attention.layout import BlockLayout, empty_output
 from fxq.rectified_attention.pooling import BlockStats, mean_token
 from fxq.rectified_attention.reference import repeat_heads
 
@@ -98,7 +98,7 @@ class Prepared(NamedTuple):
     pooled: attend_blocks.Pooled | None
     text_len: Tensor | None
     positions: Tensor | None
-    layout: TokenLayout
+    layout: BlockLayout
     scale: float
 
 
@@ -122,7 +122,7 @@ def prepare(
     scale: float,
 ) -> Prepared:
     """Pool and select. Arguments: `fxq.rectified_attention.reference`."""
-    layout = TokenLayout(query.shape[2], text_start, text_size, block_size)
+    layout = BlockLayout(query.shape[2], text_start, text_size, block_size)
     n_heads, n_visual = query.shape[1], layout.n_visual
     out = empty_output(query, value.shape[-1])
     gate = gate and mode != "sparse"

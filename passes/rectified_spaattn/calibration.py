@@ -27,7 +27,7 @@ from fxq.capturing import capture
 from fxq.graph import is_op, owner_name
 from fxq.passes.rectified_spaattn.replace_attention import ReplaceAttention
 from fxq.pipeline import CheckedBatches, Progress, Recipe, device_of
-from fxq.rectified_attention import layout as op_layout
+from fxq.rectified_attention.layout import BlockLayout
 from fxq.rectified_attention.reference import attend, attend_block, plan, visited_tokens
 from fxq.signature import Inputs
 
@@ -206,7 +206,7 @@ class _Tensors:
         order: Tensor | None, adjacency: Tensor | None, text_start: int, text_size: int,
         block_size: int, *choices: Any,
     ) -> None:  # fmt: skip
-        self.layout = op_layout.TokenLayout(query.shape[2], text_start, text_size, block_size)
+        self.layout = BlockLayout(query.shape[2], text_start, text_size, block_size)
         self.index = self.layout.to_canonical(order, query.device)
         self.query, self.key, self.value = (
             x.index_select(2, self.index) for x in (query, key, value)

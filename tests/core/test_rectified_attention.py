@@ -20,7 +20,7 @@ from torch import Tensor
 
 import fxq.rectified_attention.op  # noqa: F401  registers the operator
 from fxq.rectified_attention import reference
-from fxq.rectified_attention.layout import TokenLayout
+from fxq.rectified_attention.layout import BlockLayout
 from fxq.rectified_attention.reference import Plan, plan
 
 LAYOUTS = ((0, 0), (0, 9), (82, 9))  # text_start, text_size of 91 tokens: none, first, last
@@ -29,7 +29,7 @@ LAYOUTS = ((0, 0), (0, 9), (82, 9))  # text_start, text_size of 91 tokens: none,
 def planned(q: Tensor, k: Tensor, v: Tensor, density: float, **options: Any) -> Plan:
     """Return the plan of a call without text or order."""
     o = DEFAULTS | options
-    layout = TokenLayout(q.shape[2], 0, 0, o["block_size"])
+    layout = BlockLayout(q.shape[2], 0, 0, o["block_size"])
     mask = torch.ones(q.shape[0], 0, dtype=torch.bool)
     names = ("top_p", "mode", "mass", "gate", "center_keys", "is_causal")
     rest = (*(o[name] for name in names), q.shape[-1] ** -0.5)

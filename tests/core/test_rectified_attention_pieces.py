@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fxq.rectified_attention.layout import TokenLayout
+from fxq.rectified_attention.layout import BlockLayout
 from fxq.rectified_attention.pooling import BlockStats, mean_token, pool_blocks
 from fxq.rectified_attention.rectification import gain_and_error, passes_gate, rectification
 from fxq.rectified_attention.selection import (
@@ -173,7 +173,7 @@ def test_more_density_or_mass_keeps_a_superset(
 def implicit(n_visual: int, text: int, block_size: int = 4) -> tuple[Tensor, Tensor, Tensor]:
     """Return P of blocks and text, and the exact attention, for tokens equal within a block."""
     torch.manual_seed(0)
-    layout = TokenLayout(n_visual + text, n_visual, text, block_size)
+    layout = BlockLayout(n_visual + text, n_visual, text, block_size)
     counts = layout.counts(torch.device("cpu"))
     n = layout.n_blocks
     q, k, t = torch.randn(1, 1, n, 8), torch.randn(1, 1, n, 8), torch.randn(1, 1, text, 8)

@@ -9,7 +9,7 @@ from fxq.lowering.kernels import attend_blocks, pool_blocks, rectified_attention
 from fxq.lowering.kernels.select_blocks import Products
 from fxq.numerics import sqnr_db
 from fxq.rectified_attention import reference
-from fxq.rectified_attention.layout import TokenLayout, empty_output
+from fxq.rectified_attention.layout import BlockLayout, empty_output
 from fxq.rectified_attention.pooling import pool_blocks as pool
 from fxq.rectified_attention.rectification import rectification
 from fxq.rectified_attention.selection import (
@@ -40,7 +40,7 @@ def check_pool(case: pool_blocks.Case, device: str) -> dict[str, float]:
     """Return the largest differences of mean and deviation, and whether the copy is exact."""
     torch.manual_seed(case.n_tokens)
     poison()
-    layout = TokenLayout(case.n_tokens, case.text_start, case.text_size, case.block_size)
+    layout = BlockLayout(case.n_tokens, case.text_start, case.text_size, case.block_size)
     wide = torch.randn(2, case.n_tokens, 3, case.dim + 16)  # tokens before heads, and gaps
     x = wide.transpose(1, 2)[..., : case.dim].half()
     order = torch.randperm(layout.n_visual) if case.reorder else None
@@ -66,7 +66,7 @@ def check_select(case: select_blocks.Case, device: str) -> dict[str, float]:
     torch.manual_seed(case.n_blocks)
     poison()
     n, block, dim = case.n_blocks, 16, 8
-    layout = TokenLayout(n * block - 5, 0, 0, block)
+    layout = BlockLayout(n * block - 5, 0, 0, block)
     counts = layout.counts(torch.device("cpu"))
     q, k = (pool(torch.randn(2, 1, layout.n_visual, dim) * 2, counts, block) for _ in range(2))
     if case.ties:
