@@ -50,13 +50,20 @@ class Checkpoint:
     """A safetensors file that is written now and then; without a path, nothing.
 
     Args:
-        path: where; the folder must exist.
+        path: where.
         kind: of the work.
         fingerprint: of everything that decides the result.
+    Raises:
+        ValueError: the folder does not exist.
     """
 
     def __init__(self, path: str | Path | None, kind: str, fingerprint: str) -> None:
         self.path = None if path is None else Path(path)
+        if self.path is not None and not self.path.parent.is_dir():
+            raise ValueError(
+                f"checkpoint: expected a file in a folder that exists, found {self.path}; make the "
+                "folder first"
+            )
         self.kind, self.fingerprint = kind, fingerprint
         self.last = time.perf_counter()
 

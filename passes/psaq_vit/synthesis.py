@@ -188,11 +188,14 @@ class _Run:
             n_classes = class_logits(self.captured, results, self.logits).shape[1]
         given = labels if isinstance(labels, Tensor) else None
         if given is not None and (
-            given.shape != (n_images,) or given.min() < 0 or given.max() >= n_classes
+            given.dtype != torch.int64
+            or given.shape != (n_images,)
+            or given.min() < 0
+            or given.max() >= n_classes
         ):
             raise ValueError(
-                f"labels: expected {n_images} classes from 0 to {n_classes - 1}, found shape "
-                f"{list(given.shape)}, values {int(given.min())} to {int(given.max())}"
+                f"labels: expected {n_images} classes from 0 to {n_classes - 1}, int64, found "
+                f"{given.dtype} {list(given.shape)}, values {given.min()} to {given.max()}"
             )
         _, channels, height, width = self.leaf.shape
         shape, side = (channels, height, width), min(height, width)
@@ -278,7 +281,8 @@ class _Run:
         if bad.any():
             raise ValueError(
                 f"image {start + int(bad.nonzero()[0])}, step {step}: expected finite numbers, "
-                f"found an overflow in {self.leaf.dtype}; synthesize with the model in float32"
+                f"found an overflow in {self.leaf.dtype}; check the model's weights for NaN, and "
+                "synthesize in float32"
             )
 
     def _result(self, record: Tensor, batch_size: int) -> SyntheticImages:

@@ -237,6 +237,8 @@ def test_images_survive_saving_and_draw(tmp_path: Path) -> None:
         ({"std": (0.5, 0.5)}, "std: expected one number per channel"),
         ({"std": (0.5, 0.5, 0.0)}, "positive"),
         ({"labels": torch.tensor([0, 1, 2, 7])}, "from 0 to 4"),
+        ({"labels": torch.tensor([0.0, 1.0, 2.0, 3.0])}, r"int64, found torch\.float32"),
+        ({"checkpoint": "no/such/folder/state.safetensors"}, "folder that exists"),
         ({"n_images": 0}, "at least 1"),
     ],
 )
