@@ -10,6 +10,8 @@ nothing, and the whole attention matrix is never held.
 """
 
 import itertools
+import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from io import StringIO
@@ -22,7 +24,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
-from fxq.account import SPARSE_ATTENTION
+from fxq.account import SPARSE_ATTENTION, account
 from fxq.capturing import capture
 from fxq.graph import is_op, owner_name
 from fxq.passes.rectified_spaattn.replace_attention import ReplaceAttention
@@ -61,23 +63,37 @@ class Calibration:
     """What was measured, and what follows from it.
 
     Args:
-        measurements: one per layer and density, layers in graph order, densities ascending.
+        measurements: one per attention and density, in graph order, densities ascending. A layer
+            that is called several times has as many of each density.
         measured: the pass whose settings were measured.
     """
 
     measurements: tuple[Measurement, ...]
     measured: ReplaceAttention
 
+    def worst(self) -> tuple[Measurement, ...]:
+        """Return one measurement per layer and density: of several calls, the one that errs most.
+
+        Overrides go by layer, so a density has to do for all of its calls.
+        """
+        worst: dict[str, dict[float, Measurement]] = {}
+        for m in self.measurements:
+            layer = worst.setdefault(m.module, {})
+            known = layer.setdefault(m.density, m)
+            if m.error > known.error or math.isnan(m.error):
+                layer[m.density] = m
+        return tuple(m for layer in worst.values() for m in layer.values())
+
     def densities(self, error: float) -> tuple[tuple[str, float | None], ...]:
         """Return each layer's smallest measured density that errs at most so much, None for dense.
 
         Args:
-            error: bound on the relative error of a layer's result, > 0.
+            error: bound on the relative error of a layer's result, > 0, in each of its calls.
         """
         if not error > 0:
             raise ValueError(f"error: expected a positive relative error, found {error}")
         chosen: dict[str, float | None] = {}
-        for m in self.measurements:
+        for m in self.worst():
             fits = m.error <= error
             if chosen.setdefault(m.module, m.density if fits else None) is None and fits:
                 chosen[m.module] = m.density
@@ -88,13 +104,13 @@ class Calibration:
         return replace(self.measured, overrides=(*self.densities(error), *self.measured.overrides))
 
     def table(self) -> Table:
-        """Return a table with one line per layer and density."""
+        """Return a table with one line per layer and density, of its worst call."""
         table = Table(title=f"{self.measured.mode}, {self.measured.block_size} tokens per block")
         table.add_column("layer")
         for name in ("density", "kept", "R", "gate passes", "relative error"):
             table.add_column(name, justify="right")
         last = ""
-        for m in self.measurements:
+        for m in self.worst():
             if last and m.module != last:
                 table.add_section()
             table.add_row(
@@ -138,11 +154,11 @@ def calibrate_density(
         raise ValueError(f"densities: expected numbers between 0 and 1, found {tuple(densities)}")
     captured = capture(model, example_inputs)
     recipe = Recipe("calibration", (replace(measured, density=1.0),))
-    probe = _Probe(recipe.apply(captured.graph_module), sorted(densities), n_blocks)
+    gm = recipe.apply(captured.graph_module)
+    probe = _Probe(gm, sorted(densities), n_blocks)
     if not probe.layers:
         raise ValueError(
-            "model: expected attention that can be replaced, found none; fxq.report(fxq.compress("
-            "model, example_inputs, recipe)) has the reasons (min_tokens?)"
+            f"model: expected attention that can be replaced, found none; {_why_dense(gm)}"
         )
     count = 0
     with torch.no_grad():
@@ -154,6 +170,14 @@ def calibrate_density(
     if not count:
         raise ValueError("data: expected at least one batch, found none")
     return Calibration(tuple(probe.measurements()), measured)
+
+
+def _why_dense(gm: GraphModule) -> str:
+    """Say for what reasons a graph's attentions stay dense, and how many of them for each."""
+    rows = [row for row in account(gm) if row.kind == "attention"]
+    reasons = Counter(row.skip.reason for row in rows if row.skip)
+    found = "; ".join(f"{count} x {reason}" for reason, count in reasons.items())
+    return f"left dense: {found}" if found else "the graph has no attention operator"
 
 
 @dataclass

@@ -49,7 +49,7 @@ def valid_text(
     Returns:
         None where nothing is masked.
     """
-    if mask is None or _all_true(mask):
+    if mask is None or _hides_nothing(mask):
         return None
     shape = shape_of(mask)
     batch = shape_of(args_of(before)[0])[0]
@@ -87,7 +87,7 @@ def _is_prefix(mask: Node, segments: Segments) -> bool:
 
 def _length(mask: Any, size: int) -> Node | None:
     """Return n of a mask that is provably `arange(size) < n`; None where it is not."""
-    if is_op(mask, *NOT):
+    if is_op(mask, *NOT) and dtype_of(args_of(mask)[0]) == torch.bool:
         return _compared(_origin(args_of(mask)[0]), size, HIDES)
     if is_op(mask, aten.masked_fill.Scalar):
         kept, hidden, value = args_of(mask)
@@ -123,6 +123,14 @@ def _at_least(length: Any) -> int:
     # A sum of booleans is not negative; anything else may be.
     counts = is_op(length, *SUM) and dtype_of(args_of(length)[0]) == torch.bool
     return 0 if counts else -(2**62)
+
+
+def _hides_nothing(mask: Node) -> bool:
+    """Tell whether a mask is constant and of no effect: all true, or a bias of zeros."""
+    if dtype_of(mask) == torch.bool:
+        return _all_true(mask)
+    value: Tensor | None = constant_value(_origin(mask))
+    return value is not None and not bool(value.any())
 
 
 def _all_true(node: Any) -> bool:

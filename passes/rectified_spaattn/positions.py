@@ -71,8 +71,8 @@ class Positions:
 
     Attributes:
         streams: the inputs with positions.
-        attention: attention node -> numbers along the sequence of its queries, keys and values,
-            each `[S]`, int64, free sizes as at capture.
+        attention: every dense attention node -> numbers along the sequence of its queries, keys
+            and values, each `[S]`, int64, free sizes as at capture.
         returned: names of the streams that the model's results have positions of.
     """
 
@@ -111,7 +111,7 @@ class _Walk:
                 for number in compact(self.of(read)).unique().tolist():
                     if stream := self.found.stream_of(number):
                         self.found.returned.add(stream.name)
-        elif node.op == "call_function" and reads:
+        elif node.op == "call_function" and (reads or is_op(node, *ATTENTION)):
             self._apply(node)
         self.unread[node] = len(node.users)
         for read in node.all_input_nodes:  # tensors of 100,000 tokens: do not keep them all

@@ -15,7 +15,7 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
-from fxq.account import SPARSE_ATTENTION, Skip, add_note, kind_of, mark_skip
+from fxq.account import ATTENTION, SPARSE_ATTENTION, Skip, add_note, kind_of, mark_skip
 from fxq.dialect import QUANTIZED, Dialect
 from fxq.errors import did_you_mean
 from fxq.graph import add_buffer, args_of, insert_call, is_op, owner_name, shape_of, val_of
@@ -25,6 +25,7 @@ from fxq.passes.rectified_spaattn.padding import valid_text
 from fxq.passes.rectified_spaattn.positions import Positions, find_positions
 from fxq.passes.rectified_spaattn.schedule import (
     ByStep,
+    ByTimestep,
     Schedule,
     densities_of,
     insert_densities,
@@ -52,7 +53,7 @@ class _Site:
 
 @dataclass(frozen=True)
 class ReplaceAttention(Pass):
-    """Replace every self-attention over enough visual tokens by rectified sparse attention.
+    """Replace every self-attention of long visual sequences by rectified sparse attention.
 
     Defaults are the published code's for HunyuanVideo (arXiv:2511.19835).
 
@@ -68,7 +69,7 @@ class ReplaceAttention(Pass):
         gate: compensate only blocks whose pooling gains more than it errs. None: in paper mode.
         center_keys: subtract the mean key before the gate; a departure that helps where keys have
             an offset.
-        min_tokens: sequences below this stay dense: they would not become faster.
+        min_tokens: sequences below this, text included, stay dense: they would not become faster.
         reorder: put visual tokens in curve order, where the grid is known.
         keep_neighbours: keep every block that touches the query block in space and time, where the
             grid is known.
@@ -123,7 +124,8 @@ class ReplaceAttention(Pass):
             else:
                 sites.append(found)
         for node in gm.graph.nodes:
-            if kind_of(node) is not None and not {"fxq_skip", "fxq_format"} & set(node.meta):
+            done = {"fxq_skip", "fxq_format"} & set(node.meta)
+            if kind_of(node) is not None and not done and not is_op(node, *ATTENTION):
                 mark_skip(node, Skip("this recipe replaces attention only", intended=True))
         if sites:
             self._replace(gm, sites)
@@ -157,8 +159,8 @@ class ReplaceAttention(Pass):
 
     def _unfit(self, node: Node) -> Skip | None:
         """Return why attention of this form stays dense, None where its form fits."""
-        query, key, value = args_of(node)[:3]
-        shape, n_keys, head_dim = shape_of(query), shape_of(key)[-2], shape_of(value)[-1]
+        query, key, value = map(shape_of, args_of(node)[:3])
+        shape, n_keys, head_dim = query, key[-2], value[-1]
         if _option(node, 4, "dropout_p", 0.0):
             return Skip("dropout on the attention weights", intended=False)
         if _option(node, 5, "is_causal", False):
@@ -175,6 +177,8 @@ class ReplaceAttention(Pass):
             return Skip(
                 f"{shape[2]} tokens: dense is faster below {self.min_tokens}", intended=True
             )
+        if reason := _broadcast(query, key, value, shape_of(node)):
+            return reason
         dims = (shape[3], head_dim)
         if any(not isinstance(d, int) or d % ALIGNED or d > MAX_HEAD_DIM for d in dims):
             return Skip(
@@ -214,6 +218,7 @@ class ReplaceAttention(Pass):
             sparse = insert_call(SPARSE_ATTENTION, args, before=node)
             sparse.meta["fxq_format"] = self._format(site.density)
             add_note(sparse, self._note(site))
+            _keep_name(sparse, owner_name(node))
             result = insert_call(operator.getitem, (sparse, 0), before=node)
             node.replace_all_uses_with(result)
             gm.graph.erase_node(node)
@@ -246,9 +251,10 @@ class ReplaceAttention(Pass):
 
     def _format(self, own: float | None) -> str:
         densities = {d if own is None or d >= 1 else own for d in densities_of(self.density)}
-        low, high = min(densities), min(max(densities), 1.0)
-        share = f"{low:.0%}" if low == high else f"{low:.0%} to {high:.0%}"
-        by = " by step" if isinstance(self.density, ByStep) else ""
+        low, high = min(*densities, 1.0), min(max(densities), 1.0)
+        share = f"{'>=' if low < 1 else ''}{100 * low:.4g}%"  # neighbours and top_p add blocks
+        share += f" to {100 * high:.4g}%" if low != high else ""
+        by = {ByStep: " by step", ByTimestep: " by timestep"}.get(type(self.density), "")
         return f"sparse {share}{by}, {self.mode}"
 
     def _note(self, site: _Site) -> str:
@@ -267,6 +273,41 @@ def _option(attention: Node, index: int, name: str, default: Any) -> Any:
     """Return an argument of `aten.scaled_dot_product_attention`, however it was given."""
     args = args_of(attention)
     return args[index] if len(args) > index else attention.kwargs.get(name, default)
+
+
+def _broadcast(*shapes: Sequence[int | torch.SymInt]) -> Skip | None:
+    """Return why query, key, value and result do not match in batch and heads, None where they do.
+
+    Args:
+        shapes: of the four, as they are in the graph.
+    """
+    if any(len(shape) != 4 for shape in shapes):
+        found = [len(shape) for shape in shapes[:3]]
+        return Skip(
+            f"expected query, key and value [B, H, S, D], found {found} dimensions", intended=False
+        )
+    batches, heads = ([str(shape[dim]) for shape in shapes] for dim in (0, 1))
+    if len(set(batches)) > 1:
+        return Skip(
+            f"expected query, key and value of one batch size, found {', '.join(batches[:3])}",
+            intended=False,
+        )
+    n, n_key = shapes[0][1], shapes[1][1]
+    grouped = isinstance(n, int) and isinstance(n_key, int) and n % n_key == 0
+    if heads[1] != heads[2] or heads[0] != heads[3] or not (grouped or heads[0] == heads[1]):
+        return Skip(
+            "expected query heads a multiple of key heads, and as many value heads as those, found "
+            f"{', '.join(heads[:3])}",
+            intended=False,
+        )
+    return None
+
+
+def _keep_name(node: Node, name: str) -> None:
+    """Have a new node go by the name of the one it replaces: in no module, that is the node's."""
+    if owner_name(node) != name:
+        stack = node.meta.get("nn_module_stack", {})
+        node.meta["nn_module_stack"] = {**stack, name: (name, "")}
 
 
 def _allow_copies(node: Node) -> None:

@@ -1,13 +1,24 @@
-"""Small joint-attention models that the sparse attention tests share."""
+"""Small joint-attention models, and what the tests of ReplaceAttention do with them."""
 
 from collections.abc import Callable
-from typing import Literal
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+import fxq
+from fxq.account import SPARSE_ATTENTION
+from fxq.graph import is_op
+from fxq.passes.rectified_spaattn import ReplaceAttention
+from fxq.pipeline import Recipe
+from fxq.program import Program
 
 Mask = Callable[[Tensor, int], Tensor]  # valid text [B, text], visual tokens -> attention mask
+SMALL = ReplaceAttention(density=0.3, block_size=4, min_tokens=8)
+DENSE = replace(SMALL, density=1.0)
 
 
 def below_length(valid: Tensor, n_visual: int) -> Tensor:
@@ -39,6 +50,26 @@ def additive(valid: Tensor, n_visual: int) -> Tensor:
     """Not boolean."""
     keep = beside_ones(valid, n_visual)
     return torch.zeros(keep.shape).masked_fill(~keep, -1e4)
+
+
+def constant_bias(valid: Tensor, n_visual: int) -> Tensor:
+    """A bias that hides nothing, and counts."""
+    return torch.linspace(1, 5, n_visual + valid.shape[1])[None, None, None]
+
+
+def bias_of_ones(valid: Tensor, n_visual: int) -> Tensor:
+    """A bias, though it looks like a mask that keeps everything."""
+    return torch.ones(len(valid), 1, 1, n_visual + valid.shape[1])
+
+
+def bias_of_zeros(valid: Tensor, n_visual: int) -> Tensor:
+    """A bias without effect."""
+    return bias_of_ones(valid, n_visual) * 0
+
+
+def all_kept(valid: Tensor, n_visual: int) -> Tensor:
+    """A mask without effect."""
+    return torch.ones(1, 1, 1, n_visual + valid.shape[1], dtype=torch.bool)
 
 
 def per_query(valid: Tensor, n_visual: int) -> Tensor:
@@ -100,3 +131,17 @@ def joint_inputs(n_text: int = 7, lengths: tuple[int, ...] = (7, 3)) -> dict[str
     return {
         "video": torch.randn(n, 4, 3, 8, 12), "text": torch.randn(n, n_text, 24), "valid": valid,
     }  # fmt: skip
+
+
+def compress(model: nn.Module, example: Any, attention: ReplaceAttention, **kwargs: Any) -> Program:
+    return fxq.compress(model.eval(), example, Recipe("test", (attention,)), **kwargs)
+
+
+def sparse_nodes(gm: GraphModule) -> list[Node]:
+    return [n for n in gm.graph.nodes if is_op(n, SPARSE_ATTENTION)]
+
+
+def reasons(program: Program) -> dict[str, str]:
+    """Module name -> why its attention is dense."""
+    rows = fxq.report(program).rows
+    return {r.row.module: r.reason for r in rows if r.row.kind == "attention" and r.row.skip}

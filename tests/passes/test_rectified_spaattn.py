@@ -9,36 +9,29 @@ import pytest
 import torch
 from small_models import ZOO, seeded
 from sparse_models import (
+    DENSE,
+    SMALL,
     JointAttention,
     Mask,
-    additive,
     below_length,
     beside_ones,
+    compress,
     joint_inputs,
     not_above_length,
-    per_query,
-    too_short_a_length,
+    reasons,
+    sparse_nodes,
 )
-from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import fxq
-from fxq.account import SPARSE_ATTENTION, unintended_skips
+from fxq.account import unintended_skips
 from fxq.capturing import Captured
-from fxq.errors import SkippedError
-from fxq.graph import args_of, copy_graph, is_op
+from fxq.graph import args_of, copy_graph
 from fxq.passes import w8a8
-from fxq.passes.rectified_spaattn import ReplaceAttention, TokenLayout
+from fxq.passes.rectified_spaattn import TokenLayout
 from fxq.pipeline import Recipe
 from fxq.program import Program
-
-SMALL = ReplaceAttention(density=0.3, block_size=4, min_tokens=8)
-DENSE = replace(SMALL, density=1.0)
-
-
-def compress(model: nn.Module, example: Any, attention: ReplaceAttention, **kwargs: Any) -> Program:
-    return fxq.compress(model.eval(), example, Recipe("test", (attention,)), **kwargs)
 
 
 @functools.cache
@@ -52,16 +45,6 @@ def compress_family(family: str, *passes: Any) -> tuple[Program, nn.Module, Any]
     found, recipe = captured(family), Recipe("test", passes)
     gm = recipe.apply(copy_graph(found.graph_module))
     return Program.from_captured(found, gm, recipe=repr(recipe), model=model), model, example
-
-
-def sparse_nodes(gm: GraphModule) -> list[Node]:
-    return [n for n in gm.graph.nodes if is_op(n, SPARSE_ATTENTION)]
-
-
-def reasons(program: Program) -> dict[str, str]:
-    """Module name -> why its attention is dense."""
-    rows = fxq.report(program).rows
-    return {r.row.module: r.reason for r in rows if r.row.kind == "attention" and r.row.skip}
 
 
 # Family -> attention replaced, text (start, size), grid known.
@@ -106,7 +89,7 @@ def test_the_report_says_what_was_replaced_and_what_not() -> None:
 
     rows = [r for r in fxq.report(program).rows if r.row.kind == "attention"]
     sparse = [r for r in rows if r.row.skip is None]
-    assert {r.row.format for r in sparse} == {"sparse 30%, paper"}
+    assert {r.row.format for r in sparse} == {"sparse >=30%, paper"}
     assert all("5 text tokens last (encoder_hidden_states)" in r.reason for r in sparse)
     assert all("padding counted" in r.reason and "grid 2x4x4" in r.reason for r in sparse)
     assert list(reasons(program).values()) == ["5 tokens: dense is faster below 8"]
@@ -119,7 +102,7 @@ def test_it_composes_with_quantized_linears() -> None:
 
     assert not unintended_skips(program.graph_module)
     formats = Counter(r.row.format for r in fxq.report(program).rows)
-    assert formats["sparse 30%, paper"] == 2
+    assert formats["sparse >=30%, paper"] == 2
     assert formats["int8 x int8"] > 10
     assert all(size == 5 for size in (args_of(n)[8] for n in sparse_nodes(program.graph_module)))
     assert program(**example).sample.isfinite().all()
@@ -171,48 +154,6 @@ def test_empty_and_full_text_never_give_nan(mask: Mask, lengths: tuple[int, int]
         torch.testing.assert_close(result, model(**example), atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("mask", "text", "reason"),
-    [
-        (too_short_a_length, "last", "cannot be proved to keep all visual tokens"),
-        (beside_ones, "last", "cannot be proved to keep all visual tokens"),
-        (below_length, "first", "cannot be proved to keep all visual tokens"),
-        (additive, "last", "not key padding: expected bool"),
-        (per_query, "last", "not key padding: expected bool"),
-    ],
-)
-def test_masks_that_are_not_key_padding_stay_dense(mask: Mask, text: Any, reason: str) -> None:
-    model, example = JointAttention(text, mask), joint_inputs()
-
-    program = compress(model, example, SMALL)
-
-    (found,) = reasons(program).values()
-    assert reason in found
-    with torch.no_grad():
-        assert torch.equal(program(**example), model(**example))
-    with pytest.raises(SkippedError, match="mask"):
-        compress(model, example, SMALL, strict=True)
-
-
-@pytest.mark.parametrize(
-    ("model", "change", "reason"),
-    [
-        (JointAttention(is_causal=True), {}, "causal attention"),
-        (JointAttention(dropout=0.5), {}, "dropout"),
-        (JointAttention(head_dim=12), {}, "head sizes (12, 12): expected multiples of 8"),
-        (JointAttention(), {"min_tokens": 80}, "79 tokens: dense is faster below 80"),
-        (JointAttention(), {"layout": TokenLayout(grid=(2, 4, 6))}, "the given grid (2, 4, 6) has"),
-        (JointAttention(), {"layout": TokenLayout("last", 5, (3, 4, 6))}, "the given layout has 5"),
-    ],
-)
-def test_what_stays_dense_says_why(model: nn.Module, change: dict[str, Any], reason: str) -> None:
-    program = compress(model, joint_inputs(), replace(SMALL, **change))
-
-    assert not sparse_nodes(program.graph_module)
-    (found,) = reasons(program).values()
-    assert found.startswith(reason)
-
-
 def test_grouped_heads_and_a_given_layout() -> None:
     model, example = JointAttention("first", heads=(4, 2)), joint_inputs()
     layout = TokenLayout("first", 7, (3, 4, 6))
@@ -223,52 +164,6 @@ def test_grouped_heads_and_a_given_layout() -> None:
     assert args_of(node)[7:9] == (0, 7)
     with torch.no_grad():
         torch.testing.assert_close(program(**example), model(**example), atol=1e-6, rtol=1e-5)
-
-
-class SameLength(nn.Module):
-    """Cross-attention whose keys happen to be as many as its queries."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q, self.k = nn.Linear(16, 16), nn.Linear(16, 16)
-
-    def forward(self, x: Tensor, other: Tensor) -> Tensor:
-        q, k = self.q(x)[:, None], self.k(other)[:, None]
-        return nn.functional.scaled_dot_product_attention(q, k, k)[:, 0]
-
-
-class Permuted(nn.Module):
-    """Attention over tokens in an order that only the data knows."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q = nn.Linear(16, 16)
-
-    def forward(self, x: Tensor, index: Tensor) -> Tensor:
-        q = self.q(x[:, index])[:, None]
-        return nn.functional.scaled_dot_product_attention(q, q, q)[:, 0]
-
-
-def test_cross_attention_of_equal_length_is_seen() -> None:
-    x = torch.randn(2, 24, 16)
-
-    program = compress(SameLength(), (x, torch.randn(2, 24, 16)), SMALL, strict=True)
-
-    (found,) = reasons(program).values()
-    assert found == "cross-attention: keys or values are other tokens than queries"
-
-
-def test_tokens_of_unknown_origin_need_the_users_word() -> None:
-    example = (torch.randn(2, 24, 16), torch.randperm(24))
-
-    silent = compress(Permuted(), example, SMALL)
-    told = compress(
-        Permuted(), example, replace(SMALL, layout=TokenLayout(text_size=0)), strict=True
-    )
-
-    (found,) = reasons(silent).values()
-    assert found.endswith("give layout=TokenLayout(text, text_size, grid)")
-    assert len(sparse_nodes(told.graph_module)) == 1
 
 
 def test_overrides_choose_layers_and_the_first_match_wins() -> None:

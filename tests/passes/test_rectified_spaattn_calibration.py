@@ -78,13 +78,41 @@ def test_proposals_are_the_smallest_density_within_the_bound() -> None:
         found.densities(0.0)
 
 
+def test_a_layer_that_is_called_twice_goes_by_its_worse_call() -> None:
+    calls = [[0.03, 0.02, 0.01], [0.3, float("nan"), 0.02]]
+    rows = [zip((0.1, 0.2, 0.5), errors, strict=True) for errors in calls]
+    measured = [Measurement("a", d, d, 1.0, 1.0, error) for row in rows for d, error in row]
+
+    for order in (measured, measured[3:] + measured[:3]):
+        found = Calibration(tuple(order), SMALL)
+
+        assert found.densities(0.05) == (("a", 0.5),)
+        assert found.densities(0.01) == (("a", None),)
+        assert "0.3000" in str(found)
+        assert "0.0300" not in str(found)
+
+
+def test_attention_in_no_module_keeps_its_name() -> None:
+    model, example = peaked(), joint_inputs()
+
+    found = calibrate_density(model, example, [example], SMALL, densities=(0.5,))
+    program = fxq.compress(model, example, Recipe("test", (found.attention(1e-9),)))
+    sparse = fxq.compress(model, example, Recipe("test", (found.attention(1e9),)))
+
+    names = [[r.row.module for r in fxq.report(p).rows if r.row.kind == "attention"]
+             for p in (program, sparse)]  # fmt: skip
+    assert names == [[found.measurements[0].module]] * 2
+    assert [r.row.skip is None for p in (program, sparse) for r in fxq.report(p).rows
+            if r.row.kind == "attention"] == [False, True]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"densities": (0.0, 0.5)}, "densities: expected numbers between 0 and 1"),
         ({"densities": ()}, "densities: expected numbers between 0 and 1"),
         ({"data": []}, "data: expected at least one batch"),
-        ({"attention": ReplaceAttention()}, "expected attention that can be replaced, found none"),
+        ({"attention": ReplaceAttention()}, "found none; left dense: 1 x 79 tokens: dense is fast"),
     ],
 )
 def test_bad_input_is_refused(change: dict[str, Any], message: str) -> None:

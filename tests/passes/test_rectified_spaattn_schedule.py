@@ -87,7 +87,7 @@ def test_the_report_names_the_range() -> None:
 
     (row,) = [r.row for r in fxq.report(program).rows if r.row.kind == "attention"]
 
-    assert row.format == "sparse 30% to 100%, paper"
+    assert row.format == "sparse >=30% to 100% by timestep, paper"
 
 
 @pytest.mark.parametrize(
