@@ -10,6 +10,7 @@ This module is an entry point (`torch_dynamo_backends`): `torch.compile(model, b
 it without `import fxq`.
 """
 
+import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -23,7 +24,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses import FakeTensor
 from torch.fx import GraphModule, Node
 
-from fxq.account import unintended_skips
+from fxq.account import account
 from fxq.canonicalize.cleanup import training_op
 from fxq.capturing import from_dynamo, qualified_name
 from fxq.errors import FxqWarning, SkippedError, did_you_mean
@@ -34,6 +35,7 @@ from fxq.ops import decompositions
 from fxq.pipeline import Recipe, resolve_recipe
 
 DEFAULT_RECIPE = "w8a8_dynamic"
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,9 @@ class Options:
     """What `torch.compile(..., backend="fxq", options={...})` accepts.
 
     Args:
-        recipe: how to quantize a float model: a `Recipe` without calibration, or the name of one.
-            Ignored for a program, which is quantized already.
-        strict: raise where a quantized layer has no integer kernel on this device, or where the
+        recipe: what to do to a float model: a `Recipe` without calibration, or the name of one.
+            Ignored for a program, to which it has been done.
+        strict: raise where a quantized layer has no kernel on this device, or where the
             recipe could not do to an operator what it is for, which otherwise is a warning.
         inductor: options handed to Inductor, as `torch.compile(..., options=)` would take them.
     """
@@ -79,8 +81,8 @@ def fxq(
         mode: one of Inductor's modes.
         options: see `Options`.
     Raises:
-        ValueError: an unknown option, a recipe that needs data, a model in train mode, an input
-            that requires grad.
+        ValueError: an unknown option, a recipe that needs data or has state to be set, a model in
+            train mode, an input that requires grad.
         SkippedError: `strict` and a quantized layer has no kernel here, or the recipe could not do
             to an operator what it is for.
     """
@@ -135,6 +137,12 @@ class Compiled:
             )
         self.graph_module = from_dynamo(gm)
         self.is_program = _holds_program(self.graph_module)
+        if recipe.needs_program and not self.is_program:
+            raise ValueError(
+                f"recipe {recipe.name!r} has state to be set between calls, and nothing here to "
+                "set it on; call fxq.compress(model, example_inputs, recipe) and compile the "
+                "program it returns"
+            )
         _refuse_train_mode(self.graph_module)
         self.builds: dict[tuple[int, ...], Build] = {}
         self._build(example_inputs)
@@ -162,12 +170,12 @@ class Compiled:
             bound = bind(self.graph_module, {nodes[i].name: args[i].detach() for i in self.static})
             if not self.is_program:
                 bound = self.recipe.apply(bound)
-                self._tell_of_skips(unintended_skips(bound))
+                self._tell_of_skips(bound)
             lowered, decisions = lower(bound, _device_of(weights))
             declined = {name: d.reason for name, d in decisions.items() if d.kernel is None}
             if self.strict and declined:
                 listing = "\n  ".join(f"{name}: {why}" for name, why in declined.items())
-                raise SkippedError(f"strict=True, and no integer kernel here for\n  {listing}")
+                raise SkippedError(f"strict=True, and no kernel here for\n  {listing}")
             table = select_decomp_table() | decompositions()
             run: Any = compile_fx(lowered, inputs, config_patches=self.config, decompositions=table)
         versions = tuple(map(version_of, weights))
@@ -175,16 +183,23 @@ class Compiled:
         self.builds[tuple(map(id, weights))] = Build(versions, weights, run)
         return run
 
-    def _tell_of_skips(self, skips: Mapping[str, str]) -> None:
-        """Raise, or warn, where the recipe could not do what it is for."""
-        if not skips:
+    def _tell_of_skips(self, gm: GraphModule) -> None:
+        """Log what the recipe left as it was; raise, or warn, where it could not do what it is for
+        or found nothing to do."""
+        rows = account(gm)
+        left = {row.node: f"{row.module}: {row.skip.reason}" for row in rows if row.skip}
+        for line in left.values():
+            logger.info("recipe %r left as it was %s", self.recipe.name, line)
+        meant = [left[row.node] for row in rows if row.skip and not row.skip.intended]
+        if not meant and len(left) < len(rows):
             return
-        listing = "\n  ".join(f"{name}: {why}" for name, why in skips.items())
-        if self.strict:
-            raise SkippedError(f"strict=True, and {self.recipe.name!r} left as it was\n  {listing}")
-        warnings.warn(
-            f"recipe {self.recipe.name!r} left as it was\n  {listing}", FxqWarning, stacklevel=2
-        )
+        listing = "".join(f"\n  {line}" for line in dict.fromkeys(meant or left.values()))
+        if not listing:
+            return
+        if meant and self.strict:
+            raise SkippedError(f"strict=True, and {self.recipe.name!r} left as it was{listing}")
+        what = "left as it was" if meant else "changed nothing, and left as it was"
+        warnings.warn(f"recipe {self.recipe.name!r} {what}{listing}", FxqWarning, stacklevel=2)
 
 
 def _holds_program(gm: GraphModule) -> bool:

@@ -39,6 +39,12 @@ class Pass(ABC):
     reads: ClassVar[Dialect]
     writes: ClassVar[Dialect]
 
+    @property
+    def needs_program(self) -> bool:
+        """Whether it leaves state in the graph that the user must set between calls, and so needs a
+        `Program` that holds it."""
+        return False
+
     @abstractmethod
     def run(self, gm: GraphModule) -> PassResult:
         """Rewrite `gm` (which the pass owns) and tell whether anything changed."""
@@ -83,6 +89,11 @@ class Recipe:
     def needs_data(self) -> bool:
         """Whether any pass reads calibration batches."""
         return any(isinstance(p, DataPass) for p in self.passes)
+
+    @property
+    def needs_program(self) -> bool:
+        """Whether any pass leaves state that the user must set between calls."""
+        return any(isinstance(p, Pass) and p.needs_program for p in self.passes)
 
     @property
     def fingerprint(self) -> str:

@@ -69,7 +69,7 @@ class Verification:
 
     def __str__(self) -> str:
         if self.worst is None:
-            return "nothing was lowered, so there is nothing to compare"
+            return "everything runs here as the simulated graph has it: there is nothing to compare"
         failed = [c for c in self.checks if not c.ok]
         lines = [
             f"{len(self.checks)} kernels compared with the simulated graph, {len(failed)} outside "

@@ -90,6 +90,7 @@ def launch(
     mass: str,
     gate: bool,
     center_keys: bool,
+    *,
     scale: float,
     attention: Callable[..., Any] | None = None,
 ) -> tuple[Tensor, Tensor]:

@@ -1,10 +1,10 @@
 """The rule that chooses what computes `fxq::rectified_attention` on a device.
 
 On CUDA our own kernel takes head dims to 128 in fp16 and bf16, FlexAttention most of the rest. On a
-CPU the definition is the kernel: it reads visited blocks only. With one thread at density 0.2 it
-was 1.6 times as fast as dense SDPA at 4,096 tokens and 2.1 times at 8,192, slower than it at 1,024,
-and as fast as compiled FlexAttention that got its mask for nothing but compiles for seconds for
-every shape (benchmarks/cpu_rectified_attention.py).
+CPU the definition is the kernel: it reads visited blocks only. With one thread, and at density 0.2
+exactly (no top-p, no adjacency), it was 1.6 times as fast as dense SDPA at 4,096 tokens and 2.1
+times at 8,192, slower than it at 1,024, and as fast as compiled FlexAttention that got its mask for
+nothing but compiles for seconds for every shape (benchmarks/cpu_rectified_attention.py).
 """
 
 from collections.abc import Mapping
@@ -63,6 +63,11 @@ def why_not_triton(node: Node, sizes: Mapping[str, int] | None) -> str | None:
 def why_not_flex(node: Node) -> str | None:
     """Return why FlexAttention does not take an attention, None where it does."""
     size, mode, is_causal = (args_of(node)[i] for i in (9, 11, 15))
+    dims = [shape_of(args_of(node)[i])[-1] for i in (0, 2)]
+    if any(hint(dim) < 16 for dim in dims):
+        return f"its head dims start at 16, found {dims[0]} and {dims[1]}"
+    if dtype_of(args_of(node)[0]) == torch.float64:
+        return "it computes in at most float32"
     if mode == "online":
         return "it knows no pseudo-keys"
     if is_causal:

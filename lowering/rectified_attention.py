@@ -50,7 +50,7 @@ def lowered_attention(
     if engine == "flex":
         from fxq.lowering.flex_attention import launch as flex_launch
 
-        return flex_launch(*args[:-1], scale)
+        return flex_launch(*args[:-1], scale=scale)  # never causal, says the rule
     from fxq.lowering.kernels.rectified_attention import launch  # loads Triton
 
     return launch(*args, scale)

@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fxq.lowering.kernels import buffers
 from fxq.lowering.kernels.select_blocks import Selection
 from fxq.rectified_attention.layout import BlockLayout
 
@@ -259,11 +260,6 @@ class Pooled(NamedTuple):
     bias: Tensor
 
 
-def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return an uninitialised output. Tests replace this to poison it."""
-    return torch.empty(shape, dtype=dtype, device=device)
-
-
 def launch(
     query: Tensor,
     key: Tensor,
@@ -304,7 +300,7 @@ def launch(
     n_blocks, block, dim_v = layout.n_blocks, layout.block_size, value.shape[-1]
     padded = triton.next_power_of_2(max(dim, dim_v))
     tiles = config or choose_config(block, padded, online=pooled is not None)
-    lse = allocate((n_batch, n_heads, n_tokens), torch.float32, query.device)
+    lse = buffers.allocate((n_batch, n_heads, n_tokens), torch.float32, query.device)
     grid = (n_blocks + triton.cdiv(layout.text_size, block), n_batch * n_heads)
     if grid[0] * grid[1] == 0:
         return out, lse

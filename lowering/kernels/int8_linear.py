@@ -24,6 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fxq.lowering.kernels import buffers
+
 ACTIVATION = {"none": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3}
 
 
@@ -251,11 +253,6 @@ def int8_linear_kernel(
     tl.store(out_ptr + base + offs, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def allocate(m: int, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return the uninitialised output. Tests replace this to poison it."""
-    return torch.empty((m, n), dtype=dtype, device=device)
-
-
 def launch(
     x: Tensor,
     x_scale: Tensor,
@@ -299,7 +296,7 @@ def launch(
         x_scale, x_zero_point, bias, residual, out_scale, out_zero_point, activation
     )
     tiles = config or choose_config(m, n, k, light=is_light(flags))
-    out = allocate(m, n, out_dtype if out_scale is None else torch.int8, x.device)
+    out = buffers.allocate((m, n), out_dtype if out_scale is None else torch.int8, x.device)
     if out.numel() == 0:
         return out
     grid = (triton.cdiv(m, tiles.bm) * triton.cdiv(n, tiles.bn),)

@@ -20,6 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fxq.lowering.kernels import buffers
+
 WARPS = 8
 
 
@@ -91,11 +93,6 @@ def pool_blocks_kernel(
         tl.store(deviation_ptr + out, tl.sum(distance, 0) / count, mask=write)
 
 
-def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return an uninitialised output. Tests replace this to poison it."""
-    return torch.empty(shape, dtype=dtype, device=device)
-
-
 def launch(
     x: Tensor,
     index: Tensor | None,
@@ -122,9 +119,9 @@ def launch(
     n_batch, n_heads, n_tokens, dim = x.shape
     n_blocks = triton.cdiv(n_visual, block_size)
     shape = (n_batch, n_heads, n_blocks, dim)
-    mean = allocate(shape, torch.float32, x.device)
-    spread = allocate(shape, torch.float32, x.device) if deviation else None
-    copied = x if index is None else allocate(tuple(x.shape), x.dtype, x.device)
+    mean = buffers.allocate(shape, torch.float32, x.device)
+    spread = buffers.allocate(shape, torch.float32, x.device) if deviation else None
+    copied = x if index is None else buffers.allocate(tuple(x.shape), x.dtype, x.device)
     n_text = 0 if index is None else triton.cdiv(n_tokens - n_visual, block_size)
     grid = (n_blocks + n_text, n_batch * n_heads)
     if grid[0] * grid[1] == 0:

@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fxq.lowering.kernels import buffers
+
 MAX_BLOCKS = 4096  # a row stays in registers: 16 values a thread
 WARPS = 8
 MODES = ("paper", "online", "sparse")
@@ -206,11 +208,6 @@ class Products(NamedTuple):
     shift_dq: Tensor | None = None
 
 
-def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return an uninitialised output. Tests replace this to poison it."""
-    return torch.empty(shape, dtype=dtype, device=device)
-
-
 def launch(
     products: Products,
     text_lse: Tensor | None,
@@ -242,10 +239,12 @@ def launch(
     """
     n_batch, n_heads, n_blocks, _ = products.dot.shape
     n_rows, device = n_batch * n_heads * n_blocks, products.dot.device
-    count = allocate((n_rows + 1,), torch.int32, device)
-    visited = allocate((n_rows + 1, n_blocks), torch.int32, device)
-    ratio = allocate((n_rows + 1,), torch.float32, device)
-    given = None if mode == "sparse" else allocate(products.dot.shape, torch.float32, device)
+    count = buffers.allocate((n_rows + 1,), torch.int32, device)
+    visited = buffers.allocate((n_rows + 1, n_blocks), torch.int32, device)
+    ratio = buffers.allocate((n_rows + 1,), torch.float32, device)
+    given = (
+        None if mode == "sparse" else buffers.allocate(products.dot.shape, torch.float32, device)
+    )
     count[-1], ratio[-1] = n_blocks, 1.0
     torch.arange(n_blocks, out=visited[-1])
     if n_rows == 0:

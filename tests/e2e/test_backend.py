@@ -2,22 +2,26 @@
 
 import subprocess
 import sys
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
 from models import Block
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
+from torch.fx.passes.infra.pass_base import PassResult
 
 import fxq
 from fxq import backend
+from fxq.dialect import ATEN, Dialect
 from fxq.errors import FxqWarning
 from fxq.lowering.cpu import profit
 from fxq.lowering.decision import Decision
 from fxq.numerics import sqnr_db
 from fxq.passes import w8a8, weight_only
 from fxq.passes.common import Convert, InsertObservers
-from fxq.pipeline import Recipe
+from fxq.pipeline import Pass, Recipe
 
 Decisions = list[dict[str, Decision]]
 
@@ -214,7 +218,7 @@ def test_strict_raises_where_there_is_no_kernel() -> None:
     program = fxq.compress(nn.Linear(8, 8).eval(), torch.randn(2, 8), w8a8.DYNAMIC)
     compiled = torch.compile(program, backend="fxq", options={"strict": True})
 
-    with pytest.raises(BackendCompilerFailed, match=r"no integer kernel here for[\s\S]*too small"):
+    with pytest.raises(BackendCompilerFailed, match=r"no kernel here for[\s\S]*too small"):
         compiled(torch.randn(2, 8))
 
 
@@ -247,3 +251,42 @@ def test_import_fxq_loads_neither_triton_nor_inductor() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
     assert done.stdout.strip() == "['fxq']"
+
+
+def test_a_recipe_that_finds_nothing_to_do_warns_and_logs_why(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    compiled = torch.compile(nn.Conv1d(4, 4, 3).eval(), backend="fxq")
+    caplog.set_level("INFO", "fxq.backend")
+
+    told = pytest.warns(FxqWarning, match=r"changed nothing[\s\S]*quantizes linear only")
+    with told, torch.no_grad():
+        compiled(torch.randn(2, 4, 16))
+
+    assert any("quantizes linear only" in record.message for record in caplog.records)
+
+
+@dataclass(frozen=True)
+class Stateful(Pass):
+    """A pass whose state is to be set between calls."""
+
+    reads: ClassVar[Dialect] = ATEN
+    writes: ClassVar[Dialect] = ATEN
+
+    @property
+    def needs_program(self) -> bool:
+        return True
+
+    def run(self, gm: torch.fx.GraphModule) -> PassResult:
+        return PassResult(gm, modified=False)
+
+
+def test_a_recipe_with_state_needs_a_program() -> None:
+    recipe = Recipe("stateful", (Stateful(), *w8a8.DYNAMIC.passes))
+    model, x = nn.Linear(64, 64).eval(), torch.randn(4, 64)
+    with pytest.raises(BackendCompilerFailed, match=r"call fxq\.compress"), torch.no_grad():
+        torch.compile(model, backend="fxq", options={"recipe": recipe})(x)
+
+    program = fxq.compress(model, x, recipe)
+
+    assert torch.compile(program, backend="fxq")(x).shape == (4, 64)

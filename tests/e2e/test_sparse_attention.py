@@ -157,7 +157,8 @@ def test_short_sequences_stay_dense_with_the_papers_recipe(compilations: list[An
     model, example = JointAttention().eval(), joint_inputs()
     fast = torch.compile(model, backend="fxq", options={"recipe": TOPK_20}, fullgraph=True)
 
-    torch.testing.assert_close(
-        outputs(fast, example), outputs(model, example), atol=5e-6, rtol=1e-4
-    )
+    with pytest.warns(FxqWarning, match=r"changed nothing[\s\S]*dense is faster below 4096"):
+        found = outputs(fast, example)
+
+    torch.testing.assert_close(found, outputs(model, example), atol=5e-6, rtol=1e-4)
     assert len(compilations) == 1

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from poison import poison
 from torch import Tensor
 
 from fxq.lowering.kernels import attend_blocks, pool_blocks, rectified_attention, select_blocks
@@ -22,24 +23,16 @@ from fxq.rectified_attention.selection import (
 )
 
 
-def poisoned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Stand in for a kernel's `allocate`: what is not written shows."""
-    return torch.full(
-        shape, float("nan") if dtype.is_floating_point else 10**6, dtype=dtype, device=device
-    )
-
-
-def poison() -> None:
+def poison_all() -> None:
     """Poison the outputs of all kernels."""
-    for module in (attend_blocks, pool_blocks, select_blocks):
-        module.allocate = poisoned  # type: ignore[assignment]
+    poison()
     rectified_attention.empty_output = lambda *of: empty_output(*of).fill_(float("nan"))
 
 
 def check_pool(case: pool_blocks.Case, device: str) -> dict[str, float]:
     """Return the largest differences of mean and deviation, and whether the copy is exact."""
     torch.manual_seed(case.n_tokens)
-    poison()
+    poison_all()
     layout = BlockLayout(case.n_tokens, case.text_start, case.text_size, case.block_size)
     wide = torch.randn(2, case.n_tokens, 3, case.dim + 16)  # tokens before heads, and gaps
     x = wide.transpose(1, 2)[..., : case.dim].half()
@@ -64,7 +57,7 @@ def check_pool(case: pool_blocks.Case, device: str) -> dict[str, float]:
 def check_select(case: select_blocks.Case, device: str) -> dict[str, float]:
     """Return whether the lists are equal, and the largest differences of R and what is given."""
     torch.manual_seed(case.n_blocks)
-    poison()
+    poison_all()
     n, block, dim = case.n_blocks, 16, 8
     layout = BlockLayout(n * block - 5, 0, 0, block)
     counts = layout.counts(torch.device("cpu"))
@@ -151,7 +144,7 @@ def check_attend(
     case: attend_blocks.Case, device: str, config: attend_blocks.Config | None = None
 ) -> dict[str, float]:
     """Return the largest differences of output and log-sum-exp, and the output's SQNR."""
-    poison()
+    poison_all()
     args = attention_inputs(case)
     moved = [x.to(device) if isinstance(x, Tensor) else x for x in args]
 
