@@ -81,17 +81,17 @@ def _is_prefix(mask: Node, segments: Segments) -> bool:
     """Tell whether a mask provably keeps all visual tokens and a prefix of the text."""
     if segments.text_start == 0:
         return False  # a prefix of the whole sequence would hide visual tokens
-    length = _length(_origin(mask), segments.size)
+    length = _length(origin(mask), segments.size)
     return length is not None and _at_least(length) >= segments.n_visual
 
 
 def _length(mask: Any, size: int) -> Node | None:
     """Return n of a mask that is provably `arange(size) < n`; None where it is not."""
     if is_op(mask, *NOT) and dtype_of(args_of(mask)[0]) == torch.bool:
-        return _compared(_origin(args_of(mask)[0]), size, HIDES)
+        return _compared(origin(args_of(mask)[0]), size, HIDES)
     if is_op(mask, aten.masked_fill.Scalar):
         kept, hidden, value = args_of(mask)
-        return _compared(_origin(hidden), size, HIDES) if not value and _all_true(kept) else None
+        return _compared(origin(hidden), size, HIDES) if not value and _all_true(kept) else None
     return _compared(mask, size, KEEPS)
 
 
@@ -111,7 +111,7 @@ def _compared(node: Any, size: int, comparisons: dict[Any, int]) -> Node | None:
 
 def _at_least(length: Any) -> int:
     """Return a bound below a number of tokens that is computed in the graph."""
-    length = _origin(length)
+    length = origin(length)
     if is_op(length, *ADD) and not length.kwargs:
         a, b = args_of(length)
         return _at_least(a) + _at_least(b)
@@ -129,19 +129,19 @@ def _hides_nothing(mask: Node) -> bool:
     """Tell whether a mask is constant and of no effect: all true, or a bias of zeros."""
     if dtype_of(mask) == torch.bool:
         return _all_true(mask)
-    value: Tensor | None = constant_value(_origin(mask))
+    value: Tensor | None = constant_value(origin(mask))
     return value is not None and not bool(value.any())
 
 
 def _all_true(node: Any) -> bool:
-    node = _origin(node)
+    node = origin(node)
     if is_op(node, *ONES) or (is_op(node, aten.full.default) and args_of(node)[1] is True):
         return True
     value: Tensor | None = constant_value(node)
     return value is not None and bool(value.all())
 
 
-def _origin(node: Any) -> Any:
+def origin(node: Any) -> Any:
     """Return what a mask or count is a view or copy of."""
     while is_op(node, *SAME):
         node = args_of(node)[0]

@@ -9,7 +9,7 @@ import fnmatch
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch.fx import GraphModule, Node
@@ -18,8 +18,9 @@ from torch.fx.passes.infra.pass_base import PassResult
 from fxq.account import ATTENTION, SPARSE_ATTENTION, Skip, add_note, kind_of, mark_skip
 from fxq.dialect import QUANTIZED, Dialect
 from fxq.errors import did_you_mean
-from fxq.graph import add_buffer, args_of, insert_call, is_op, owner_name, shape_of, val_of
+from fxq.graph import add_buffer, args_of, insert_call, is_op, owner_name, val_of
 from fxq.passes.rectified_spaattn.curve import Grid, block_adjacency, curve_order
+from fxq.passes.rectified_spaattn.form import is_causal, option, unfit
 from fxq.passes.rectified_spaattn.layout import Segments, TokenLayout, find_segments
 from fxq.passes.rectified_spaattn.padding import valid_text
 from fxq.passes.rectified_spaattn.positions import Positions, find_positions
@@ -34,8 +35,6 @@ from fxq.pipeline import Pass
 from fxq.rectified_attention.layout import check_choices
 
 aten = torch.ops.aten
-MAX_HEAD_DIM = 256  # of any attention kernel
-ALIGNED = 8  # channels: what tensor cores load at once
 
 Override = tuple[str, float | None]
 Masked = tuple[Node | None, Segments]
@@ -116,9 +115,11 @@ class ReplaceAttention(Pass):
         """Replace what can be replaced and mark the rest."""
         positions = find_positions(gm)
         overridden = self._overridden(list(positions.attention))
+        masks = {option(node, 3, "attn_mask", None) for node in positions.attention}
+        causal = {mask for mask in masks if is_causal(mask)}
         sites, lengths = [], dict[Masked, Node | Skip | None]()
         for node in positions.attention:
-            found = self._examine(node, positions, overridden, lengths)
+            found = self._examine(node, positions, overridden, causal, lengths)
             if isinstance(found, Skip):
                 mark_skip(node, found)
             else:
@@ -137,18 +138,19 @@ class ReplaceAttention(Pass):
         node: Node,
         positions: Positions,
         overridden: dict[Node, Override],
+        causal: set[Node],
         lengths: dict[Masked, Node | Skip | None],
     ) -> _Site | Skip:
         """Return what to replace, or why not. `lengths` has the valid text of masks seen so far."""
         pattern, density = overridden.get(node, (None, None))
         if pattern is not None and (density is None or density >= 1):
             return Skip(f"override {pattern!r}", intended=True)
-        if reason := self._unfit(node):
+        if reason := unfit(node, self.min_tokens, causal):
             return reason
         segments = find_segments(positions.attention[node], positions, self.layout)
         if isinstance(segments, Skip):
             return segments
-        mask = _option(node, 3, "attn_mask", None)
+        mask = option(node, 3, "attn_mask", None)
         masked = mask, segments
         if masked not in lengths:
             lengths[masked] = valid_text(mask, segments, self.layout.prefix_masks, node)
@@ -156,36 +158,6 @@ class ReplaceAttention(Pass):
         if isinstance(text_len, Skip):
             return text_len
         return _Site(node, segments, text_len, density)
-
-    def _unfit(self, node: Node) -> Skip | None:
-        """Return why attention of this form stays dense, None where its form fits."""
-        query, key, value = map(shape_of, args_of(node)[:3])
-        shape, n_keys, head_dim = query, key[-2], value[-1]
-        if _option(node, 4, "dropout_p", 0.0):
-            return Skip("dropout on the attention weights", intended=False)
-        if _option(node, 5, "is_causal", False):
-            return Skip("causal attention: the method is for denoisers", intended=True)
-        if len(shape) != 4:
-            return Skip(f"expected [B, H, S, D], found {len(shape)} dimensions", intended=False)
-        if str(shape[2]) != str(n_keys):
-            return Skip(f"cross-attention: {shape[2]} queries, {n_keys} keys", intended=True)
-        if not isinstance(shape[2], int):
-            return Skip(
-                "a free number of tokens; fix it (torch.compile: dynamic=False)", intended=False
-            )
-        if shape[2] < self.min_tokens:
-            return Skip(
-                f"{shape[2]} tokens: dense is faster below {self.min_tokens}", intended=True
-            )
-        if reason := _broadcast(query, key, value, shape_of(node)):
-            return reason
-        dims = (shape[3], head_dim)
-        if any(not isinstance(d, int) or d % ALIGNED or d > MAX_HEAD_DIM for d in dims):
-            return Skip(
-                f"head sizes {dims}: expected multiples of {ALIGNED} up to {MAX_HEAD_DIM}",
-                intended=False,
-            )
-        return None
 
     def _overridden(self, attentions: Sequence[Node]) -> dict[Node, Override]:
         names = {node: owner_name(node) for node in attentions}
@@ -267,40 +239,6 @@ class ReplaceAttention(Pass):
         elif self.reorder:
             parts.append(f"grid {'x'.join(map(str, segments.grid))} in curve order")
         return ", ".join(parts)
-
-
-def _option(attention: Node, index: int, name: str, default: Any) -> Any:
-    """Return an argument of `aten.scaled_dot_product_attention`, however it was given."""
-    args = args_of(attention)
-    return args[index] if len(args) > index else attention.kwargs.get(name, default)
-
-
-def _broadcast(*shapes: Sequence[int | torch.SymInt]) -> Skip | None:
-    """Return why query, key, value and result do not match in batch and heads, None where they do.
-
-    Args:
-        shapes: of the four, as they are in the graph.
-    """
-    if any(len(shape) != 4 for shape in shapes):
-        found = [len(shape) for shape in shapes[:3]]
-        return Skip(
-            f"expected query, key and value [B, H, S, D], found {found} dimensions", intended=False
-        )
-    batches, heads = ([str(shape[dim]) for shape in shapes] for dim in (0, 1))
-    if len(set(batches)) > 1:
-        return Skip(
-            f"expected query, key and value of one batch size, found {', '.join(batches[:3])}",
-            intended=False,
-        )
-    n, n_key = shapes[0][1], shapes[1][1]
-    grouped = isinstance(n, int) and isinstance(n_key, int) and n % n_key == 0
-    if heads[1] != heads[2] or heads[0] != heads[3] or not (grouped or heads[0] == heads[1]):
-        return Skip(
-            "expected query heads a multiple of key heads, and as many value heads as those, found "
-            f"{', '.join(heads[:3])}",
-            intended=False,
-        )
-    return None
 
 
 def _keep_name(node: Node, name: str) -> None:

@@ -41,6 +41,11 @@ def too_short_a_length(valid: Tensor, n_visual: int) -> Tensor:
     return (torch.arange(n_visual + valid.shape[1])[None] < n[:, None])[:, None, None]
 
 
+def inverted_bits(valid: Tensor, n_visual: int) -> Tensor:
+    """Of integers: what is hidden, -2, is not false."""
+    return (~(~below_length(valid, n_visual)).to(torch.int32)).to(torch.bool)
+
+
 def beside_ones(valid: Tensor, n_visual: int) -> Tensor:
     """Not provably a prefix: the text's own mask decides."""
     return torch.cat([valid.new_ones(len(valid), n_visual), valid], 1)[:, None, None]

@@ -18,6 +18,7 @@ from sparse_models import (
     bias_of_zeros,
     compress,
     constant_bias,
+    inverted_bits,
     joint_inputs,
     per_query,
     reasons,
@@ -36,6 +37,7 @@ from fxq.passes.rectified_spaattn import TokenLayout
     [
         (too_short_a_length, "last", "cannot be proved to keep all visual tokens"),
         (beside_ones, "last", "cannot be proved to keep all visual tokens"),
+        (inverted_bits, "last", "cannot be proved to keep all visual tokens"),
         (below_length, "first", "cannot be proved to keep all visual tokens"),
         (additive, "last", "not key padding: expected bool"),
         (per_query, "last", "not key padding: expected bool"),
@@ -132,14 +134,16 @@ def test_tokens_of_unknown_origin_need_the_users_word() -> None:
 class FromIds(nn.Module):
     """Attention over the embeddings of token numbers."""
 
-    def __init__(self, is_causal: bool = False) -> None:
+    def __init__(self, is_causal: bool = False, mask: Any = None) -> None:
         super().__init__()
         self.embed, self.q = nn.Embedding(10, 16), nn.Linear(16, 16)
-        self.is_causal = is_causal
+        self.is_causal, self.mask = is_causal, mask
 
     def forward(self, ids: Tensor) -> Tensor:
         q = self.q(self.embed(ids))[:, None]
-        return nn.functional.scaled_dot_product_attention(q, q, q, is_causal=self.is_causal)[:, 0]
+        mask = self.mask and self.mask(ids)
+        h = nn.functional.scaled_dot_product_attention(q, q, q, mask, is_causal=self.is_causal)
+        return h[:, 0]
 
 
 class FromRows(nn.Module):
@@ -179,10 +183,37 @@ def test_attention_that_no_stream_reaches_is_judged_like_any_other(
     assert reasons(kept) == {name: f"override {name!r}"}
 
 
-def test_a_language_model_is_causal() -> None:
-    program = compress(FromIds(is_causal=True), (IDS,), SMALL, strict=True)
+def tril(ids: Tensor) -> Tensor:
+    return torch.ones(24, 24, dtype=torch.bool).tril()
+
+
+def padded_tril(ids: Tensor) -> Tensor:
+    return tril(ids) & (ids > 2)[:, None, None]
+
+
+def tril_of_the_batch(ids: Tensor) -> Tensor:
+    """As the transformers library has it: it needs the batch's size to be computed."""
+    position = torch.arange(24).expand(len(ids), -1)
+    return (position[:, None] <= position[:, :, None])[:, None]
+
+
+@pytest.mark.parametrize("mask", [None, tril, padded_tril, tril_of_the_batch])
+@pytest.mark.parametrize("layout", [TokenLayout(), TokenLayout(text_size=0)])
+def test_a_language_model_is_causal(mask: Any, layout: TokenLayout) -> None:
+    model, attention = FromIds(is_causal=mask is None, mask=mask), replace(SMALL, layout=layout)
+
+    program = compress(model, IDS.expand(2, -1), attention, strict=True)
 
     assert list(reasons(program).values()) == ["causal attention: the method is for denoisers"]
+
+
+def test_a_mask_that_shows_one_later_key_is_not_causal() -> None:
+    model = FromIds(mask=lambda ids: torch.ones(24, 24, dtype=torch.bool).tril(1))
+
+    program = compress(model, IDS, replace(SMALL, layout=TokenLayout(text_size=0)))
+
+    (found,) = reasons(program).values()
+    assert found.startswith("its mask is not key padding")
 
 
 class Broadcast(nn.Module):
