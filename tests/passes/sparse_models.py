@@ -43,7 +43,9 @@ def too_short_a_length(valid: Tensor, n_visual: int) -> Tensor:
 
 def inverted_bits(valid: Tensor, n_visual: int) -> Tensor:
     """Of integers: what is hidden, -2, is not false."""
-    return (~(~below_length(valid, n_visual)).to(torch.int32)).to(torch.bool)
+    n = n_visual + valid.sum(1)
+    hidden = torch.arange(n_visual + valid.shape[1])[None] >= n[:, None]
+    return (~hidden.to(torch.int32)).to(torch.bool)[:, None, None]
 
 
 def beside_ones(valid: Tensor, n_visual: int) -> Tensor:
