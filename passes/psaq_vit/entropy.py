@@ -112,6 +112,9 @@ def patch_similarity_entropy(
 def unit_vectors(patches: Tensor) -> Tensor:
     """Return `patches` `[..., D]` in fp32, divided by their norms."""
     patches = patches.float()
+    # Any scale is divided out first: squares of large or small values leave fp32.
+    largest = patches.detach().abs().amax(-1, keepdim=True)
+    patches = patches / largest.clamp(min=torch.finfo(torch.float32).tiny)
     return patches / patches.norm(dim=-1, keepdim=True).clamp(min=MIN_NORM)
 
 
@@ -189,6 +192,9 @@ class _PatchSimilarityEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, unit: Tensor, valid: Tensor, grid: Grid, n_pairs: int) -> Tensor:
+        # What is not finite has no bin; the result has it, without waiting for the device.
+        finite = unit.flatten(1).sum(1) * 0
+        unit = unit.nan_to_num(0.0, 0.0, 0.0)
         counts = torch.zeros(len(unit), grid.n_points, dtype=torch.int64, device=unit.device)
         for images, rows, chosen in _tiles(unit.shape, valid):
             tile = unit[images, :, rows] @ unit[images, :, rows.start :].mT
@@ -196,7 +202,7 @@ class _PatchSimilarityEntropy(torch.autograd.Function):
         f = density(counts, grid, n_pairs)
         ctx.save_for_backward(unit, valid, sensitivity(f, grid, n_pairs))
         ctx.grid = grid
-        return differential_entropy(f, grid.step)
+        return differential_entropy(f, grid.step) + finite
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:

@@ -174,11 +174,19 @@ def adversarial_refine(
         gap = Gap(teacher, outputs, captured.signature.out_spec, example)
         observed = prepare.apply(copy_graph(captured.graph_module), batches, progress)
         game = _Game(gap, Student(student_of(observed)), images, settings, seed)
-        about = repr((recipe, settings, seed, found, images.fingerprint))
-        mark = fingerprint(captured.graph_module, about, images.pixels)
+        if progress and found.refusals:
+            listing = "; ".join(f"{name}: {why}" for name, why in found.refusals.items())
+            progress(f"refine: left out {listing}")
+        about = repr((recipe, settings, seed, found, images.mean, images.std, images.batch_size))
+        # The callable that selects outputs has no name: what it selects stands for it.
+        selected = gap.chosen(teacher.results(example))
+        decides = (images.pixels, *selected, *(tap.patches for tap in found.taps))
+        mark = fingerprint(captured.graph_module, about, *decides)
         trace = game.play(progress, Checkpoint(checkpoint, "fxq_game", mark))
+        made_by = repr(recipe)
         if trace.improved:
             adopt(observed, game.student.gm)
+            made_by += f", refined by {settings!r}"
         else:
             note = (
                 f"the game is not part of it: disagreement {trace.before:.3g} before, "
@@ -188,7 +196,6 @@ def adversarial_refine(
             if progress:
                 progress(f"refine: {note}")
         gm = finish.apply(observed, progress=progress)
-        made_by = f"{recipe!r}, refined by {settings!r}"
         program = Program.from_captured(captured, gm, recipe=made_by, model=model)
         return Refinement(program, game.painter.all_pixels, trace)
 

@@ -32,7 +32,7 @@ class Trace:
     learning_rate: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SyntheticImages:
     """Images a model dreamed up. Iterating gives batches as the model takes them, so this can stand
     wherever calibration data is asked for.

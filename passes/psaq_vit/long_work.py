@@ -107,10 +107,10 @@ class Checkpoint:
             self.path.unlink(missing_ok=True)
 
 
-def fingerprint(gm: GraphModule, settings: str, labels: Tensor) -> str:
-    """Return a hash of everything that decides the images: weights, graph, settings."""
+def fingerprint(gm: GraphModule, settings: str, *tensors: Tensor) -> str:
+    """Return a hash of what decides the result: weights, graph, settings, and other tensors."""
     digest = hashlib.sha256(settings.encode() + gm.code.encode())
-    for tensor in (*gm.parameters(), *gm.buffers(), labels):
+    for tensor in (*gm.parameters(), *gm.buffers(), *tensors):
         digest.update(
             tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
         )

@@ -133,7 +133,7 @@ class Painter:
 
     def normalized(self, pixels: Tensor) -> Tensor:
         """Return pixels as the model takes them."""
-        return normalize(pixels, self.start.mean, self.start.std)
+        return normalize(pixels, self.start.mean, self.start.std).to(self.start.dtype)
 
     def view(self, batch: Tensor, step: int) -> Tensor:
         """Return images by their index, as seen at a step, normalized."""

@@ -9,7 +9,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -57,8 +57,15 @@ class Prior:
     def __post_init__(self) -> None:
         if not 0 < self.tv_target[0] <= self.tv_target[1]:
             raise ValueError(f"Prior.tv_target: expected 0 < low <= high, found {self.tv_target}")
-        if not self.jitter:
-            raise ValueError("Prior.jitter: expected at least one number, found none; 0 is one")
+        if not self.jitter or min(self.jitter) < 0:
+            raise ValueError(
+                f"Prior.jitter: expected at least one number, none below 0, found {self.jitter}"
+            )
+        for name, choices in (("estimator", get_args(Estimator)), ("heads", get_args(Heads))):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"Prior.{name}: expected one of {choices}, found {getattr(self, name)!r}"
+                )
 
     def draw(
         self, generators: Sequence[torch.Generator], side: int, stages: Sequence[int]

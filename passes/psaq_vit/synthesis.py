@@ -90,8 +90,8 @@ def synthesize(
 ) -> SyntheticImages:
     """Return images on which `model` behaves as on pictures, made from nothing but the model.
 
-    The model is read, never written; the same seed gives the same images, and an image depends on
-    its index alone, not on how many are made.
+    The model is read, never written; the same call gives the same images. What is drawn for an
+    image depends on the seed and its index alone, not on how many are made.
 
     Args:
         model: a float vision transformer in eval mode, or one that torch.export exported.
@@ -107,7 +107,8 @@ def synthesize(
         n_prefix: leading tokens that are not patches; found by experiment unless given.
         logits: takes the model's output and returns class logits `[B, classes]`, where they are
             not its only tensor of two dimensions.
-        batch_size: images optimized together; bounds the memory, not the result.
+        batch_size: images optimized together; bounds the memory. Rounding differs between batch
+            sizes, and grows over many steps.
         progress: called with a line of text every few seconds.
         checkpoint: a file that keeps the state of an interrupted run, which then goes on from
             there; it is removed at the end.
@@ -124,8 +125,9 @@ def synthesize(
         probe = torch.zeros(*size, *leaf.shape[1:], dtype=leaf.dtype, device=device)  # type: ignore
         found = find_taps(captured.graph_module, probe, taps, n_prefix)
         teacher = Teacher(captured.graph_module, found, settings.prior)
-        run = _Run(captured, leaf, teacher, settings, tuple(mean), tuple(std), seed, logits, device)
-        run.start(n_images, labels, probe)
+        means, stds = tuple(map(float, mean)), tuple(map(float, std))
+        run = _Run(captured, leaf, teacher, settings, means, stds, seed, logits, device)
+        run.start(n_images, batch_size, labels, probe)
         if progress and found.refusals:
             listing = "; ".join(f"{name}: {why}" for name, why in found.refusals.items())
             progress(f"synthesize: left out {listing}")
@@ -179,13 +181,18 @@ class _Run:
         self.mean, self.std, self.seed = mean, std, seed
         self.logits, self.device = logits, device
 
-    def start(self, n_images: int, labels: Tensor | str | None, probe: Tensor) -> None:
+    def start(
+        self, n_images: int, batch_size: int, labels: Tensor | str | None, probe: Tensor
+    ) -> None:
         """Draw everything random, image by image, and check the labels."""
         s = self.settings
-        n_classes = 0
+        if not (isinstance(labels, Tensor) or labels in ("random", None)):
+            raise ValueError(f'labels: expected a tensor, "random" or None, found {labels!r}')
+        logits = torch.zeros(1, 0)
         if labels is not None:
             results, _ = self.teacher(probe)
-            n_classes = class_logits(self.captured, results, self.logits).shape[1]
+            logits = class_logits(self.captured, results, self.logits)
+        n_classes = logits.shape[1]
         given = labels if isinstance(labels, Tensor) else None
         if given is not None and (
             given.dtype != torch.int64
@@ -209,8 +216,11 @@ class _Run:
         self.targets = targets.to(self.device)
         drawn = torch.stack(classes) if given is None else given.cpu()
         self.labels = drawn.to(self.device) if labels is not None else None
-        about = (s, self.mean, self.std, self.seed, n_images, self.teacher.taps)
-        self.fingerprint = fingerprint(self.captured.graph_module, repr(about), drawn)
+        taps = self.teacher.taps
+        about = (s, self.mean, self.std, self.seed, n_images, batch_size, taps, labels is None)
+        # The callable that finds the logits has no name: what it finds stands for it.
+        decides = (drawn, logits, *(tap.patches for tap in taps.taps))
+        self.fingerprint = fingerprint(self.captured.graph_module, repr(about), *decides)
 
     def losses(self, step: int, chosen: slice, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Return each image's loss `[B]` at a step, and what the trace keeps of it `[L + 2, B]`."""

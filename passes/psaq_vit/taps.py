@@ -235,9 +235,12 @@ class _Probe:
         if changed[1:].any():
             return "an image changes what belongs to another: the batch is not its outermost axis"
         corner = self._changed(self.corner, node, leading)[0]  # [*leading, N, D]
-        if len(leading) and not corner.flatten(0, -2).any(0).all():
+        seen, near = (x.flatten(0, -2).any(0) for x in (changed[0], corner))
+        if len(leading) and bool((seen & ~near).any()):
             return "its last axis runs over positions: attention among channels"
-        tap = Tap(node.name, name, leading, _window_axes(corner.any(-1)), changed)
+        tap = Tap(
+            node.name, name, leading, _window_axes(corner.any(-1), changed[0].any(-1)), changed
+        )
         patches = tap.split(changed, self.n_images)[0].any(-1).any(1)  # [W, N]
         if not patches.any():
             return "it does not depend on the image"
@@ -260,14 +263,23 @@ class _Probe:
         return changed.reshape(self.n_images, *leading, *change.shape[-2:])
 
 
-def _window_axes(corner: Tensor) -> tuple[int, ...]:
+def _window_axes(corner: Tensor, whole: Tensor) -> tuple[int, ...]:
     """Return the axes of `[*leading, N]` that count windows.
 
-    An axis some of whose entries ignore a corner of the image does. Behind a deep convolution none
-    may: then the last axis counts heads, as everywhere in practice, and the others windows.
+    An axis some of whose entries see the image and ignore a corner of it does; a dead head sees
+    nothing. Behind a deep convolution none may: then the last axis counts heads, as everywhere in
+    practice, and the others windows.
+
+    Args:
+        corner: what changes with a corner of the image, bool.
+        whole: what changes with the whole image, bool.
     """
     axes = range(corner.ndim - 1)
-    ignores = [not corner.transpose(0, axis).flatten(1).any(1).all() for axis in axes]
+
+    def sees(changed: Tensor, axis: int) -> Tensor:
+        return changed.transpose(0, axis).flatten(1).any(1)
+
+    ignores = [bool((sees(whole, axis) & ~sees(corner, axis)).any()) for axis in axes]
     if ignores[-1]:
         return tuple(axis for axis in axes if ignores[axis])
     return tuple(axes[:-1])

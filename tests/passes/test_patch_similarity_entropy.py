@@ -147,3 +147,22 @@ def test_bad_arguments() -> None:
         patch_similarity_entropy(torch.randn(1, 4, 1, 4))
     with pytest.raises(ValueError, match="bandwidth"):
         Grid(0.0)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e18, 1e25])
+def test_entropy_does_not_depend_on_scale_at_the_ends_of_fp32(scale: float) -> None:
+    patches = torch.randn(2, 1, 16, 8)
+    torch.testing.assert_close(
+        patch_similarity_entropy(patches * scale),
+        patch_similarity_entropy(patches),
+        atol=1e-4,
+        rtol=0,
+    )
+
+
+def test_what_is_not_finite_gives_nan_for_its_image_alone() -> None:
+    patches = torch.randn(2, 1, 16, 8)
+    patches[1, 0, 3] = torch.inf
+    entropy = patch_similarity_entropy(patches)
+    assert entropy[0].isfinite()
+    assert entropy[1].isnan()

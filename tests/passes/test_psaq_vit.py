@@ -334,3 +334,53 @@ def test_dreamed_images_calibrate_any_recipe(recipe: fxq.Recipe) -> None:
     # measured 26.7 and 13.6 dB
     assert sqnr_db(model(x), program(x)) > (20 if recipe is W8A8 else 9)
     assert fxq.compress(model, example, "smoothquant_w8a8", data=images)(x).isfinite().all()
+
+
+@pytest.mark.parametrize("strength", [0.0, 5e-4])
+def test_a_dead_or_quiet_head_is_still_a_head(strength: float) -> None:
+    model = Manual(True)
+    with torch.no_grad():
+        model.mix.weight[32:40] *= strength  # values of the first head
+        model.mix.bias[32:40] *= strength
+    (first, _) = find_taps(
+        graph_of(model, torch.randn(1, 3, 16, 16)), torch.zeros(2, 3, 16, 16)
+    ).taps
+    assert (first.n_windows, first.n_heads) == (1, 2)
+
+
+def test_a_dead_channel_does_not_make_it_attention_among_channels() -> None:
+    model = Manual(True)
+    with torch.no_grad():
+        model.mix.weight[[32, 40]] = 0
+        model.mix.bias[[32, 40]] = 0
+    gm = graph_of(model, torch.randn(1, 3, 16, 16))
+    assert len(find_taps(gm, torch.zeros(2, 3, 16, 16)).taps) == 2
+
+
+def test_a_checkpoint_belongs_to_its_taps_labels_and_outputs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, example = small_models.vit()
+    whole = dream(model.eval(), example)
+    others = (
+        {"n_prefix": 6},
+        {"labels": torch.zeros(4, dtype=torch.int64)},
+        {"logits": lambda output: -output},
+        {"batch_size": 2},
+    )
+    found = {dream(model, example, **changes).fingerprint for changes in others}
+    assert len({whole.fingerprint, *found}) == 5
+
+
+@pytest.mark.parametrize("changes", [{"heads": "max"}, {"estimator": "exact"}, {"jitter": (-0.1,)}])
+def test_unknown_choices_of_a_prior_are_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"Prior.{next(iter(changes))}: expected"):
+        Prior(**changes)
+
+
+def test_weights_that_are_nan_are_named_before_any_image_is_kept() -> None:
+    model, example = lively()
+    with torch.no_grad():
+        model.get_parameter("blocks.1.attn.qkv.weight")[0, 0] = torch.nan
+    with pytest.raises((ValueError, UnsupportedError)):
+        dream(model, example)
