@@ -111,6 +111,11 @@ class ReplaceAttention(Pass):
                     f"{pattern!r}, found {density}"
                 )
 
+    @property
+    def needs_program(self) -> bool:
+        """Whether its steps are counted by the user."""
+        return isinstance(self.density, ByStep)
+
     def run(self, gm: GraphModule) -> PassResult:
         """Replace what can be replaced and mark the rest."""
         positions = find_positions(gm)

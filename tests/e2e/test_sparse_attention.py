@@ -162,3 +162,11 @@ def test_short_sequences_stay_dense_with_the_papers_recipe(compilations: list[An
 
     torch.testing.assert_close(found, outputs(model, example), atol=5e-6, rtol=1e-4)
     assert len(compilations) == 1
+
+
+def test_a_counter_of_steps_needs_a_program() -> None:
+    recipe = Recipe("counted", (replace(SMALL, density=ByStep((1.0, 0.2))),))
+    fast = torch.compile(JointAttention().eval(), backend="fxq", options={"recipe": recipe})
+
+    with pytest.raises(BackendCompilerFailed, match=r"call fxq\.compress"):
+        outputs(fast, joint_inputs())
