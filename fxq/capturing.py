@@ -232,21 +232,10 @@ def _export(
         traced = pytree.tree_map(lambda v: torch.cat([v, v]) if has_batch(v) else v, values)
     dynamic = pytree.tree_map(lambda v: {0: Dim.AUTO} if has_batch(v) else None, values)
     try:
-        exported = _try_export(model, traced, dynamic)
-        if batch == 1 and _fixes_batch(exported):  # at the two samples that were captured instead
-            exported = _try_export(model, values, None)
-        return exported, ()
+        return _try_export(model, traced, dynamic), ()
     except UnsupportedError as error:
         note = f"the batch is fixed at {batch}: capturing it free failed ({error.__cause__})"
         return _try_export(model, values, None), (note[:300],)
-
-
-def _fixes_batch(exported: ExportedProgram) -> bool:
-    """Tell whether no input has a free first dimension."""
-    inputs = set(exported.graph_signature.user_inputs)
-    nodes = [n for n in exported.graph.nodes if n.op == "placeholder" and n.name in inputs]
-    tensors = [n.meta["val"] for n in nodes if isinstance(n.meta.get("val"), Tensor)]
-    return all(isinstance(value.shape[0], int) for value in tensors if value.ndim)
 
 
 def _try_export(model: nn.Module, values: dict[str, Any], dynamic_shapes: Any) -> ExportedProgram:

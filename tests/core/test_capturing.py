@@ -338,22 +338,3 @@ def test_an_exported_program_in_train_mode_is_refused() -> None:
 
     with pytest.raises(ValueError, match=r"expected eval mode, found aten\.dropout"):
         fxq.capture(exported, {"x": x, "pair": (x, x), "gain": torch.ones(())})
-
-
-def test_a_model_that_fixes_its_batch_takes_the_batch_of_the_example() -> None:
-    class Fixed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.lin = nn.Linear(8, 8)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.lin(x).reshape(len(x), 8) + torch.arange(len(x)).view(-1, 1)
-
-    model, x = Fixed().eval(), torch.randn(1, 8)
-
-    program = fxq.compress(model, x, "w8")
-
-    assert program(x).shape == (1, 8)
-    assert any("fixes its batch at 1" in note for note in program.notes) or program(
-        torch.randn(3, 8)
-    ).shape == (3, 8)
