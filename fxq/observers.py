@@ -61,6 +61,7 @@ class RangeObserver(nn.Module):
     low: Tensor  # smallest value, fp32 in the scale's shape
     high: Tensor  # largest value, fp32 in the scale's shape
     histogram: Tensor  # int64 [entries, bins], only for rules that weigh values
+    trained_scale: Tensor | None  # takes the place of the one the range gives
 
     def __init__(self, spec: QuantSpec, shape: Sequence[int | SymInt], name: str) -> None:
         super().__init__()
@@ -82,6 +83,7 @@ class RangeObserver(nn.Module):
         self.register_buffer("n_values", torch.zeros((), dtype=torch.int64))
         self.register_buffer("low", torch.full(self.scale_shape, torch.inf))
         self.register_buffer("high", torch.full(self.scale_shape, -torch.inf))
+        self.register_buffer("trained_scale", None)
         self.bits = 0  # mantissa bits of the histogram's grid, 0 without one
         if isinstance(spec.observer, Percentile | MeanSquaredError | Entropy):
             entries = self.low.numel()
@@ -95,7 +97,8 @@ class RangeObserver(nn.Module):
         return int(self.n_values)
 
     def reset(self) -> None:
-        """Forget everything seen."""
+        """Forget everything seen, and what training made of it."""
+        self.trained_scale = None
         for name, buffer in self.named_buffers():
             buffer.fill_({"low": torch.inf, "high": -torch.inf}.get(name, 0))
 
@@ -199,16 +202,17 @@ class RangeObserver(nn.Module):
         """
         low, high = self.range()
         spec = self.spec
-        return numerics.choose_qparams(
+        scale, zero_point = numerics.choose_qparams(
             low, high, spec.quant_min, spec.quant_max, symmetric=spec.symmetric
         )
+        return scale if self.trained_scale is None else self.trained_scale, zero_point
 
     def merge(self, other: "RangeObserver") -> None:
         """Add what `other` has seen to this observer's state, exactly.
 
         Raises:
             ValueError: the two observe differently.
-            UnsupportedError: both are `MovingAverage` and have seen data.
+            UnsupportedError: both are `MovingAverage` and have seen data, or a scale was trained.
         """
         if self.spec != other.spec or self.scale_shape != other.scale_shape:
             raise ValueError(
@@ -216,12 +220,18 @@ class RangeObserver(nn.Module):
                 f"{self.spec} {self.scale_shape} at {self.name} and "
                 f"{other.spec} {other.scale_shape} at {other.name}"
             )
-        self.check_mergeable((self.count > 0) + (other.count > 0))
+        for one in (self, other):
+            one.check_mergeable((self.count > 0) + (other.count > 0))
         for name, buffer in self.named_buffers():
             buffer.copy_(MERGE[name](buffer, getattr(other, name).to(buffer.device)))
 
     def check_mergeable(self, n_states: int) -> None:
         """Raise `UnsupportedError` if `n_states` states with data do not determine their union."""
+        if self.trained_scale is not None:
+            raise UnsupportedError(
+                f"expected a scale that calibration found, found a trained one at {self.name}; "
+                "merge before training"
+            )
         if isinstance(self.spec.observer, MovingAverage) and n_states > 1:
             raise UnsupportedError(
                 f"a moving average depends on the order of batches, found {n_states} independent "

@@ -4,9 +4,10 @@ straight-through gradients.
     forward   x_hat = dequantize(quantize(x))        backward   1 where x is in range, 0 outside
 
 Rounding has no slope anywhere, so its gradient is taken for that of the identity; values outside
-the range are clipped, and clipping's own gradient is kept. `student_of` makes such a function of a
-graph that is ready for `Convert`, `adopt` puts what it learned into that graph: `Convert` then
-gives the function that was trained, to the last integer.
+the range are clipped, and clipping's own gradient is kept. Of the scale, that makes the gradient
+`(x_hat - x) / scale` in range and `x_hat / scale` outside (LSQ, arXiv:1902.08153, Eq. 3).
+`student_of` makes such a function of a graph that is ready for `Convert`, `adopt` puts what it
+learned into that graph: `Convert` then gives the function that was trained, to the last integer.
 """
 
 from typing import Any
@@ -30,15 +31,23 @@ class _StraightThrough(torch.autograd.Function):
     ) -> Tensor:
         codes = numerics.quantize(x, scale, zero_point, low, high)
         value = numerics.dequantize(codes, scale, zero_point, x.dtype)
+        wide = numerics.expand_blocks(scale, x.shape)
         # In range is what no clamp moved: at most half a step from its code's value.
-        room = numerics.expand_blocks(scale, x.shape) * (0.5 + 2**-10)
-        ctx.save_for_backward((value.float() - x.float()).abs() <= room)
+        inside = (value.float() - x.float()).abs() <= wide * (0.5 + 2**-10)
+        slope = (value.float() - x.float() * inside) / wide if ctx.needs_input_grad[1] else None
+        ctx.save_for_backward(inside, slope, scale)
         return value
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
-        (inside,) = ctx.saved_tensors
-        return grads[0] * inside, None, None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+        inside, slope, scale = ctx.saved_tensors
+        of_scale = None
+        if slope is not None:
+            with torch.enable_grad():
+                leaf = scale.detach().requires_grad_()
+                wide = numerics.expand_blocks(leaf, slope.shape).expand(slope.shape)
+            (of_scale,) = torch.autograd.grad(wide, leaf, grads[0].float() * slope)
+        return grads[0] * inside, of_scale, None, None, None
 
 
 def fake_quantize(
@@ -48,7 +57,7 @@ def fake_quantize(
 
     Args:
         x: float, any shape.
-        scale: fp32, > 0, one entry per block of `x`; gets no gradient.
+        scale: fp32, > 0, one entry per block of `x`.
         zero_point: int32 in the shape of `scale`, or None for 0.
         quant_min: smallest code.
         quant_max: largest code.
@@ -58,17 +67,23 @@ def fake_quantize(
 
 
 class _StaticActivation(nn.Module):
-    """An activation in the range its observer found."""
+    """An activation in the range its observer found, scaled by what training makes of it."""
 
-    scale: Tensor
+    found: Tensor
     zero_point: Tensor | None
 
     def __init__(self, observer: RangeObserver) -> None:
         super().__init__()
         self.spec = observer.spec
         scale, zero_point = observer.qparams()
-        self.register_buffer("scale", scale)
+        self.register_buffer("found", scale)
         self.register_buffer("zero_point", None if self.spec.symmetric else zero_point)
+        self.log_gain = nn.Parameter(torch.zeros_like(scale))  # a scale stays above zero
+
+    @property
+    def scale(self) -> Tensor:
+        """The scale as trained so far, fp32 in the shape of the one found."""
+        return self.found * self.log_gain.exp()
 
     def forward(self, x: Tensor) -> Tensor:
         spec = self.spec
@@ -121,8 +136,9 @@ def student_of(gm: GraphModule) -> GraphModule:
     """Return the function that `Convert` would make of an observed, calibrated graph, to train it:
     straight-through gradients, and parameters of its own.
 
-    Activation ranges are those of the observers and stay; a weight's range follows the weight.
-    Parameters of `gm` train, and all weights and biases of quantized layers; buffers do not.
+    Parameters of `gm` train, all weights and biases of quantized layers, and the scales of static
+    activations, from those that the observers found; other buffers do not. Zero-points stay. A
+    weight's range follows the weight, a dynamic activation's the activation.
 
     Args:
         gm: a graph in the OBSERVED dialect, in float32. It is not modified.
@@ -195,9 +211,17 @@ def _own_parameters(student: GraphModule, names: list[str]) -> None:
 
 
 def adopt(gm: GraphModule, student: GraphModule) -> None:
-    """Replace tensors of `gm` by what `student`, made from it by `student_of`, has learned."""
+    """Replace tensors of `gm`, and scales of its observers, by what `student`, made from it by
+    `student_of`, has learned."""
+    scales = {n: m.scale for n, m in student.named_modules() if isinstance(m, _StaticActivation)}
+    for name, scale in scales.items():
+        observer = gm.get_submodule(name)
+        assert isinstance(observer, RangeObserver)
+        observer.trained_scale = scale.detach().clone()
     copies: dict[int, nn.Parameter] = {}
     for name, value in student.named_parameters(remove_duplicate=False):
+        if name.rpartition(".")[0] in scales:
+            continue
         if id(value) not in copies:
             copies[id(value)] = nn.Parameter(value.detach().clone(), requires_grad=False)
         _set(gm, name, copies[id(value)])

@@ -13,6 +13,7 @@ that of a divergence vanishes as Q approaches P; beta makes both gradients of an
 so that D neither drowns nor is drowned.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,9 +32,13 @@ from fxq.passes.psaq_vit.players import Gap, Outputs, Painter, Student
 from fxq.passes.psaq_vit.prior import Prior, generator_of, learning_rate_factor
 from fxq.passes.psaq_vit.taps import find_taps
 from fxq.passes.psaq_vit.teacher import Teacher, capture_images
-from fxq.pipeline import CheckedBatches, Progress, Recipe, resolve_recipe
+from fxq.pipeline import CheckedBatches, Progress, Recipe, device_of, resolve_recipe
 from fxq.program import Program
 from fxq.signature import Inputs
+
+
+REFERENCE_BITS = 4  # of the learning rate
+N_JUDGEMENTS = 8  # per game
 
 
 @dataclass(frozen=True)
@@ -45,13 +50,14 @@ class Game:
         generator_steps: per round.
         student_steps: per round, on batches drawn from all images.
         image_learning_rate: of Adam, fraction of the pixel range.
-        student_learning_rate: of Adam, at the end of a warm-up of a tenth of all steps; from there
-            it falls to zero along half a cosine.
+        student_learning_rate: of Adam at 4 bits, the coarsest format of the recipe, and half as
+            much for each bit more: rounding leaves half as much to learn. Reached at the end of a
+            warm-up of a tenth of all steps; from there it falls to zero along half a cosine.
         adversarial_weight: length of D's gradient at an image, in lengths of the prior's; 0 leaves
             the images to the prior.
         prior: what an image must look like.
     Raises:
-        ValueError: no round or no student step.
+        ValueError: no round or no student step, or a learning rate that is not above zero.
     """
 
     n_rounds: int = 160
@@ -65,16 +71,20 @@ class Game:
     def __post_init__(self) -> None:
         if self.n_rounds < 1 or self.student_steps < 1 or self.generator_steps < 0:
             raise ValueError(f"Game: expected rounds and student steps, found {self}")
+        for name in ("image_learning_rate", "student_learning_rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"Game: expected {name} above zero, found {getattr(self, name)}")
 
     @property
     def total_steps(self) -> int:
         """Student steps of all rounds."""
         return self.n_rounds * self.student_steps
 
-    def student_learning_rate_at(self, step: int) -> float:
-        """Return the student's learning rate at a step."""
+    def student_learning_rate_at(self, step: int, bits: int) -> float:
+        """Return the learning rate at a step of a student whose coarsest format has `bits`."""
         warmup = max(1, self.total_steps // 10)
-        return self.student_learning_rate * learning_rate_factor(step, self.total_steps, warmup)
+        rate = self.student_learning_rate * 2.0 ** (REFERENCE_BITS - bits)
+        return rate * learning_rate_factor(step, self.total_steps, warmup)
 
 
 @dataclass(frozen=True)
@@ -88,7 +98,8 @@ class GameTrace:
             range.
         student: disagreement on the batch that the student learned from last `[R]`.
         before: disagreement on the images the game began with, as quantized without it.
-        after: likewise, at the end.
+        after: likewise, of the student that is kept.
+        best_round: the round after which it was kept, 0 if none came closer than it began.
     """
 
     generator: Tensor
@@ -97,11 +108,12 @@ class GameTrace:
     student: Tensor
     before: float
     after: float
+    best_round: int
 
     @property
     def improved(self) -> bool:
         """Whether the student came closer to the teacher."""
-        return self.after < self.before
+        return self.best_round > 0
 
 
 @dataclass(frozen=True)
@@ -134,11 +146,12 @@ def adversarial_refine(
     checkpoint: str | Path | None = None,
 ) -> Refinement:
     """Compress `model` by `recipe`, calibrated on `images`, and let images and result improve each
-    other. Activation ranges stay those of the calibration; all weights and biases train.
+    other. All weights and biases train, and the scales of static activations, from those that
+    calibration found.
 
-    A student that ends farther from the teacher than it began, on the images it began with, is
-    given up: the program is then what `fxq.compress` makes, and says so in its notes. That is
-    common at 8 bits, where there is little to learn.
+    Eight times during the game the student is judged on the images it began with, and the one that
+    comes closest to the teacher is kept. If none comes closer than it began, the program is what
+    `fxq.compress` makes, and says so in its notes.
 
     The model is read, never written; the same seed gives the same program.
 
@@ -167,7 +180,7 @@ def adversarial_refine(
     prepare, finish = _split(recipe)
     with torch.inference_mode(False), torch.no_grad():
         captured, _ = capture_images(model, example_inputs)
-        batches = CheckedBatches(captured.signature, images, images.pixels.device)
+        batches = CheckedBatches(captured.signature, images, device_of(model))
         example = next(iter(batches))[0]
         found = find_taps(captured.graph_module, example, taps, n_prefix)
         teacher = Teacher(captured.graph_module, found, settings.prior)
@@ -187,10 +200,15 @@ def adversarial_refine(
         if trace.improved:
             adopt(observed, game.student.gm)
             made_by += f", refined by {settings!r}"
+            if progress:
+                progress(
+                    f"refine: disagreement {trace.before:.3g} before, {trace.after:.3g} after "
+                    f"round {trace.best_round}, which is kept"
+                )
         else:
             note = (
-                f"the game is not part of it: disagreement {trace.before:.3g} before, "
-                f"{trace.after:.3g} after"
+                f"the game is not part of it: disagreement {trace.before:.3g} on the images it "
+                "began with, and never less"
             )
             captured = replace(captured, notes=(*captured.notes, note))
             if progress:
@@ -228,10 +246,13 @@ class _Game:
     def play(self, progress: Progress | None, checkpoint: Checkpoint) -> GameTrace:
         """Play all rounds."""
         before, n_rounds = self._gap_at_start(), self.settings.n_rounds
+        best, best_round = before, 0
+        judged = {1 + turn * (n_rounds - 1) // (N_JUDGEMENTS - 1) for turn in range(N_JUDGEMENTS)}
         state, first = checkpoint.load(), 0
         if state is not None:
             about, kept = state
             first, self.record = about["round"], kept["record"]
+            best, best_round = about["best"], about["best_round"]
             self.painter.restore(kept)
             self.student.restore(kept)
             if progress:
@@ -245,12 +266,17 @@ class _Game:
                     f"refine: round {turn + 1} of {n_rounds}: disagreement {moved:.3f} on the "
                     f"images moved, {learned:.3f} while learning"
                 )
+            if turn + 1 in judged and (found := self._gap_at_start()) < best:
+                best, best_round = found, turn + 1
+                self.student.keep()
             if checkpoint.due:
                 kept = {"record": self.record} | self.painter.state() | self.student.state()
-                checkpoint.save({"round": turn + 1}, kept)
+                about = {"round": turn + 1, "best": best, "best_round": best_round}
+                checkpoint.save(about, kept)
         checkpoint.remove()
+        self.student.recall()
         moved, entropy, tv, learned = self.record.T
-        return GameTrace(moved, entropy, tv, learned, before, self._gap_at_start())
+        return GameTrace(moved, entropy, tv, learned, before, best, best_round)
 
     def _round(self, turn: int) -> None:
         s, painter = self.settings, self.painter
@@ -261,7 +287,7 @@ class _Game:
         for step in range(turn * s.student_steps, (turn + 1) * s.student_steps):
             order = torch.randperm(len(self.images.pixels), generator=generator)
             images = painter.view(order[: len(painter.batches[0])], step)
-            rate = s.student_learning_rate_at(step)
+            rate = s.student_learning_rate_at(step, self.student.bits)
             self.record[turn, 3] = self.student.learn(images, self.gap, rate)
 
     def _gap_at_start(self) -> float:

@@ -13,6 +13,7 @@ from fxq.passes.psaq_vit.images import SyntheticImages, normalize
 from fxq.passes.psaq_vit.long_work import moments, restore
 from fxq.passes.psaq_vit.prior import Prior, generator_of, total_variation
 from fxq.passes.psaq_vit.teacher import Teacher
+from fxq.spec import QuantSpec
 
 Outputs = Callable[[Any], Tensor | Sequence[Tensor]]
 BETAS = (0.5, 0.9)  # of the pixels' Adam, as in synthesis
@@ -86,8 +87,18 @@ class Gap:
         return [picked] if isinstance(picked, Tensor) else list(picked)
 
     def between(self, exact: Sequence[Any], found: Sequence[Any]) -> Tensor:
-        """Return the disagreement of each image `[B]` between two graphs' results."""
-        return disagreement(self.chosen(exact), self.chosen(found), self.sizes)
+        """Return the disagreement of each image `[B]` between two graphs' results.
+
+        Raises:
+            ValueError: gradients are wanted, and what counts has none.
+        """
+        result = disagreement(self.chosen(exact), self.chosen(found), self.sizes)
+        if torch.is_grad_enabled() and not result.requires_grad:
+            raise ValueError(
+                "outputs: expected tensors that depend differentiably on weights and image, found "
+                "none that does; select others, and do not detach or round them"
+            )
+        return result
 
     def on(self, images: Tensor, student: GraphModule) -> Tensor:
         """Return the disagreement of each image `[B]`, normalized."""
@@ -183,6 +194,19 @@ class Student:
         self.gm = gm
         self.named = dict(gm.named_parameters())
         self.adam = torch.optim.Adam(self.named.values())
+        specs = [m.spec for m in gm.modules() if isinstance(getattr(m, "spec", None), QuantSpec)]
+        self.bits = min(spec.bits for spec in specs)  # of the coarsest format
+        self.best = {name: value.detach().clone() for name, value in self.named.items()}
+
+    def keep(self) -> None:
+        """Remember the parameters."""
+        for name, value in self.named.items():
+            self.best[name].copy_(value)
+
+    def recall(self) -> None:
+        """Go back to what was remembered."""
+        for name, value in self.named.items():
+            value.copy_(self.best[name])
 
     def learn(self, images: Tensor, gap: Gap, learning_rate: float) -> Tensor:
         """Take one step on normalized images, and return the disagreement before it.
@@ -208,10 +232,12 @@ class Student:
     def state(self) -> dict[str, Tensor]:
         """Return everything that changes."""
         kept = {f"student.{name}": value for name, value in self.named.items()}
+        kept |= {f"best.{name}": value for name, value in self.best.items()}
         return kept | moments(self.adam, list(self.named.values()), "student_adam")
 
     def restore(self, kept: dict[str, Tensor]) -> None:
         """Put back what `state` returned."""
         for name, value in self.named.items():
             value.copy_(kept[f"student.{name}"])
+            self.best[name].copy_(kept[f"best.{name}"])
         restore(self.adam, list(self.named.values()), kept, "student_adam")

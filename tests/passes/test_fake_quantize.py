@@ -1,5 +1,7 @@
 """Fake quantization: bit-equal to codes and back, gradient by hand, and what Convert makes."""
 
+import math
+
 import pytest
 import torch
 from models import Block
@@ -8,6 +10,7 @@ from torch import nn
 import fxq
 from fxq import numerics
 from fxq.errors import UnsupportedError
+from fxq.observers import RangeObserver
 from fxq.passes.common import adopt, fake_quantize, student_of, without_observers
 from fxq.passes.psaq_vit import everywhere
 from fxq.pipeline import Recipe
@@ -32,6 +35,17 @@ def test_value_and_gradient_by_hand() -> None:
     value.backward(torch.arange(1.0, 6.0))
     assert x.grad is not None
     assert x.grad.tolist() == [0.0, 2.0, 3.0, 4.0, 0.0]
+
+
+def test_gradient_of_the_scale_by_hand() -> None:
+    x = torch.tensor([[-2.0, -0.6], [0.2, 5.0]])
+    scale = torch.tensor([[0.5], [0.25]], requires_grad=True)
+    zero = torch.tensor([[0], [1]], dtype=torch.int32)
+    fake_quantize(x, scale, zero, -2, 3).backward(torch.tensor([[1.0, 10.0], [1.0, 10.0]]))
+    assert scale.grad is not None
+    # codes -2 (clipped), -1 | 1 + 1, 3 (clipped); zero-points count: 2 - 1 = 1, 3 - 1 = 2
+    expected = [[1 * -2.0 + 10 * (-1 + 0.6 / 0.5)], [1 * (1 - 0.2 / 0.25) + 10 * 2.0]]
+    torch.testing.assert_close(scale.grad, torch.tensor(expected))
 
 
 def test_value_is_bit_equal_to_codes_and_back() -> None:
@@ -64,8 +78,28 @@ def test_student_is_what_convert_makes_also_after_training(name: str) -> None:
     assert not torch.equal(trained, student_of(gm)(x)[0])
     adopt(gm, student)
     converted = Recipe(recipe.name, recipe.passes[-1:]).apply(gm)
-    torch.testing.assert_close(converted(x)[0], trained, atol=1e-5, rtol=1e-4)
+    assert torch.equal(converted(x)[0], trained)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_scales_of_activations_train_and_zero_points_stay() -> None:
+    x = torch.randn(3, 6, 64)
+    gm = observed(Block().eval(), x, RECIPES["static"])
+    student = student_of(gm)
+    found = {n: m.qparams() for n, m in gm.named_modules() if isinstance(m, RangeObserver)}
+    gains = {n: p for n, p in student.named_parameters() if n.endswith("log_gain")}
+    assert len(gains) == len(found)
+    for gain in gains.values():
+        gain.data += 0.1
+    adopt(gm, student)
+    for name, (scale, zero) in found.items():
+        observer = gm.get_submodule(name)
+        assert isinstance(observer, RangeObserver)
+        trained, same = observer.qparams()
+        torch.testing.assert_close(trained, scale * math.exp(0.1))
+        assert torch.equal(same, zero)
+        with pytest.raises(UnsupportedError, match="merge before training"):
+            observer.merge(observer)
 
 
 def test_shared_weights_stay_shared() -> None:

@@ -154,17 +154,49 @@ def test_any_recipe_that_converts_can_be_refined(recipe: str | Recipe) -> None:
 def test_a_game_that_does_harm_is_given_up_and_says_so() -> None:
     model, example = lively()
     images = dream(model, example, labels=None)
-    wild = Game(n_rounds=2, student_learning_rate=0.3)
+    wild = Game(n_rounds=2, student_learning_rate=3.0)
     said: list[str] = []
+    recipe = everywhere("w8a8", 8, 8, MinMax())
 
-    result = refine(model, example, images=images, settings=wild, progress=said.append)
+    result = refine(
+        model, example, images=images, recipe=recipe, settings=wild, progress=said.append
+    )
 
-    plain = fxq.compress(model, example, W4A4, data=images)
-    assert result.trace.after > result.trace.before
+    plain = fxq.compress(model, example, recipe, data=images)
+    assert result.trace.after == result.trace.before
+    assert result.trace.best_round == 0
     assert not result.trace.improved
     assert torch.equal(result.program(example), plain(example))
     assert any("not part of it" in note for note in result.program.notes)
     assert any("not part of it" in line for line in said)
+
+
+def test_the_best_student_is_kept_though_later_ones_are_worse(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, example = lively()
+    images = dream(model, example, labels=None)
+    settings = Game(n_rounds=4, student_steps=8)
+
+    def then(later: float) -> Refinement:
+        monkeypatch.setattr(
+            Game, "student_learning_rate_at", lambda _, step, bits: 1e-3 if step < 8 else later
+        )
+        return refine(model, example, images=images, settings=settings)
+
+    result, stopped = then(later=0.3), then(later=0.0)
+
+    assert result.trace.best_round == 1
+    assert result.trace.after < result.trace.before
+    assert torch.equal(result.program(example), stopped.program(example))
+
+
+def test_the_learning_rate_halves_with_each_bit() -> None:
+    game = Game(n_rounds=10, student_steps=2, student_learning_rate=1e-2)
+    assert game.student_learning_rate_at(2, 4) == 1e-2
+    assert game.student_learning_rate_at(2, 8) == 1e-2 / 16
+    *_, student, _ = players()
+    assert student.bits == 4
 
 
 def test_feature_maps_can_be_agreed_on_and_need_no_classes() -> None:
@@ -239,6 +271,10 @@ def test_bad_arguments() -> None:
         refine(program, example, images=images)
     with pytest.raises(ValueError, match="expected rounds and student steps"):
         Game(n_rounds=0)
+    with pytest.raises(ValueError, match="expected student_learning_rate above zero, found nan"):
+        Game(student_learning_rate=float("nan"))
+    with pytest.raises(ValueError, match="expected tensors that depend differentiably"):
+        refine(model, example, images=images, outputs=lambda output: output.detach())
     small = torch.zeros(1, 3, 8, 8)
     wrong = SyntheticImages(small, images.mean, images.std, None, images.trace)
     with pytest.raises(ValueError, match="expected shape"):
