@@ -36,7 +36,6 @@ from fxq.pipeline import CheckedBatches, Progress, Recipe, device_of, resolve_re
 from fxq.program import Program
 from fxq.signature import Inputs
 
-
 REFERENCE_BITS = 4  # of the learning rate
 N_JUDGEMENTS = 8  # per game
 

@@ -194,9 +194,10 @@ class Student:
         self.gm = gm
         self.named = dict(gm.named_parameters())
         self.adam = torch.optim.Adam(self.named.values())
-        specs = [m.spec for m in gm.modules() if isinstance(getattr(m, "spec", None), QuantSpec)]
-        self.bits = min(spec.bits for spec in specs)  # of the coarsest format
-        self.best = {name: value.detach().clone() for name, value in self.named.items()}
+        specs = [getattr(module, "spec", None) for module in gm.modules()]
+        bits = [spec.bits for spec in specs if isinstance(spec, QuantSpec)]
+        self.bits = min(bits)  # of the coarsest format
+        self.best: dict[str, Tensor] = {n: p.detach().clone() for n, p in self.named.items()}
 
     def keep(self) -> None:
         """Remember the parameters."""
@@ -231,7 +232,7 @@ class Student:
 
     def state(self) -> dict[str, Tensor]:
         """Return everything that changes."""
-        kept = {f"student.{name}": value for name, value in self.named.items()}
+        kept: dict[str, Tensor] = {f"student.{n}": value for n, value in self.named.items()}
         kept |= {f"best.{name}": value for name, value in self.best.items()}
         return kept | moments(self.adam, list(self.named.values()), "student_adam")
 
