@@ -232,10 +232,26 @@ def _export(
         traced = pytree.tree_map(lambda v: torch.cat([v, v]) if has_batch(v) else v, values)
     dynamic = pytree.tree_map(lambda v: {0: Dim.AUTO} if has_batch(v) else None, values)
     try:
-        return _try_export(model, traced, dynamic), ()
+        exported = _try_export(model, traced, dynamic)
+        if traced is not values and not _batch_is_free(exported, dynamic):
+            return _try_export(model, values, None), ()
+        return exported, ()
     except UnsupportedError as error:
         note = f"the batch is fixed at {batch}: capturing it free failed ({error.__cause__})"
         return _try_export(model, values, None), (note[:300],)
+
+
+def _batch_is_free(exported: ExportedProgram, dynamic: Any) -> bool:
+    """Tell whether a size asked to be free is: a model may fix it, as `len(x)` does."""
+    wanted = [shape is not None for shape in pytree.tree_leaves(
+        dynamic, is_leaf=lambda shape: isinstance(shape, dict) and 0 in shape
+    )]  # fmt: skip
+    inputs = [n for n in exported.graph.nodes if n.op == "placeholder"][-len(wanted) :]
+    return any(
+        not isinstance(shape_of(node)[0], int)
+        for node, free in zip(inputs, wanted, strict=True)
+        if free
+    )
 
 
 def _try_export(model: nn.Module, values: dict[str, Any], dynamic_shapes: Any) -> ExportedProgram:

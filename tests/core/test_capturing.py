@@ -126,6 +126,26 @@ def test_a_batch_the_model_fixes_is_noted() -> None:
     assert captured.notes == ("the model fixes its batch at 3",)
 
 
+class LengthOfBatch(nn.Module):
+    """Makes its batch a constant while it is traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(1, 4))
+
+    def forward(self, x: Tensor, scale: float = 2.0) -> Tensor:
+        return torch.cat([self.token.expand(len(x), -1), x * scale], 1)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_batch_the_model_fixes_is_that_of_the_example(batch: int) -> None:
+    model, x = LengthOfBatch().eval(), torch.randn(batch, 4)
+    captured = capture(model, x)
+    assert captured.signature.tensors[0].shape == (batch, 4)
+    assert captured.notes == (f"the model fixes its batch at {batch}",)
+    assert torch.equal(captured.graph_module(x)[0], model(x))
+
+
 class SmallBatch(nn.Module):
     """Computes something else for large batches."""
 

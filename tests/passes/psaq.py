@@ -26,7 +26,7 @@ class Manual(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.stem(images).flatten(2).mT
-        x = torch.cat([self.prefix.expand(len(x), -1, -1), x], 1)
+        x = torch.cat([self.prefix.expand(x.shape[0], -1, -1), x], 1)
         for _ in range(2):
             q, k, v = self.mix(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
             if self.fused:

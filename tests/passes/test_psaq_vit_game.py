@@ -200,7 +200,7 @@ def test_the_learning_rate_halves_with_each_bit() -> None:
 
 
 def test_feature_maps_can_be_agreed_on_and_need_no_classes() -> None:
-    class Backbone(nn.Module):  # its second output fixes the batch
+    class Backbone(nn.Module):  # its second output has no batch
         def __init__(self) -> None:
             super().__init__()
             self.vit = Manual(True)
@@ -211,7 +211,7 @@ def test_feature_maps_can_be_agreed_on_and_need_no_classes() -> None:
 
     torch.manual_seed(0)
     model, example = Backbone().eval(), torch.randn(1, 3, 16, 16)
-    with pytest.raises(ValueError, match="batch of 2 images first"):
+    with pytest.raises(ValueError, match="batch of 4 images first"):
         refine(model, example)
 
     result = refine(model, example, outputs=lambda output: output["map"])
