@@ -8,11 +8,13 @@ of elements only. Each of them is quantized or sparse, or carries a `Skip` that 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
 import fxq.rectified_attention.op  # noqa: F401  registers the operator
+from fxq.einsum import Equation
 from fxq.graph import args_of, constant_of, hint, is_constant, is_op, owner_name, shape_of, val_of
 
 aten = torch.ops.aten
@@ -36,6 +38,7 @@ KINDS = {
     "conv": CONV,
     "transposed conv": CONV_TRANSPOSE,
     "matmul": MATMUL,
+    "einsum": frozenset({aten.einsum.default}),
     "attention": ATTENTION,
 }
 
@@ -107,7 +110,8 @@ def flops_of(node: Node, sizes: Mapping[str, int] | None = None) -> int:
     kind = kind_of(node)
     if kind is None:
         return 0
-    shapes = [[hint(size, sizes) for size in shape_of(n)] for n in node.args if isinstance(n, Node)]
+    operands: Any = args_of(node)[1] if kind == "einsum" else node.args
+    shapes = [[hint(size, sizes) for size in shape_of(n)] for n in operands if isinstance(n, Node)]
     result = val_of(node)
     result = result[0] if isinstance(result, tuple | list) else result
     out = math.prod(hint(size, sizes) for size in result.shape)
@@ -118,6 +122,8 @@ def flops_of(node: Node, sizes: Mapping[str, int] | None = None) -> int:
             return 2 * out * math.prod(shapes[1][1:])
         case "transposed conv":
             return 2 * math.prod(shapes[0]) * math.prod(shapes[1][1:])
+        case "einsum":
+            return 2 * math.prod(Equation.of(node).sizes(shapes).values())
         case "attention":
             return 2 * (math.prod(shapes[0]) + out) * shapes[1][-2]
     adds = is_op(node, aten.addmm.default, aten.baddbmm.default)

@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 from fxq.canonicalize.activation import gelu_erf, gelu_tanh, silu
 from fxq.canonicalize.attention import scaled_dot_product_attention
 from fxq.canonicalize.cleanup import drop_no_ops
+from fxq.canonicalize.einsum import matmul_of_einsum
 from fxq.canonicalize.linear import (
     linear_of_addmm,
     linear_of_matmul,
@@ -22,6 +23,7 @@ from fxq.graph import erase_dead
 
 REWRITES: tuple[Callable[[GraphModule], int], ...] = (
     drop_no_ops,
+    matmul_of_einsum,
     linear_of_addmm,
     linear_of_matmul,
     linear_with_bias,
