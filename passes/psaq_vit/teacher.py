@@ -88,6 +88,11 @@ def capture_images(
             f"expected one input, a batch of images [B, C, H, W], found {listing}; wrap the model "
             "in a module that fixes the others"
         )
+    if not all(isinstance(size, int) for size in inputs[0].shape[1:]):
+        raise UnsupportedError(
+            f"expected fixed channels, height and width, found {list(inputs[0].shape)} for "
+            f"{inputs[0].name!r}; export the model with only its batch free"
+        )
     return captured, inputs[0]
 
 

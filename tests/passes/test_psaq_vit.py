@@ -336,6 +336,14 @@ def test_dreamed_images_calibrate_any_recipe(recipe: fxq.Recipe) -> None:
     assert fxq.compress(model, example, "smoothquant_w8a8", data=images)(x).isfinite().all()
 
 
+def test_an_exported_program_whose_image_size_is_free_is_refused() -> None:
+    model, x = nn.Conv2d(3, 4, 3).eval(), torch.randn(2, 3, 16, 16)
+    free = {2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
+    exported = torch.export.export(model, (x,), dynamic_shapes=(free,))
+    with pytest.raises(UnsupportedError, match="only its batch free"):
+        dream(exported, x)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("strength", [0.0, 5e-4])
 def test_a_dead_or_quiet_head_is_still_a_head(strength: float) -> None:
     model = Manual(True)
