@@ -5,6 +5,7 @@ from fxq.passes.common.calibrate import Calibrate
 from fxq.passes.common.convert import Convert
 from fxq.passes.common.decompose_attention import DecomposeAttention
 from fxq.passes.common.fake_quantize import (
+    activation_scales,
     adopt,
     fake_quantize,
     student_of,
@@ -22,6 +23,7 @@ __all__ = [
     "DecomposeAttention",
     "InsertObservers",
     "ObserveActivations",
+    "activation_scales",
     "adopt",
     "check_float_function",
     "fake_quantize",

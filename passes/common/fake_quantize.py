@@ -158,6 +158,12 @@ def student_of(gm: GraphModule) -> GraphModule:
     return student
 
 
+def activation_scales(student: GraphModule) -> list[nn.Parameter]:
+    """Return the parameters of a student that scale its static activations: logarithms of what
+    multiplies the scales that calibration found, 0 at first."""
+    return [m.log_gain for m in student.modules() if isinstance(m, _StaticActivation)]
+
+
 def _quantize_operands(student: GraphModule, layer: Node, spec: LayerSpec) -> None:
     source, weight, *rest = args_of(layer)
     name = owner_name(layer)

@@ -52,6 +52,8 @@ class Game:
         student_learning_rate: of Adam at 4 bits, the coarsest format of the recipe, and half as
             much for each bit more: rounding leaves half as much to learn. Reached at the end of a
             warm-up of a tenth of all steps; from there it falls to zero along half a cosine.
+        scale_learning_rate: likewise of the logarithm of activations' scales, in student learning
+            rates. 1 fits the images better and new ones worse; 0 leaves scales to calibration.
         adversarial_weight: length of D's gradient at an image, in lengths of the prior's; 0 leaves
             the images to the prior.
         prior: what an image must look like.
@@ -64,6 +66,7 @@ class Game:
     student_steps: int = 5
     image_learning_rate: float = 0.02
     student_learning_rate: float = 2e-3
+    scale_learning_rate: float = 0.2
     adversarial_weight: float = 1.0
     prior: Prior = field(default_factory=Prior)
 
@@ -73,6 +76,10 @@ class Game:
         for name in ("image_learning_rate", "student_learning_rate"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"Game: expected {name} above zero, found {getattr(self, name)}")
+        if not 0 <= self.scale_learning_rate < math.inf:
+            raise ValueError(
+                f"Game: expected scale_learning_rate of 0 or more, found {self.scale_learning_rate}"
+            )
 
     @property
     def total_steps(self) -> int:
@@ -185,7 +192,9 @@ def adversarial_refine(
         teacher = Teacher(captured.graph_module, found, settings.prior)
         gap = Gap(teacher, outputs, captured.signature.out_spec, example)
         observed = prepare.apply(copy_graph(captured.graph_module), batches, progress)
-        game = _Game(gap, Student(student_of(observed)), images, settings, seed)
+        game = _Game(
+            gap, Student(student_of(observed), settings.scale_learning_rate), images, settings, seed
+        )
         if progress and found.refusals:
             listing = "; ".join(f"{name}: {why}" for name, why in found.refusals.items())
             progress(f"refine: left out {listing}")

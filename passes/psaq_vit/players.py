@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
+from fxq.passes.common import activation_scales
 from fxq.passes.psaq_vit.images import SyntheticImages, normalize
 from fxq.passes.psaq_vit.long_work import moments, restore
 from fxq.passes.psaq_vit.prior import Prior, generator_of, total_variation
@@ -188,12 +189,23 @@ class Student:
 
     Args:
         gm: what `student_of` returned.
+        scale_learning_rate: of activations' scales, in those of the rest.
     """
 
-    def __init__(self, gm: GraphModule) -> None:
+    def __init__(self, gm: GraphModule, scale_learning_rate: float) -> None:
         self.gm = gm
-        self.named = dict(gm.named_parameters())
-        self.adam = torch.optim.Adam(self.named.values())
+        scales = {id(p): p for p in activation_scales(gm)}
+        self.named = {
+            name: parameter
+            for name, parameter in gm.named_parameters()
+            if scale_learning_rate or id(parameter) not in scales
+        }
+        rest = [p for p in self.named.values() if id(p) not in scales]
+        self.adam = torch.optim.Adam(rest)
+        self.factors = [1.0]
+        if scale_learning_rate and scales:
+            self.adam.add_param_group({"params": list(scales.values())})
+            self.factors.append(scale_learning_rate)
         specs = [getattr(module, "spec", None) for module in gm.modules()]
         bits = [spec.bits for spec in specs if isinstance(spec, QuantSpec)]
         self.bits = min(bits)  # of the coarsest format
@@ -215,7 +227,8 @@ class Student:
         Raises:
             ValueError: a gradient that is not finite.
         """
-        self.adam.param_groups[0]["lr"] = learning_rate
+        for group, factor in zip(self.adam.param_groups, self.factors, strict=True):
+            group["lr"] = learning_rate * factor
         parameters = list(self.named.values())
         with torch.enable_grad():
             loss = gap.on(images, self.gm).mean()
