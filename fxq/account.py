@@ -1,8 +1,9 @@
 """Accounting: every operator that multiplies, its floating-point operations, and why it is as it
 is.
 
-Linear, convolution, matmul and attention count: the cost of everything else grows with the number
-of elements only. Each of them is quantized or sparse, or carries a `Skip` that says why not.
+Linear, convolution, matmul, einsum that contracts two or more tensors, and attention count: the
+cost of everything else grows with the number of elements only. Each of them is quantized or sparse,
+or carries a `Skip` that says why not.
 """
 
 import math
@@ -83,7 +84,8 @@ class Row:
 
 def kind_of(node: Node) -> str | None:
     """Return the key of `KINDS` a node falls under, None where it does not multiply."""
-    return next((kind for kind, targets in KINDS.items() if is_op(node, *targets)), None)
+    kind = next((kind for kind, targets in KINDS.items() if is_op(node, *targets)), None)
+    return None if kind == "einsum" and not Equation.of(node).contracts else kind
 
 
 def mark_skip(node: Node, skip: Skip) -> None:

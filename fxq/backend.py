@@ -25,6 +25,7 @@ from torch._subclasses import FakeTensor
 from torch.fx import GraphModule, Node
 
 from fxq.account import account
+from fxq.canonicalize import canonicalize
 from fxq.canonicalize.cleanup import training_op
 from fxq.capturing import from_dynamo, qualified_name
 from fxq.errors import FxqWarning, SkippedError, did_you_mean
@@ -169,7 +170,8 @@ class Compiled:
         with torch.inference_mode(False), torch.no_grad(), _tracing(inputs):
             bound = bind(self.graph_module, {nodes[i].name: args[i].detach() for i in self.static})
             if not self.is_program:
-                bound = self.recipe.apply(bound)
+                # Once more: a product with a weight is a linear only where the weight is constant.
+                bound = self.recipe.apply(canonicalize(bound))
                 self._tell_of_skips(bound)
             lowered, decisions = lower(bound, _device_of(weights))
             declined = {name: d.reason for name, d in decisions.items() if d.kernel is None}

@@ -109,9 +109,7 @@ def capture(
         free_sizes(leaves, flat),
     )
     if dynamic_shapes == "batch" and not notes:
-        fixed = [leaf for leaf in signature.tensors if leaf.shape]
-        if fixed and all(isinstance(leaf.shape[0], int) for leaf in fixed):
-            notes = (f"the model fixes its batch at {fixed[0].shape[0]}",)
+        notes = _fixed_batches([leaf for leaf in signature.tensors if leaf.shape], flat)
     notes += tuple(f"holds only where {guard}" for guard in _unequal(exported))
     gm.recompile()
     gm = canonicalize(gm)
@@ -219,39 +217,49 @@ def _export(
 ) -> tuple[ExportedProgram, tuple[str, ...]]:
     if dynamic_shapes != "batch":
         return _try_export(model, values, dynamic_shapes), ()
-    sizes = [t.shape[0] for t in pytree.tree_leaves(values) if isinstance(t, Tensor) and t.ndim]
+    leaves, spec = pytree.tree_flatten(values)
+    sizes = [t.shape[0] for t in leaves if isinstance(t, Tensor) and t.ndim]
     batch = sizes[0] if sizes else None
 
-    def has_batch(leaf: Any) -> bool:
-        return isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == batch
-
-    # Tracing takes a size of 1 for a constant, and broadcasts on the strength of it: capture two
-    # samples instead.
-    traced = values
-    if batch == 1:
-        traced = pytree.tree_map(lambda v: torch.cat([v, v]) if has_batch(v) else v, values)
-    dynamic = pytree.tree_map(lambda v: {0: Dim.AUTO} if has_batch(v) else None, values)
+    has_batch = [isinstance(t, Tensor) and t.ndim > 0 and t.shape[0] == batch for t in leaves]
     try:
-        exported = _try_export(model, traced, dynamic)
-        if traced is not values and not _batch_is_free(exported, dynamic):
-            return _try_export(model, values, None), ()
-        return exported, ()
+        while any(has_batch):
+            # Tracing takes a size of 1 for a constant, and broadcasts on the strength of it:
+            # capture two samples instead.
+            flat = [
+                torch.cat([v, v]) if free and batch == 1 else v
+                for v, free in zip(leaves, has_batch, strict=True)
+            ]
+            dynamic = [{0: Dim.AUTO} if free else None for free in has_batch]
+            traced, shapes = (pytree.tree_unflatten(x, spec) for x in (flat, dynamic))
+            exported = _try_export(model, traced, shapes)
+            stays = _free_batches(exported, has_batch)
+            if batch != 1 or stays == has_batch:
+                return exported, ()
+            has_batch = stays  # a model may fix a size, as `len(x)` does: then to the example's
+        return _try_export(model, values, None), ()
     except UnsupportedError as error:
         note = f"the batch is fixed at {batch}: capturing it free failed ({error.__cause__})"
         return _try_export(model, values, None), (note[:300],)
 
 
-def _batch_is_free(exported: ExportedProgram, dynamic: Any) -> bool:
-    """Tell whether a size asked to be free is: a model may fix it, as `len(x)` does."""
-    wanted = [shape is not None for shape in pytree.tree_leaves(
-        dynamic, is_leaf=lambda shape: isinstance(shape, dict) and 0 in shape
-    )]  # fmt: skip
+def _free_batches(exported: ExportedProgram, wanted: Sequence[bool]) -> list[bool]:
+    """Return which of the sizes that were asked to be free are."""
     inputs = [n for n in exported.graph.nodes if n.op == "placeholder"][-len(wanted) :]
-    return any(
-        not isinstance(shape_of(node)[0], int)
+    return [
+        free and not isinstance(shape_of(node)[0], int)
         for node, free in zip(inputs, wanted, strict=True)
-        if free
-    )
+    ]
+
+
+def _fixed_batches(leaves: Sequence[Leaf], values: Sequence[Any]) -> tuple[str, ...]:
+    """Return what to say where the model fixes sizes that `_export` wanted to be free."""
+    fixed = [leaf for leaf in leaves if isinstance(leaf.shape[0], int)]
+    if fixed and len(fixed) == len(leaves):
+        return (f"the model fixes its batch at {fixed[0].shape[0]}",)
+    batch = next((len(v) for v in values if isinstance(v, Tensor) and v.ndim), None)
+    names = [leaf.name for leaf in fixed if leaf.shape[0] == batch]
+    return (f"the model fixes the first size of {', '.join(names)} at {batch}",) if names else ()
 
 
 def _try_export(model: nn.Module, values: dict[str, Any], dynamic_shapes: Any) -> ExportedProgram:

@@ -50,6 +50,13 @@ class Equation:
         once = sorted(x for x in set(flat) if flat.count(x) == 1 and not x.startswith(ELLIPSIS))
         return Equation(operands, (*dots, *once))
 
+    @property
+    def contracts(self) -> bool:
+        """Whether it sums products, rather than permuting, summing or scaling one tensor."""
+        return len(self.operands) > 1 and any(
+            label not in self.result for labels in self.operands for label in labels
+        )
+
     def sizes(self, shapes: Sequence[Sequence[Any]]) -> dict[str, Any]:
         """Return the size of each label; of sizes that broadcast the one that is not 1.
 

@@ -19,9 +19,12 @@ from fxq.canonicalize.linear import (
     linear_with_bias,
 )
 from fxq.canonicalize.norm import rms_norm
+from fxq.canonicalize.views import reshape_of_view, transpose_of_property
 from fxq.graph import erase_dead
 
 REWRITES: tuple[Callable[[GraphModule], int], ...] = (
+    reshape_of_view,
+    transpose_of_property,
     drop_no_ops,
     matmul_of_einsum,
     linear_of_addmm,

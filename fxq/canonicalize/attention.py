@@ -18,7 +18,6 @@ from fxq.graph import args_of, constant_value, dtype_of, insert_call, is_op, sha
 aten = torch.ops.aten
 SOFTMAX = (aten.softmax.int, aten._softmax.default)
 MATMUL = (aten.matmul.default, aten.bmm.default)
-VIEW = (aten.view.default, aten.reshape.default)
 WHERE = (aten.where.self, aten.where.ScalarOther)
 MOST_NEGATIVE = (
     -1e4
@@ -118,7 +117,7 @@ def _unwrap(node: Any) -> _Scores | None:
             if number is None or number > MOST_NEGATIVE or dtype_of(keep) != torch.bool:
                 return None
             scores.keep, node = keep, inner
-        elif is_op(node, *VIEW):
+        elif is_op(node, aten.reshape.default):
             outer, inner = list(shape_of(node)), list(shape_of(args_of(node)[0]))
             if scores.windows is None and outer[1:] == inner[2:] and len(outer) > 3:
                 scores.windows, grouped = inner[1:-2], True
@@ -156,7 +155,7 @@ def _leads_to_product(node: Any) -> bool:
     while isinstance(node, Node):
         if is_op(node, *MATMUL):
             return True
-        if not is_op(node, *MUL, *DIV, *ADD, *WHERE, *VIEW):
+        if not is_op(node, *MUL, *DIV, *ADD, *WHERE, aten.reshape.default):
             return False
         node = args_of(node)[1] if is_op(node, *WHERE) else args_of(node)[0]
     return False

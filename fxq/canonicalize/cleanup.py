@@ -49,7 +49,7 @@ def _does_nothing(node: Node) -> bool:
         start, end, step = (*args_of(node)[2:], None, None, None)[:3]
         everything = start in (None, 0) and end in (None, sys.maxsize) and step in (None, 1)
         return everything and shape_of(node) == shape_of(args_of(node)[0])
-    if is_op(node, aten.expand.default, aten.view.default, aten.reshape.default):
+    if is_op(node, aten.expand.default, aten.reshape.default):
         return list(map(str, shape_of(node))) == list(map(str, shape_of(args_of(node)[0])))
     return False
 

@@ -66,20 +66,20 @@ def linear_with_bias(gm: GraphModule) -> int:
 
 
 def linear_of_rows(gm: GraphModule) -> int:
-    """view(linear(view(x, [-1, C])), [..., N]) equals linear(x), provided the leading sizes come
-    back as they were.
+    """reshape(linear(reshape(x, [-1, C])), [..., N]) equals linear(x), provided the leading sizes
+    come back as they were.
 
     It gives the token axis back, which a scale per token needs.
     """
     count = 0
     for node in list(gm.graph.nodes):
-        if not is_op(node, aten.view.default, aten.reshape.default):
+        if not is_op(node, aten.reshape.default):
             continue
         product = args_of(node)[0]
         if not is_op(product, aten.linear.default) or len(product.users) != 1:
             continue
         rows = args_of(product)[0]
-        if not is_op(rows, aten.view.default, aten.reshape.default):
+        if not is_op(rows, aten.reshape.default):
             continue
         x = args_of(rows)[0]
         shapes = shape_of(x), shape_of(node), shape_of(rows)

@@ -206,7 +206,8 @@ def _root(node: Any) -> Any:
 
 
 def _own_parameters(student: GraphModule, names: list[str]) -> None:
-    """Replace tensors by trainable copies; those that share memory go on sharing."""
+    """Replace tensors by trainable copies; those that are the same view of the same memory go on
+    sharing."""
     copies: dict[tuple[Any, ...], nn.Parameter] = {}
     for name in names:
         value = _get(student, name)

@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
-from fxq.account import KINDS, Skip, add_note, kind_of, mark_skip
+from fxq.account import Skip, add_note, kind_of, mark_skip
 from fxq.dialect import ATEN, OBSERVED, Dialect
 from fxq.errors import UnsupportedError, did_you_mean
 from fxq.graph import insert_module, is_constant, owner_name, shape_of, weight_of
@@ -76,10 +76,12 @@ class InsertObservers(Pass):
             if spec.activation is not None and not spec.activation.dynamic:
                 _observe(gm, layer, spec.activation, observers)
         for node in gm.graph.nodes:
-            if kind_of(node) in KINDS and kind_of(node) not in ("linear", "conv"):
-                mark_skip(
-                    node, Skip(f"this recipe does not quantize {kind_of(node)}", intended=True)
-                )
+            kind = kind_of(node)
+            if kind in ("matmul", "einsum") and _has_weight(node) and "linear" in self.targets:
+                why = f"its weight multiplies as {kind}, in a form that is not a linear"
+                mark_skip(node, Skip(why, intended=False))
+            elif kind is not None and kind not in ("linear", "conv"):
+                mark_skip(node, Skip(f"this recipe does not quantize {kind}", intended=True))
         return PassResult(gm, modified)
 
     def _overridden(self, layers: Sequence[Node]) -> dict[Node, Override]:
@@ -99,6 +101,11 @@ class InsertObservers(Pass):
             for layer in matched:
                 chosen.setdefault(layer, (pattern, spec))
         return chosen
+
+
+def _has_weight(node: Node) -> bool:
+    """Tell whether a product is one of a constant and something that is not."""
+    return len({is_constant(operand) for operand in node.all_input_nodes}) == 2
 
 
 def first_layers(layers: Sequence[Node]) -> list[Node]:

@@ -9,8 +9,8 @@ caller selects. Images go where the two disagree and still look like pictures to
 
 No code is public and the paper names no constants that could be verified: D, beta, the schedule and
 every default here are ours. D is the mean absolute error in units of the output's own size, because
-that of a divergence vanishes as Q approaches P; beta makes both gradients of an image equally long,
-so that D neither drowns nor is drowned.
+that of a divergence vanishes as Q approaches P; beta makes D's gradient at an image four times as
+long as the prior's, so that it leads and the prior still steers.
 """
 
 import math
@@ -49,8 +49,9 @@ class Game:
         generator_steps: per round.
         student_steps: per round, on batches drawn from all images.
         image_learning_rate: of Adam, fraction of the pixel range.
-        student_learning_rate: of Adam at 4 bits, the coarsest format of the recipe, and half as
-            much for each bit more: rounding leaves half as much to learn. Reached at the end of a
+        student_learning_rate: of Adam at 4 bits, the coarsest format of the recipe; half as much
+            for each bit more, because rounding leaves half as much to learn, and twice as much for
+            each bit less. Reached at the end of a
             warm-up of a tenth of all steps; from there it falls to zero along half a cosine.
         scale_learning_rate: likewise of the logarithm of activations' scales, in student learning
             rates. 1 fits the images better and new ones worse; 0 leaves scales to calibration.
@@ -58,7 +59,8 @@ class Game:
             the images to the prior.
         prior: what an image must look like.
     Raises:
-        ValueError: no round or no student step, or a learning rate that is not above zero.
+        ValueError: no round or no student step, a learning rate that is not above zero, or an
+            adversary without a prior.
     """
 
     n_rounds: int = 160
@@ -67,18 +69,23 @@ class Game:
     image_learning_rate: float = 0.02
     student_learning_rate: float = 2e-3
     scale_learning_rate: float = 0.2
-    adversarial_weight: float = 1.0
+    adversarial_weight: float = 4.0
     prior: Prior = field(default_factory=Prior)
 
     def __post_init__(self) -> None:
-        if self.n_rounds < 1 or self.student_steps < 1 or self.generator_steps < 0:
-            raise ValueError(f"Game: expected rounds and student steps, found {self}")
+        counts = self.n_rounds, self.student_steps, self.generator_steps + 1
+        if not all(isinstance(count, int) and count > 0 for count in counts):
+            raise ValueError(f"Game: expected whole numbers of rounds and steps, found {self}")
         for name in ("image_learning_rate", "student_learning_rate"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"Game: expected {name} above zero, found {getattr(self, name)}")
-        if not 0 <= self.scale_learning_rate < math.inf:
+        for name in ("scale_learning_rate", "adversarial_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"Game: expected {name} of 0 or more, found {getattr(self, name)}")
+        if self.adversarial_weight and not (self.prior.entropy_weight or self.prior.tv_weight):
             raise ValueError(
-                f"Game: expected scale_learning_rate of 0 or more, found {self.scale_learning_rate}"
+                "Game: expected a prior, in whose gradient adversarial_weight is measured, found "
+                "one without weights"
             )
 
     @property
@@ -155,9 +162,9 @@ def adversarial_refine(
     other. All weights and biases train, and the scales of static activations, from those that
     calibration found.
 
-    Eight times during the game the student is judged on the images it began with, and the one that
-    comes closest to the teacher is kept. If none comes closer than it began, the program is what
-    `fxq.compress` makes, and says so in its notes.
+    Up to eight times during the game the student is judged on the images it began with, and the one
+    that comes closest to the teacher is kept. If none comes closer than it began, the program is
+    what `fxq.compress` makes, and says so in its notes.
 
     The model is read, never written; the same seed gives the same program.
 
@@ -182,10 +189,15 @@ def adversarial_refine(
             recipe with nothing to train between observing and converting.
         ValueError: images of another size than the model takes, or no output to agree on.
     """
+    if not isinstance(images, SyntheticImages):
+        raise TypeError(
+            f"images: expected what psaq_vit.synthesize returns, found {type(images).__name__}"
+        )
     recipe = resolve_recipe(recipe)
     prepare, finish = _split(recipe)
     with torch.inference_mode(False), torch.no_grad():
         captured, _ = capture_images(model, example_inputs)
+        images = replace(images, pixels=images.pixels.to(device_of(model)))
         batches = CheckedBatches(captured.signature, images, device_of(model))
         example = next(iter(batches))[0]
         found = find_taps(captured.graph_module, example, taps, n_prefix)
@@ -195,9 +207,7 @@ def adversarial_refine(
         game = _Game(
             gap, Student(student_of(observed), settings.scale_learning_rate), images, settings, seed
         )
-        if progress and found.refusals:
-            listing = "; ".join(f"{name}: {why}" for name, why in found.refusals.items())
-            progress(f"refine: left out {listing}")
+        found.tell_of_refusals("refine", progress)
         about = repr((recipe, settings, seed, found, images.mean, images.std, images.batch_size))
         # The callable that selects outputs has no name: what it selects stands for it.
         selected = gap.chosen(teacher.results(example))
@@ -254,6 +264,11 @@ class _Game:
     def play(self, progress: Progress | None, checkpoint: Checkpoint) -> GameTrace:
         """Play all rounds."""
         before, n_rounds = self._gap_at_start(), self.settings.n_rounds
+        if not math.isfinite(before):
+            raise ValueError(
+                "refine: expected finite outputs of the quantized model on the images, found NaN "
+                "or Inf; choose another recipe, or other outputs"
+            )
         best, best_round = before, 0
         judged = {1 + turn * (n_rounds - 1) // (N_JUDGEMENTS - 1) for turn in range(N_JUDGEMENTS)}
         state, first = checkpoint.load(), 0

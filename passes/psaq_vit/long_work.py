@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.fx import GraphModule
@@ -75,7 +75,14 @@ class Checkpoint:
         """
         if self.path is None or not self.path.exists():
             return None
-        with safe_open(self.path, "pt") as file:
+        try:
+            opened = safe_open(self.path, "pt")
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"checkpoint: expected a file that this work wrote, found {self.path}: {error}; "
+                "choose another"
+            ) from error
+        with opened as file:
             text = (file.metadata() or {}).get(self.kind)
             about = json.loads(text) if text else {}
             if about.get("fingerprint") != self.fingerprint:

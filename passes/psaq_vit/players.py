@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
+from fxq.errors import UnsupportedError
 from fxq.passes.common import activation_scales
 from fxq.passes.psaq_vit.images import SyntheticImages, normalize
 from fxq.passes.psaq_vit.long_work import moments, restore
@@ -59,7 +60,7 @@ class Gap:
         out_spec: the pytree of the model's own output.
         example: normalized images `[B, C, H, W]` on which the sizes of the outputs are measured.
     Raises:
-        ValueError: no output, or one without the batch first.
+        ValueError: no output, one without the batch first, or one that is not finite.
     """
 
     def __init__(
@@ -78,6 +79,11 @@ class Gap:
                 f"outputs: expected floating tensors with the batch of {len(example)} images "
                 f"first, found {shapes}; select others with outputs=lambda output: ..."
             )
+        if not all(x.isfinite().all() for x in exact):
+            raise ValueError(
+                "outputs: expected finite values, found NaN or Inf, as in masked logits; select "
+                "others with outputs=lambda output: ..."
+            )
         self.sizes = torch.stack([x.float().abs().mean() for x in exact]).clamp(min=1e-12)
 
     def chosen(self, results: Sequence[Any]) -> list[Tensor]:
@@ -85,6 +91,10 @@ class Gap:
         if self.outputs is None:
             return [x for x in results if isinstance(x, Tensor) and x.is_floating_point()]
         picked = self.outputs(pytree.tree_unflatten(list(results), self.out_spec))
+        if not isinstance(picked, Tensor | Sequence):
+            raise TypeError(
+                f"outputs: expected it to return tensors, found {type(picked).__name__}"
+            )
         return [picked] if isinstance(picked, Tensor) else list(picked)
 
     def between(self, exact: Sequence[Any], found: Sequence[Any]) -> Tensor:
@@ -153,7 +163,11 @@ class Painter:
 
     def move(self, index: int, step: int, gap: Gap, student: GraphModule) -> Tensor:
         """Take one step with a batch, and return disagreement, entropy and total variation before
-        it, mean over images `[3]`."""
+        it, mean over images `[3]`.
+
+        Raises:
+            ValueError: a gradient that is not finite.
+        """
         pixels, batch = self.pixels[index], self.batches[index]
         with torch.enable_grad():
             seen = self.views.of(batch).at(step, pixels)
@@ -165,6 +179,11 @@ class Painter:
             (gradient,) = torch.autograd.grad(prior, pixels, retain_graph=True)
             (against,) = torch.autograd.grad(found.sum(), pixels)
         pixels.grad = opposed(gradient, against, self.weight)
+        if not pixels.grad.isfinite().all():
+            raise ValueError(
+                f"generator: expected finite gradients, found NaN or Inf at step {step}; lower "
+                "Game.image_learning_rate"
+            )
         self.adams[index].step()
         pixels.clamp_(0, 1)
         return torch.stack([found.mean(), entropy.sum(0).mean(), tv.mean()]).detach()
@@ -208,6 +227,11 @@ class Student:
             self.factors.append(scale_learning_rate)
         specs = [getattr(module, "spec", None) for module in gm.modules()]
         bits = [spec.bits for spec in specs if isinstance(spec, QuantSpec)]
+        if not bits:
+            raise UnsupportedError(
+                "refine: expected a recipe that quantizes layers of this model, found one that "
+                "quantizes none; look at its targets and overrides"
+            )
         self.bits = min(bits)  # of the coarsest format
         self.best: dict[str, Tensor] = {n: p.detach().clone() for n, p in self.named.items()}
 

@@ -128,9 +128,7 @@ def synthesize(
         means, stds = tuple(map(float, mean)), tuple(map(float, std))
         run = _Run(captured, leaf, teacher, settings, means, stds, seed, logits, device)
         run.start(n_images, batch_size, labels, probe)
-        if progress and found.refusals:
-            listing = "; ".join(f"{name}: {why}" for name, why in found.refusals.items())
-            progress(f"synthesize: left out {listing}")
+        found.tell_of_refusals("synthesize", progress)
         state = Checkpoint(checkpoint, "fxq_synthesis", run.fingerprint)
         return run.optimize(n_images, batch_size, progress, state)
 

@@ -10,6 +10,7 @@ positions, so it counts windows and not heads; and nothing may change with anoth
 
 import fnmatch
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,8 +20,9 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from fxq.account import ATTENTION, MATMUL
-from fxq.errors import UnsupportedError, did_you_mean
+from fxq.errors import FxqWarning, UnsupportedError, did_you_mean
 from fxq.graph import VIEWS, args_of, is_op, owner_name, shape_of
+from fxq.pipeline import Progress
 
 aten = torch.ops.aten
 SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
@@ -42,7 +44,8 @@ class Tap:
         node: the name of its output in the graph.
         module: qualified name of the module it came from.
         leading: sizes of the axes between images and tokens.
-        window_axes: which of these count windows; the others count heads.
+        window_axes: which of these count windows; the others count heads. An axis that holds both,
+            as in SAM's windowed blocks, counts windows: heads are then not averaged.
         patches: which tokens of each window are patches `[W, N]`, bool.
     """
 
@@ -94,6 +97,16 @@ class Taps:
     taps: tuple[Tap, ...]
     refusals: Mapping[str, str]
 
+    def tell_of_refusals(self, what: str, progress: Progress | None) -> None:
+        """Say what was refused: through `progress`, or as a warning."""
+        if not self.refusals:
+            return
+        listing = "; ".join(f"{name}: {why}" for name, why in self.refusals.items())
+        if progress:
+            progress(f"{what}: left out {listing}")
+        else:
+            warnings.warn(f"{what}: left out {listing}", FxqWarning, stacklevel=3)
+
 
 def find_taps(
     gm: GraphModule, images: Tensor, select: str | Sequence[str] = "*", n_prefix: int | None = None
@@ -108,12 +121,15 @@ def find_taps(
         n_prefix: how many leading tokens are not patches; found by experiment unless given.
     Raises:
         UnsupportedError: none is left; the message lists what was refused and why.
-        ValueError: a name in `select` leads nowhere.
+        ValueError: `select` is empty, or a name in it leads nowhere.
     """
+    patterns = [select] if isinstance(select, str) else list(select)
+    if not patterns:
+        raise ValueError('taps: expected names of modules or nodes, found none; "*" means all')
     attentions = _attentions(gm)
-    chosen = _select(gm, attentions, [select] if isinstance(select, str) else select)
+    chosen = _select(gm, attentions, patterns)
     probe = _Probe(gm, attentions, images)
-    found, refusals = [], {}
+    found, refusals = [], _unreadable(gm) if "*" in patterns else {}
     for node in chosen:
         name = owner_name(node)
         if (why := _not_self_attention(node, attentions.get(node))) is not None:
@@ -142,6 +158,18 @@ def _attentions(gm: GraphModule) -> dict[Node, Node]:
             found[node] = args_of(node)[2]
         elif is_op(node, *MATMUL) and _is_softmax(args_of(node)[0]):
             found[node] = args_of(node)[1]
+    return found
+
+
+def _unreadable(gm: GraphModule) -> dict[str, str]:
+    """Return attentions written in a way that does not show queries, keys and values."""
+    found = {}
+    for node in gm.graph.nodes:
+        if is_op(node, aten.einsum.default) and any(map(_is_softmax, args_of(node)[1])):
+            text = args_of(node)[0]
+            found[owner_name(node)] = f"einsum {text!r} is not one product of weights and values"
+        elif is_op(node, *MATMUL) and _is_softmax(args_of(node)[1]):
+            found[owner_name(node)] = "its values are the left operand of the product"
     return found
 
 

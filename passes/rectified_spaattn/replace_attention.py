@@ -199,7 +199,6 @@ class ReplaceAttention(Pass):
             result = insert_call(operator.getitem, (sparse, 0), before=node)
             node.replace_all_uses_with(result)
             gm.graph.erase_node(node)
-            _allow_copies(result)
 
     def _curve(
         self,
@@ -251,12 +250,3 @@ def _keep_name(node: Node, name: str) -> None:
     if owner_name(node) != name:
         stack = node.meta.get("nn_module_stack", {})
         node.meta["nn_module_stack"] = {**stack, name: (name, "")}
-
-
-def _allow_copies(node: Node) -> None:
-    """Turn views of a result into reshapes: its memory may lie otherwise than the dense one's."""
-    for user in node.users:
-        if is_op(user, aten.view.default):
-            user.target = aten.reshape.default
-        elif is_op(user, aten.permute.default, aten.transpose.int):
-            _allow_copies(user)

@@ -153,6 +153,20 @@ class SmallBatch(nn.Module):
         return x * 2 if x.shape[0] < 64 else x * 3
 
 
+def test_a_size_that_only_one_input_fixes_is_that_of_the_example() -> None:
+    class Counts(nn.Module):
+        def forward(self, x: Tensor, counted: Tensor) -> Tensor:
+            return x + len(counted)
+
+    x, counted, model = torch.randn(1, 4), torch.randn(1, 4), Counts().eval()
+    captured = fxq.capture(model, (x, counted))
+    assert [type(leaf.shape[0]) for leaf in captured.signature.tensors] == [str, int]
+    assert captured.notes == ("the model fixes the first size of counted at 1",)
+    assert torch.equal(captured.graph_module(x, counted)[0], model(x, counted))
+    more = torch.randn(3, 4)
+    assert torch.equal(captured.graph_module(more, counted)[0], model(more, counted))
+
+
 def test_a_batch_beyond_the_models_branch_is_refused() -> None:
     signature = capture(SmallBatch().eval(), torch.randn(2, 4)).signature
 

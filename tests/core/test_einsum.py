@@ -7,6 +7,8 @@ from torch import Tensor, nn
 import fxq
 from fxq.account import account
 from fxq.einsum import Equation
+from fxq.errors import SkippedError
+from fxq.passes import w8a8
 
 ATEN = torch.ops.aten
 
@@ -71,6 +73,10 @@ def test_products_of_two_inputs(
         ("...d,fd->...f", (7, 5), False),
         ("fd,bnd->bnf", (7, 5), True),
         ("fd,bnd->bfn", (7, 5), True),
+        ("bnd,dhe->bnhe", (5, 3, 7), False),  # to heads
+        ("bnd,dhe->bhne", (5, 3, 7), False),
+        ("edh,bnd->bnhe", (7, 5, 3), True),
+        ("bnd,dne->be", (5, 3, 7), False),  # two axes contracted
     ],
 )
 def test_a_product_with_a_constant_is_a_linear(
@@ -85,12 +91,10 @@ def test_a_product_with_a_constant_is_a_linear(
 @pytest.mark.parametrize(
     ("equation", "left", "right"),
     [
-        ("ii,ij->ij", (3, 3), (3, 4)),  # a diagonal
+        ("ii,ij->j", (3, 3), (3, 4)),  # a diagonal
         ("ij,kl->kl", (2, 3), (4, 5)),  # a sum over one operand
-        ("ij,ij->ij", (2, 3), (2, 3)),  # nothing is contracted
         ("bij,bjk->bik", (1, 3, 4), (2, 4, 5)),  # a batch that broadcasts
         ("abi,abj->ij", (2, 3, 4), (2, 3, 5)),  # two axes contracted
-        ("bi,bj->bij", (2, 3), (2, 4)),  # outer products
     ],
 )
 def test_what_is_no_matrix_product_stays_and_is_reported(
@@ -104,6 +108,91 @@ def test_what_is_no_matrix_product_stays_and_is_reported(
     )
     assert (row.kind, row.flops) == ("einsum", 2 * int(torch.tensor(list(sizes.values())).prod()))
     assert row.skip is not None
+
+
+@pytest.mark.parametrize(
+    ("equation", "shape"),
+    [
+        ("nhwc->nchw", (2, 3, 4, 5)),
+        ("nhwc->nc", (2, 3, 4, 5)),
+    ],
+)
+def test_an_einsum_that_multiplies_nothing_is_not_counted(
+    equation: str, shape: tuple[int, ...]
+) -> None:
+    class Permute(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.einsum(equation, x)
+
+    gm, _ = captured(Permute(), torch.randn(shape))
+    assert not account(gm)
+
+
+@pytest.mark.parametrize("equation", ["ij,ij->ij", "ij,ik->ijk"])
+def test_nor_is_one_that_contracts_nothing(equation: str) -> None:
+    gm, _ = captured(Einsum(equation), torch.randn(2, 3), torch.randn(2, 3))
+    assert not account(gm)
+
+
+def test_a_view_behind_a_product_that_lies_otherwise_in_memory() -> None:
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(7, 5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.einsum("fd,bd->fb", self.weight, x).view(-1)
+
+    _, targets = captured(Flat(), torch.randn(3, 5))
+    assert ATEN.linear.default in targets
+    assert ATEN.view.default not in targets
+
+
+def test_projections_to_heads_and_back_are_quantized() -> None:
+    class Projections(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.split = nn.Parameter(torch.randn(16, 2, 8))
+            self.join = nn.Parameter(torch.randn(2, 8, 16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            heads = torch.einsum("bnc,chd->bhnd", x, self.split)
+            return torch.einsum("bhnd,hdc->bnc", heads, self.join)
+
+    x = torch.randn(3, 5, 16)
+    model = Projections().eval()
+    program = fxq.compress(model, x, w8a8.DYNAMIC, strict=True)
+    assert [row.kind for row in account(program.graph_module)] == ["linear", "linear"]
+    for batch in (x, torch.randn(2, 5, 16)):
+        exact, found = model(batch), program(batch)
+        assert (exact - found).norm() < 0.02 * exact.norm()
+
+
+def test_a_weight_that_multiplies_otherwise_is_told() -> None:
+    """One matrix per head."""
+    x = torch.randn(2, 3, 4, 5)
+    model = Einsum("bhnd,hde->bhne", torch.randn(3, 5, 7)).eval()
+    with pytest.raises(SkippedError, match="not a linear"):
+        fxq.compress(model, x, w8a8.DYNAMIC, strict=True)
+
+
+@torch.no_grad()
+def test_torch_compile_finds_products_with_weights_too() -> None:
+    """There weights are inputs of the graph until they are bound."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Parameter(torch.randn(64, 64))
+            self.second = nn.Parameter(torch.randn(64, 64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.einsum("bd,fd->bf", x, self.first).relu() @ self.second
+
+    x, model = torch.randn(32, 64), Two().eval()
+    program = fxq.compress(model, x, w8a8.DYNAMIC)
+    compiled = torch.compile(model, backend="fxq", options={"strict": False})
+    torch.testing.assert_close(compiled(x), program(x), rtol=1e-4, atol=1e-4)
 
 
 def test_attention_by_einsum_is_attention() -> None:

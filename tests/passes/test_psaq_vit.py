@@ -80,6 +80,47 @@ def test_taps_can_be_chosen_and_prefix_overridden() -> None:
     assert all(t.n_patches == 13 for t in find_taps(gm, images, n_prefix=4).taps)
     with pytest.raises(ValueError, match=r"blocks\.7"):
         find_taps(gm, images, "blocks.7.*")
+    with pytest.raises(ValueError, match="expected names of modules or nodes, found none"):
+        find_taps(gm, images, [])
+
+
+class ByEinsum(nn.Module):
+    """Two attentions; `weighted` of the second one says how values are averaged."""
+
+    def __init__(self, weighted: str) -> None:
+        super().__init__()
+        self.stem, self.weighted = nn.Conv2d(3, 16, 4, 4), weighted
+        self.mix, self.head = nn.Linear(16, 48), nn.Linear(16, 5)
+        self.back = nn.Parameter(torch.randn(2, 8, 16) / 4)
+
+    def attend(self, x: Tensor, weighted: str) -> Tensor:
+        q, k, v = self.mix(x).unflatten(-1, (3, 2, 8)).unbind(2)
+        weights = torch.einsum("bjhd,bihd->bhij", k, q).softmax(-1)
+        operands = (v, weights) if weighted.startswith("bjhd") else (weights, v, self.back)
+        return torch.einsum(weighted, *operands[: weighted.count(",") + 1])
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.stem(images).flatten(2).mT
+        x = x + self.attend(x, "bjhd,bhij->bihd").flatten(2)
+        return self.head((x + self.attend(x, self.weighted).reshape(x.shape)).mean(1))
+
+
+def test_attention_by_einsum_has_taps_whatever_is_written_first() -> None:
+    gm = graph_of(ByEinsum("bjhd,bhij->bihd"), torch.randn(1, 3, 16, 16))
+    found = find_taps(gm, torch.zeros(2, 3, 16, 16))
+    assert [(t.n_windows, t.n_heads, t.n_patches) for t in found.taps] == [(1, 2, 16)] * 2
+    assert not found.refusals
+
+
+def test_attention_that_shows_no_product_is_listed_and_told() -> None:
+    model = ByEinsum("bhij,bjhd,hdc->bic").eval()
+    gm = graph_of(model, torch.randn(1, 3, 16, 16))
+    found = find_taps(gm, torch.zeros(2, 3, 16, 16))
+    assert len(found.taps) == 1
+    (why,) = found.refusals.values()
+    assert "is not one product of weights and values" in why
+    with pytest.warns(fxq.FxqWarning, match="left out"):
+        dream(model, torch.randn(1, 3, 16, 16), labels=None)
 
 
 def test_no_attention_is_a_loud_error() -> None:

@@ -1,5 +1,6 @@
 """PSAQ-ViT V2: what each player's step does, what the game leaves untouched, what it gives."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ import fxq
 from fxq.errors import UnsupportedError
 from fxq.graph import copy_graph
 from fxq.numerics import sqnr_db
-from fxq.passes import w6a6
-from fxq.passes.common import activation_scales, student_of
+from fxq.passes import w6a6, w8a8
+from fxq.passes.common import InsertObservers, activation_scales, student_of
 from fxq.passes.psaq_vit import (
     Game,
     Prior,
@@ -284,7 +285,7 @@ def test_bad_arguments() -> None:
     program = fxq.compress(model, example, "w8a8_dynamic")
     with pytest.raises(UnsupportedError, match="found a compressed Program"):
         refine(program, example, images=images)
-    with pytest.raises(ValueError, match="expected rounds and student steps"):
+    with pytest.raises(ValueError, match="expected whole numbers of rounds"):
         Game(n_rounds=0)
     with pytest.raises(ValueError, match="expected student_learning_rate above zero, found nan"):
         Game(student_learning_rate=float("nan"))
@@ -297,3 +298,54 @@ def test_bad_arguments() -> None:
     half = dream(model.bfloat16(), example.bfloat16(), labels=None)
     with pytest.raises(UnsupportedError, match="expected float32 to train in"):
         refine(model, example.bfloat16(), images=half)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_rounds": 2.5}, "whole numbers"),
+        ({"adversarial_weight": float("nan")}, "adversarial_weight of 0 or more, found nan"),
+        ({"adversarial_weight": -1.0}, "adversarial_weight of 0 or more"),
+        ({"prior": Prior(entropy_weight=0.0, tv_weight=0.0)}, "expected a prior"),
+    ],
+)
+def test_settings_that_make_no_game(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Game(**changes)
+
+
+def test_a_recipe_that_quantizes_nothing_here_is_named() -> None:
+    model, example = lively()
+    images = dream(model, example, labels=None)
+    steps = tuple(
+        replace(step, overrides=(("*", None),)) if isinstance(step, InsertObservers) else step
+        for step in w8a8.STATIC.passes
+    )
+    with pytest.raises(UnsupportedError, match="quantizes none"):
+        refine(model, example, images=images, recipe=Recipe("none", steps))
+
+
+def test_outputs_that_cannot_be_compared() -> None:
+    model, example = lively()
+    images = dream(model, example, labels=None)
+
+    def masked(output: Tensor) -> Tensor:
+        return output.masked_fill(output == output.amax(), -float("inf"))
+
+    with pytest.raises(ValueError, match="expected finite values, found NaN or Inf"):
+        refine(model, example, images=images, outputs=masked)
+    with pytest.raises(TypeError, match="expected it to return tensors, found NoneType"):
+        refine(model, example, images=images, outputs=lambda output: None)
+    with pytest.raises(TypeError, match=r"expected what psaq_vit\.synthesize returns, found list"):
+        refine(model, example, images=[images.images])
+
+
+def test_a_checkpoint_that_is_another_file(tmp_path: Path) -> None:
+    model, example = lively()
+    images = dream(model, example, labels=None)
+    other = tmp_path / "notes.txt"
+    other.write_text("not a checkpoint")
+    for path in (other, tmp_path):
+        with pytest.raises(ValueError, match="expected a file that this work wrote"):
+            refine(model, example, images=images, checkpoint=path)
+    assert other.read_text() == "not a checkpoint"
