@@ -102,7 +102,7 @@ def _prepare(args: tuple[Any, ...], scale: float) -> Callable[[], Tensor]:
 
 
 def _flex(args: tuple[Any, ...], scale: float) -> Callable[[], Tensor]:
-    return lambda: flex_attention.launch(*args, scale)[0]
+    return lambda: flex_attention.launch(*args, scale=scale)[0]
 
 
 def _any(found: Tensor) -> None:

@@ -24,12 +24,12 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses import FakeTensor
 from torch.fx import GraphModule, Node
 
-from fxq.account import account
+from fxq.account import SPARSE_ATTENTION, account
 from fxq.canonicalize import canonicalize
 from fxq.canonicalize.cleanup import training_op
 from fxq.capturing import from_dynamo, qualified_name
 from fxq.errors import FxqWarning, SkippedError, did_you_mean
-from fxq.graph import RUNTIME_STATE, bind
+from fxq.graph import RUNTIME_STATE, bind, is_op
 from fxq.lowering.derived import version_of
 from fxq.lowering.lower import lower
 from fxq.ops import decompositions
@@ -175,6 +175,16 @@ class Compiled:
                 self._tell_of_skips(bound)
             lowered, decisions = lower(bound, _device_of(weights))
             declined = {name: d.reason for name, d in decisions.items() if d.kernel is None}
+            for name, why in declined.items():
+                logger.info("no kernel here for %s: %s", name, why)
+            attentions = {n.name for n in bound.graph.nodes if is_op(n, SPARSE_ATTENTION)}
+            if slow := sorted(attentions & set(declined)):
+                warnings.warn(
+                    f"sparse attention without a kernel here, slower than dense: {slow[0]} and "
+                    f"{len(slow) - 1} more: {declined[slow[0]]}",
+                    FxqWarning,
+                    stacklevel=2,
+                )
             if self.strict and declined:
                 listing = "\n  ".join(f"{name}: {why}" for name, why in declined.items())
                 raise SkippedError(f"strict=True, and no kernel here for\n  {listing}")

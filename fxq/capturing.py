@@ -19,9 +19,10 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
 from torch.export import Dim, ExportedProgram
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.graph import CodeGen
+from torch.fx.traceback import preserve_node_meta
 from torch.utils import _pytree as pytree
 
 from fxq.canonicalize import canonicalize
@@ -315,13 +316,19 @@ def from_dynamo(gm: GraphModule) -> GraphModule:
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     values = [n.meta["example_value"] for n in placeholders]
     mode = next(v.fake_mode for v in values if isinstance(v, FakeTensor))
-    with tracing(TracingContext(mode)), mode, torch.no_grad():
-        flat = _trace(gm.forward, values)
+    run = Interpreter(gm).run  # node by node: so the new nodes know the modules they come from
+    with tracing(TracingContext(mode)), mode, torch.no_grad(), preserve_node_meta():
+        flat = _trace(run, values)
         if any(map(writes, flat.graph.nodes)):  # as in `capture`; `export` keeps operators whole
             whole = FunctionalTensorMode(pre_dispatch=True, export=True)
-            flat = _trace(dispatch_functionalize(gm.forward, whole), values)
+            flat = _trace(dispatch_functionalize(run, whole), values)
         for node, origin in zip(flat.graph.nodes, placeholders, strict=False):
             node.meta["source"] = qualified_name(origin)
+        for node in flat.graph.nodes:
+            stack = node.meta.get("nn_module_stack", {})
+            node.meta["nn_module_stack"] = {
+                key: (_module_path(source), kind) for key, (source, kind) in stack.items()
+            }
         return canonicalize(flat)
 
 
@@ -335,8 +342,16 @@ def qualified_name(placeholder: Node) -> str:
     source = getattr(placeholder, "_dynamo_source", None)
     text = source.name if source is not None else ""
     text = text() if callable(text) else text
-    parts = re.findall(r"\['([^']+)'\]|\.([A-Za-z]\w*)|\[(\d+)\]", text)
-    stores = ("_modules", "_parameters", "_buffers")
-    local, *names = [a or b or c for a, b, c in parts] or [placeholder.name]
-    names = [name for name in names if name not in stores]
+    local, *names = _parts_of(text) or [placeholder.name]
     return ".".join(names) or local  # of a parameter the local holds the model; an input is one
+
+
+def _module_path(source: str) -> str:
+    """Return `blocks.0.attn` for Dynamo's `L['self'].blocks.0.attn`."""
+    return ".".join(_parts_of(source)[1:])
+
+
+def _parts_of(source: str) -> list[str]:
+    parts = re.findall(r"\['([^']+)'\]|\.([A-Za-z]\w*)|[.\[](\d+)", source)
+    stores = ("_modules", "_parameters", "_buffers")
+    return [name for part in parts if (name := "".join(part)) not in stores]

@@ -144,7 +144,8 @@ def hint(size: int | torch.SymInt, sizes: Mapping[str, int] | None = None) -> in
 
     Args:
         size: fixed or symbolic.
-        sizes: values of free sizes by name; a size they do not decide has its value at capture.
+        sizes: values of free sizes by name; a size they do not decide has its value at capture, and
+            one that depends on the data, which has none, counts as 1.
     """
     if isinstance(size, int):
         return size
@@ -152,7 +153,7 @@ def hint(size: int | torch.SymInt, sizes: Mapping[str, int] | None = None) -> in
     known = {s: sizes[str(s)] for s in expression.free_symbols if sizes and str(s) in sizes}
     if len(known) == len(expression.free_symbols):
         return int(expression.xreplace(known))
-    return int(size.node.hint)  # type: ignore[arg-type]
+    return 1 if size.node.hint is None else int(size.node.hint)
 
 
 def insert_call(

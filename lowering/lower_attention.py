@@ -1,10 +1,9 @@
 """The rule that chooses what computes `fxq::rectified_attention` on a device.
 
 On CUDA our own kernel takes head dims to 128 in fp16 and bf16, FlexAttention most of the rest. On a
-CPU the definition is the kernel: it reads visited blocks only. With one thread, and at density 0.2
-exactly (no top-p, no adjacency), it was 1.6 times as fast as dense SDPA at 4,096 tokens and 2.1
-times at 8,192, slower than it at 1,024, and as fast as compiled FlexAttention that got its mask for
-nothing but compiles for seconds for every shape (benchmarks/cpu_rectified_attention.py).
+CPU the definition is the kernel: it reads visited blocks only, and dense steps are torch's
+attention. What that brings, and from which share of visited blocks on it is slower than dense:
+benchmarks/cpu_rectified_attention.py.
 """
 
 from collections.abc import Mapping

@@ -19,6 +19,7 @@ from fxq.canonicalize.linear import (
     linear_with_bias,
 )
 from fxq.canonicalize.norm import rms_norm
+from fxq.canonicalize.products import bmm_of_baddbmm
 from fxq.canonicalize.views import reshape_of_view, transpose_of_property
 from fxq.graph import erase_dead
 
@@ -27,6 +28,7 @@ REWRITES: tuple[Callable[[GraphModule], int], ...] = (
     transpose_of_property,
     drop_no_ops,
     matmul_of_einsum,
+    bmm_of_baddbmm,
     linear_of_addmm,
     linear_of_matmul,
     linear_with_bias,

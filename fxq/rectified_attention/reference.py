@@ -196,6 +196,33 @@ def attend_block(
     return out * found.ratio[b, h, n] + found.correction[b, h, n], lse
 
 
+def checked_layout(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    density: Tensor,
+    text_len: Tensor | None,
+    order: Tensor | None,
+    adjacency: Tensor | None,
+    text_start: int,
+    text_size: int,
+    block_size: int,
+    mode: str,
+    mass: str,
+    is_causal: bool,
+) -> BlockLayout:
+    """Return the layout that arguments of `rectified_attention` describe.
+
+    Raises:
+        ValueError: arguments that make no self-attention or do not fit each other.
+    """
+    check_choices(mode, mass)
+    check_tensors(query, key, value, density)
+    layout = BlockLayout(query.shape[2], text_start, text_size, block_size)
+    check_layout(layout, text_len, order, adjacency, query.shape[0], is_causal)
+    return layout
+
+
 def rectified_attention(
     query: Tensor,
     key: Tensor,
@@ -242,10 +269,10 @@ def rectified_attention(
     Raises:
         ValueError: arguments that make no self-attention or do not fit each other.
     """
-    check_choices(mode, mass)
-    check_tensors(query, key, value, density)
-    layout = BlockLayout(query.shape[2], text_start, text_size, block_size)
-    check_layout(layout, text_len, order, adjacency, query.shape[0], is_causal)
+    layout = checked_layout(
+        query, key, value, density, text_len, order, adjacency, text_start, text_size, block_size,
+        mode, mass, is_causal,
+    )  # fmt: skip
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     index = layout.to_canonical(order, query.device)
     text_mask = layout.text_mask(text_len, query.shape[0], query.device)

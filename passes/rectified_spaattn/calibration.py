@@ -147,11 +147,14 @@ def calibrate_density(
         n_blocks: query blocks sampled per layer and batch.
         progress: told of each batch.
     Raises:
-        ValueError: densities outside (0, 1), no batch, or no attention to replace.
+        ValueError: densities outside (0, 1), no block to sample, no batch, or no attention to
+            replace.
     """
     measured = attention or ReplaceAttention()
     if not densities or any(not 0 < d < 1 for d in densities):
         raise ValueError(f"densities: expected numbers between 0 and 1, found {tuple(densities)}")
+    if n_blocks < 1:
+        raise ValueError(f"n_blocks: expected at least 1 per layer and batch, found {n_blocks}")
     captured = capture(model, example_inputs)
     recipe = Recipe("calibration", (replace(measured, density=1.0),))
     gm = recipe.apply(captured.graph_module)

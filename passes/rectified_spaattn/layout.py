@@ -26,8 +26,8 @@ class TokenLayout:
         text: where the text tokens are.
         text_size: how many there are, padding included; 0 for none. Give it together with `text`.
         grid: frames, height and width of the visual tokens, which lie in this (raster) order.
-        prefix_masks: the word that every key-padding mask keeps a prefix of the text and all visual
-            tokens.
+        prefix_masks: the word that every boolean mask `[B, 1, 1, S]` keeps a prefix of the text and
+            all visual tokens.
     """
 
     text: Literal["first", "last"] | None = None
@@ -45,6 +45,8 @@ class TokenLayout:
                 f"TokenLayout.text_size: expected a number of tokens and their place, found "
                 f"{self.text_size} and text={self.text!r}; give text='first' or 'last' with it"
             )
+        if self.grid is not None:
+            object.__setattr__(self, "grid", tuple(self.grid))
         if self.grid is not None and (len(self.grid) != 3 or min(self.grid) < 1):
             raise ValueError(
                 f"TokenLayout.grid: expected (frames, height, width) in tokens, found {self.grid}"

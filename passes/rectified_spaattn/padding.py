@@ -6,8 +6,9 @@ text behind the visual tokens and
 
     arange(S) < n        with n = (sum of a mask) + at least the number of visual tokens
 
-in its various spellings; for anything else it takes the user's word. The count is a sum in the
-graph, so nothing waits for the device.
+in its various spellings; for anything else it takes the user's word. A mask that is an input may be
+any dtype, as pipelines pass zeros and ones as floats. The count is a sum in the graph, so nothing
+waits for the device.
 """
 
 from typing import Any
@@ -57,7 +58,8 @@ def valid_text(
     if not is_bool or len(shape) != 4 or shape != (batch, 1, 1, segments.size):
         return Skip(
             f"its mask is not key padding: expected bool [{batch}, 1, 1, {segments.size}], found "
-            f"{dtype_of(mask)} {list(shape)}",
+            f"{dtype_of(mask)} {list(shape)}"
+            + ("; TokenLayout(prefix_masks=True) is about the former only" if word else ""),
             intended=False,
         )
     if not segments.text_size:
@@ -120,9 +122,12 @@ def _at_least(length: Any) -> int:
     value = constant_value(length) if isinstance(length, Node) else None
     if value is not None:
         return int(value.min())
-    # A sum of booleans is not negative; anything else may be.
-    counts = is_op(length, *SUM) and dtype_of(args_of(length)[0]) == torch.bool
-    return 0 if counts else -(2**62)
+    # A sum of booleans is not negative, nor is that of a mask among the inputs, of zeros and ones;
+    # anything else may be.
+    summed = args_of(length)[0] if is_op(length, *SUM) else None
+    counts = summed is not None and dtype_of(summed) == torch.bool
+    given = isinstance(source := origin(summed), Node) and source.op == "placeholder"
+    return 0 if counts or given else -(2**62)
 
 
 def _hides_nothing(mask: Node) -> bool:

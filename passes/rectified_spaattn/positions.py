@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
+from torch.utils._pytree import tree_leaves
 
 from fxq.account import ATTENTION, CONV, LINEAR, MATMUL, SPARSE_ATTENTION
 from fxq.graph import args_of, hint, input_name, is_op, val_of
@@ -72,7 +73,8 @@ class Positions:
     Attributes:
         streams: the inputs with positions.
         attention: every dense attention node -> numbers along the sequence of its queries, keys
-            and values, each `[S]`, int64, free sizes as at capture.
+            and values, each `[S]`, int64, free sizes as at capture. One whose sizes depend on the
+            data is left out.
         returned: names of the streams that the model's results have positions of.
     """
 
@@ -104,6 +106,14 @@ class _Walk:
 
     def visit(self, node: Node) -> None:
         reads = [read for read in node.all_input_nodes if read in self.numbers]
+        if _has_unbacked(node) or (
+            is_op(node, *ATTENTION) and any(map(_has_unbacked, node.all_input_nodes))
+        ):
+            return
+        if any(map(_has_unbacked, node.all_input_nodes)) and node.op == "call_function":
+            self.numbers[node] = _unknown(self, node)
+            self.unread[node] = len(node.users)
+            return
         if node.op == "placeholder":
             self._begin(node)
         elif node.op == "output":
@@ -159,6 +169,16 @@ class _Walk:
 Rule = Callable[[_Walk, Node], Any]
 
 
+def _has_unbacked(node: Node) -> bool:
+    """Tell whether a size of a node's value depends on the data."""
+    values = tree_leaves(node.meta.get("val"))
+    return any(
+        isinstance(size, torch.SymInt) and size.node.hint is None
+        for value in values
+        for size in (value.shape if isinstance(value, Tensor) else (value,))
+    )
+
+
 def _unknown(walk: _Walk, node: Node) -> Any:
     def unknown(value: Any) -> Tensor:
         sizes = tuple(hint(size) for size in value.shape)
@@ -176,9 +196,17 @@ def _placeless(walk: _Walk, node: Node) -> None:
 
 
 def _pointwise(walk: _Walk, node: Node) -> Tensor:
-    """The operand with the most places decides; one that is broadcast fills what it leaves open."""
+    """The operand with the most places decides; others fill what it leaves open. Of as many places
+    one whose last dimension was mixed counts, rather than one whose channels still are an input's,
+    such as a table of rotary angles."""
+
+    def rank(numbers: Tensor) -> tuple[int, int]:
+        small = compact(numbers)
+        channels = small.shape[-1] if small.ndim else 1
+        return -small.numel() // channels, channels
+
     numbers = [walk.of(read) for read in node.all_input_nodes if read in walk.numbers]
-    numbers.sort(key=lambda n: -compact(n).numel())
+    numbers.sort(key=rank)
     sizes = sizes_of(node)
     result = numbers[0].expand(sizes)
     for other in numbers[1:]:
@@ -239,9 +267,11 @@ def _mix_channels(walk: _Walk, node: Node) -> Tensor:
 
 def _conv(walk: _Walk, node: Node) -> Tensor:
     """A window has the position of its first pixel."""
-    x, _, _, stride, *rest = (*args_of(node), 1)[:4] if len(node.args) < 4 else args_of(node)
+    x, weight = args_of(node)[:2]
     numbers, sizes = walk.of(x), sizes_of(node)
-    if numbers.ndim != len(sizes) or (is_op(node, aten.convolution.default) and rest[2]):
+    stride: Any = args_of(node)[3] if len(node.args) > 3 else node.kwargs.get("stride", 1)
+    unbatched = numbers.ndim != len(sizes_of(weight))
+    if unbatched or (is_op(node, aten.convolution.default) and args_of(node)[6]):  # transposed
         return _unknown(walk, node)
     numbers = numbers[:, :1]
     steps: Sequence[int] = stride if isinstance(stride, list | tuple) else [stride]

@@ -35,6 +35,7 @@ from fxq.pipeline import Pass
 from fxq.rectified_attention.layout import check_choices
 
 aten = torch.ops.aten
+DENSE = ATTENTION - {SPARSE_ATTENTION}
 
 Override = tuple[str, float | None]
 Masked = tuple[Node | None, Segments]
@@ -130,6 +131,8 @@ class ReplaceAttention(Pass):
             else:
                 sites.append(found)
         for node in gm.graph.nodes:
+            if is_op(node, *DENSE) and node not in positions.attention:
+                mark_skip(node, Skip("a size of it depends on the data", intended=False))
             done = {"fxq_skip", "fxq_format"} & set(node.meta)
             if kind_of(node) is not None and not done and not is_op(node, *ATTENTION):
                 mark_skip(node, Skip("this recipe replaces attention only", intended=True))

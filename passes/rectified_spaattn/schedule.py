@@ -126,7 +126,8 @@ def set_step(program: nn.Module, step: int) -> None:
     """
     if step < 0:
         raise ValueError(f"step: expected 0 or more, found {step}")
-    _state(program, "step", "its density does not go by ByStep").fill_(step)
+    for counter in _states(program, "step", "its density does not go by ByStep"):
+        counter.fill_(step)
 
 
 def set_densities(program: nn.Module, densities: Tensor | Sequence[Sequence[float]]) -> None:
@@ -136,9 +137,16 @@ def set_densities(program: nn.Module, densities: Tensor | Sequence[Sequence[floa
         program: what `fxq.compress` returned, or `torch.compile` of it.
         densities: `[rows, layers]`, > 0, as many as the program has.
     Raises:
-        ValueError: another shape, densities that are not positive, or a program without any.
+        ValueError: another shape, densities that are not positive, or a program without any or
+            with several tables.
     """
-    table = _state(program, "densities", "it has no sparse attention")
+    tables = _states(program, "densities", "it has no sparse attention")
+    if len(tables) > 1:
+        raise ValueError(
+            f"program: expected one ReplaceAttention in its recipe, found {len(tables)} tables of "
+            "densities; put their densities into one pass (overrides=...)"
+        )
+    (table,) = tables
     values = torch.as_tensor(densities, dtype=table.dtype, device=table.device)
     if values.shape != table.shape or not bool((values > 0).all()):
         raise ValueError(
@@ -148,15 +156,17 @@ def set_densities(program: nn.Module, densities: Tensor | Sequence[Sequence[floa
     table.copy_(values)
 
 
-def _state(program: nn.Module, name: str, why: str) -> Tensor:
+def _states(program: nn.Module, name: str, why: str) -> list[Tensor]:
+    """Return what each ReplaceAttention of the recipe keeps under `name`."""
     state: Any = getattr(getattr(program, "graph_module", program), RUNTIME_STATE, None)
-    value = getattr(state, name, None)
-    if not isinstance(value, Tensor):
+    buffers = state.named_buffers() if isinstance(state, nn.Module) else ()
+    found = [value for key, value in buffers if key.rstrip("0123456789") in (name, f"{name}_")]
+    if not found:
         raise ValueError(
             f"program: expected one whose recipe sets {name!r}, found {type(program).__name__} "
             f"without: {why}; choose it in ReplaceAttention(density=...)"
         )
-    return value
+    return found
 
 
 def _row(gm: GraphModule, schedule: Schedule, before: Node) -> Node:
@@ -165,7 +175,7 @@ def _row(gm: GraphModule, schedule: Schedule, before: Node) -> Node:
         inputs = {input_name(n): n for n in gm.graph.nodes if n.op == "placeholder"}
         if schedule.name not in inputs:
             raise ValueError(
-                f"ByTimestep.name: the model has no input {schedule.name!r}; "
+                f"ByTimestep.name: no input {schedule.name!r} of the model is a tensor; "
                 f"{did_you_mean(schedule.name, inputs)}"
             )
         levels = torch.tensor(schedule.levels, device=val_of(before).device)
@@ -180,7 +190,8 @@ def _row(gm: GraphModule, schedule: Schedule, before: Node) -> Node:
 
 
 def _check(densities: Sequence[float], name: str) -> None:
-    if not densities or any(not density > 0 for density in densities):
+    numbers = all(isinstance(density, int | float) for density in densities)
+    if not densities or not numbers or any(not density > 0 for density in densities):
         raise ValueError(
             f"{name}: expected positive shares of the key blocks (1 or more: dense), found "
             f"{densities}"

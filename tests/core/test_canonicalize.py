@@ -160,6 +160,18 @@ ATTENTIONS = {
         torch.where(m.keep, q @ k.transpose(-2, -1) / 8**0.5, torch.finfo(q.dtype).min).softmax(-1)
         @ v
     ),
+    "baddbmm": lambda m, q, k, v: torch.bmm(
+        torch.baddbmm(
+            q.new_empty(6, 5, 5), q.flatten(0, 1), k.flatten(0, 1).mT, beta=0, alpha=0.3
+        ).softmax(-1),
+        v.flatten(0, 1),
+    ),
+    "baddbmm with a mask": lambda m, q, k, v: torch.bmm(
+        torch.baddbmm(
+            m.windows[0, 0].expand(6, 5, 5), q.flatten(0, 1), k.flatten(0, 1).mT, alpha=0.3
+        ).softmax(-1),
+        v.flatten(0, 1),
+    ),
     "windows": lambda m, q, k, v: (
         ((q @ k.transpose(-2, -1) + m.bias).view(1, 2, 3, 5, 5) + m.windows)
         .view(2, 3, 5, 5)

@@ -56,6 +56,29 @@ def test_strided_inputs_are_read_as_they_lie() -> None:
     opcheck(OP, (q, k, v, *rest))
 
 
+@pytest.mark.parametrize("mode", ["paper", "online"])
+@pytest.mark.parametrize("text_start", [0, 32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_density_of_one_is_dense_attention_on_every_path(
+    dtype: torch.dtype, text_start: int, mode: str
+) -> None:
+    """On a CPU torch computes it, and the definition agrees."""
+    q, k, _ = inputs(dtype=dtype)
+    v = torch.randn_like(k)
+    text_len = torch.tensor([5, 0], dtype=torch.int32)
+    how = (4, 0.3, mode, "complement", True, False, False, None)
+    args = (q, k, v, torch.tensor(1.0), text_len, torch.randperm(32), None, text_start, 5, *how)
+
+    out, lse = OP(*args)
+
+    expected, expected_lse = reference.rectified_attention(*args)
+    bound = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(out, expected, atol=bound, rtol=bound)
+    torch.testing.assert_close(lse, expected_lse, atol=1e-5, rtol=1e-5)
+    assert out.stride() == expected.stride()
+    opcheck(OP, args)
+
+
 def test_no_input_is_written_to() -> None:
     q, k, v = inputs()
     text_len = torch.tensor([1, 3], dtype=torch.int32)

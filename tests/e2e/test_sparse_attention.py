@@ -131,6 +131,20 @@ def test_quantized_linears_and_sparse_attention_compile_together(compilations: l
     assert len(compilations) == 2
 
 
+def test_overrides_name_layers_as_in_the_model(compilations: list[Any]) -> None:
+    model, example = seeded(ZOO["wan"])
+    attention = replace(SMALL, density=0.3, overrides=(("blocks.0.attn1", None),))
+    with pytest.raises(BackendCompilerFailed, match=r"or 'blocks\.0\.attn1'"):
+        outputs(compiled(model, replace(attention, overrides=(("blocks.7", None),))), example)
+
+    own = replace(attention, overrides=(("blocks.0.attn1", 0.6),))
+    expected = outputs(fxq.compress(model, example, Recipe("own", (own,))), example)
+    found = outputs(compiled(model, own), example)
+
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    assert len(compilations) == 1
+
+
 def test_what_the_recipe_could_not_do_is_a_warning_or_an_error() -> None:
     model, example = JointAttention("last", additive).eval(), joint_inputs()
 

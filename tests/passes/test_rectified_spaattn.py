@@ -137,6 +137,21 @@ def test_padded_text_is_counted_and_has_no_influence(mask: Mask) -> None:
         torch.testing.assert_close(program(**example), before, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int64], ids=str)
+def test_a_mask_of_zeros_and_ones_may_have_any_dtype(dtype: torch.dtype) -> None:
+    """diffusers' HunyuanVideo pipeline casts it to the transformer's dtype."""
+    model, example = seeded(ZOO["hunyuan_video"])
+    assert isinstance(example, dict)
+    example["encoder_attention_mask"] = example["encoder_attention_mask"].to(dtype)
+
+    program = compress(model, example, DENSE, strict=True)
+
+    assert len(sparse_nodes(program.graph_module)) == FAMILIES["hunyuan_video"][0]
+    with torch.no_grad():
+        found, expected = (tree_leaves(m(**example))[0] for m in (program, model))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("mask", [below_length, beside_ones])
 @pytest.mark.parametrize("lengths", [(0, 0), (7, 0), (1, 7)])
 def test_empty_and_full_text_never_give_nan(mask: Mask, lengths: tuple[int, int]) -> None:
@@ -210,6 +225,8 @@ def test_a_program_survives_saving(tmp_path: Any) -> None:
     ("change", "message"),
     [
         ({"density": 0.0}, "density: expected positive shares"),
+        ({"density": "0.2"}, "density: expected positive shares"),
+        ({"density": None}, "density: expected positive shares"),
         ({"density": float("nan")}, "density: expected positive shares"),
         ({"top_p": 1.5}, "top_p: expected 0 to 1, found 1.5"),
         ({"block_size": 0}, "block_size and min_tokens of at least 1"),

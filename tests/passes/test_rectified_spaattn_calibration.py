@@ -111,6 +111,7 @@ def test_attention_in_no_module_keeps_its_name() -> None:
     [
         ({"densities": (0.0, 0.5)}, "densities: expected numbers between 0 and 1"),
         ({"densities": ()}, "densities: expected numbers between 0 and 1"),
+        ({"n_blocks": 0}, "n_blocks: expected at least 1"),
         ({"data": []}, "data: expected at least one batch"),
         ({"attention": ReplaceAttention()}, "found none; left dense: 1 x 79 tokens: dense is fast"),
     ],

@@ -97,6 +97,46 @@ def test_segments_and_grid_follow_the_tokens(
     assert found.grid == grid
 
 
+def test_a_table_of_angles_among_the_inputs_hides_no_tokens() -> None:
+    class Rotated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix = nn.Linear(8, 24)
+
+        def forward(self, x: Tensor, angles: Tensor) -> Tensor:
+            q, k, v = self.mix(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+            q, k = (y * angles.cos()[:, None] for y in (q, k))
+            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    (found,) = segments(Rotated(), (torch.randn(2, 12, 8), torch.randn(2, 12, 4)))
+
+    assert isinstance(found, Segments), found
+    assert (found.text_size, found.n_visual) == (0, 12)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_convolution_of_stride_one_keeps_the_grid(bias: bool) -> None:
+    conv = nn.Conv3d(8, 8, 1, bias=bias)
+    model = Attend(lambda v, t: flat(conv(v)), slice(0, 48))
+    model.conv = conv
+
+    (found,) = segments(model, (torch.randn(2, 8, 4, 3, 4), torch.randn(2, 4, 8)))
+
+    assert isinstance(found, Segments), found
+    assert found.grid == (4, 3, 4)
+
+
+def test_a_convolution_without_a_batch_is_unknown_rather_than_an_error() -> None:
+    conv = nn.Conv3d(8, 8, 1, bias=False)
+    model = Attend(lambda v, t: flat(torch.stack([conv(v[0]), conv(v[1])])), slice(0, 48))
+    model.conv = conv
+
+    (found,) = segments(model, (torch.randn(2, 8, 4, 3, 4), torch.randn(2, 4, 8)))
+
+    assert isinstance(found, Skip)
+    assert found.reason.startswith("where its tokens come from cannot be followed")
+
+
 def test_packed_tokens_have_no_grid_but_take_a_given_one() -> None:
     model = Attend(lambda v, t: torch.cat([t, v], 1), slice(4, None))
     example = (torch.randn(2, 12, 8), torch.randn(2, 4, 8))

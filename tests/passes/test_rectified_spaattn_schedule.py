@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from sparse_models import JointAttention, joint_inputs
-from torch import nn
+from torch import Tensor, nn
 
 import fxq
 from fxq.passes.rectified_spaattn import (
@@ -27,6 +28,25 @@ def compressed(density: Any, **kwargs: Any) -> tuple[nn.Module, Program, dict[st
     model, example = JointAttention().eval(), joint_inputs() | kwargs
     recipe = Recipe("test", (replace(SMALL, density=density),))
     return model, fxq.compress(model, example, recipe, strict=True), example
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(16, 48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.mix(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+class TwoLayers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Layer(), Layer()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(x + self.first(x))
 
 
 def is_dense(model: nn.Module, program: Program, example: dict[str, torch.Tensor]) -> bool:
@@ -66,6 +86,20 @@ def test_a_step_counter_chooses_the_density_and_the_last_one_stays() -> None:
     assert dense == [True, False, False, False, True]
 
 
+def test_a_step_reaches_every_pass_of_a_recipe() -> None:
+    model, example = TwoLayers().eval(), torch.randn(1, 24, 16)
+    online = replace(SMALL, density=ByStep((0.3, 1.0)), mode="online")
+    paper = replace(online, mode="paper", overrides=(("second", None),))
+    program = fxq.compress(model, example, Recipe("two", (paper, online)), strict=True)
+    with torch.no_grad():
+        sparse = program(example)
+        set_step(program, 1)
+        torch.testing.assert_close(program(example), model(example), atol=1e-6, rtol=1e-5)
+    assert not torch.allclose(sparse, model(example), atol=1e-4)
+    with pytest.raises(ValueError, match="expected one ReplaceAttention in its recipe, found 2"):
+        set_densities(program, [[1.0], [1.0]])
+
+
 def test_densities_can_be_replaced_in_place() -> None:
     model, program, example = compressed(0.3)
     assert not is_dense(model, program, example)
@@ -97,7 +131,10 @@ def test_the_report_names_the_range() -> None:
         (lambda: ByTimestep((2.0, 1.0), (0.2, 0.3, 1.0)), "ascending levels"),
         (lambda: ByStep(()), "expected positive shares"),
         (lambda: ByStep((0.2, -1.0)), "expected positive shares"),
-        (lambda: compressed(ByTimestep((1.0,), (0.2, 1.0), "sigma")), "no input 'sigma'"),
+        (
+            lambda: compressed(ByTimestep((1.0,), (0.2, 1.0), "sigma")),
+            "no input 'sigma' of the model",
+        ),
         (lambda: set_step(compressed(0.3)[1], 1), "expected one whose recipe sets 'step'"),
         (lambda: set_step(compressed(ByStep((1.0,)))[1], -1), "expected 0 or more"),
         (lambda: set_densities(nn.Linear(2, 2), [[1.0]]), "it has no sparse attention"),

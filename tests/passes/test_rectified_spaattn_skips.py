@@ -27,6 +27,7 @@ from sparse_models import (
 )
 from torch import Tensor, nn
 
+import fxq
 from fxq.errors import SkippedError
 from fxq.graph import args_of
 from fxq.passes.rectified_spaattn import TokenLayout
@@ -107,6 +108,32 @@ class Permuted(nn.Module):
     def forward(self, x: Tensor, index: Tensor) -> Tensor:
         q = self.q(x[:, index])[:, None]
         return nn.functional.scaled_dot_product_attention(q, q, q)[:, 0]
+
+
+class Chosen(nn.Module):
+    """Attention over as many tokens as the data says, then over all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Linear(16, 16)
+
+    def attend(self, x: Tensor) -> Tensor:
+        q = self.q(x)[:, None]
+        return nn.functional.scaled_dot_product_attention(q, q, q)[:, 0]
+
+    def forward(self, x: Tensor, valid: Tensor) -> Tensor:
+        some = x[:, valid.nonzero()[:, 0]]
+        torch._check(some.shape[1] != 0)
+        return self.attend(x + self.attend(some).mean(1, keepdim=True))
+
+
+def test_a_size_that_depends_on_the_data_is_a_reason() -> None:
+    program = compress(Chosen(), (torch.randn(2, 24, 16), torch.arange(24) % 2 == 0), SMALL)
+
+    kinds = [r for r in fxq.report(program).rows if r.row.kind == "attention"]
+    assert [bool(r.row.skip) for r in kinds] == [True, False]
+    (found,) = reasons(program).values()
+    assert found == "a size of it depends on the data"
 
 
 def test_cross_attention_of_equal_length_is_seen() -> None:
