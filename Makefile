@@ -39,6 +39,7 @@ bench: $(STAMP)  ## CPU benchmarks; results go to benchmarks/results
 	@$(BIN)/python benchmarks/planted_imbalance.py
 	@$(BIN)/python benchmarks/data_free.py calibration
 	@$(BIN)/python benchmarks/data_free.py entropy --threads 1
+	@$(BIN)/python benchmarks/cpu_rectified_attention.py --threads 1
 	@$(BIN)/python benchmarks/import_time.py
 
 bench-gpu: $(STAMP)  ## GPU benchmarks, not measured yet; results go to benchmarks/results
