@@ -26,7 +26,10 @@ def lower_attention(
 ) -> Decision:
     """Put the best engine for `device` in the place of one sparse attention."""
     if device.type == "cpu":
-        return Decision("rectified_attention (torch)", "reads visited blocks only, in fp32; pays below half of them")
+        return Decision(
+            "rectified_attention (torch)",
+            "reads visited blocks only, in fp32; pays below half of them",
+        )
     if device.type != "cuda":
         return Decision(None, f"the reference: no kernel for {device.type}")
     declined = why_not_triton(node, sizes)
