@@ -30,8 +30,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from fxq.lowering.flex_attention import block_lists, compiled
 from fxq.numerics import sqnr_db
 from fxq.rectified_attention.layout import BlockLayout
-from fxq.rectified_attention.op import compute
-from fxq.rectified_attention.reference import plan
+from fxq.rectified_attention.reference import plan, rectified_attention
 
 SHAPES = ((4, 1024, 64), (2, 4096, 64), (1, 8192, 128))  # heads, tokens, head dim
 DENSITIES = (0.1, 0.2, 0.35, 0.5)
@@ -55,7 +54,7 @@ def ours(qkv: list[Tensor], density: float, mode: str, top_p: float = 0.0) -> Ca
     """Return what the operator computes; the gate is on in "paper" mode."""
     rest = (None, None, None, 0, 0, BLOCK, top_p, mode, "complement", mode == "paper", False)
     share = torch.tensor(density)
-    return lambda: compute(*qkv, share, *rest, False, None)[0]
+    return lambda: rectified_attention(*qkv, share, *rest, False, None)[0]
 
 
 def kept_blocks(qkv: list[Tensor], density: float, top_p: float = 0.0) -> Tensor:

@@ -11,8 +11,8 @@ for a GPU can be run and compared anywhere.
 import torch
 from torch import Tensor
 
+from fxq.rectified_attention import reference
 from fxq.rectified_attention.layout import empty_output
-from fxq.rectified_attention.op import compute
 
 ENGINES = ("triton", "flex")
 
@@ -45,7 +45,7 @@ def lowered_attention(
     if engine not in ENGINES:
         raise ValueError(f"engine: expected one of {ENGINES}, found {engine!r}")
     if query.device.type != "cuda":
-        return compute(*args, scale)
+        return reference.rectified_attention(*args, scale)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if engine == "flex":
         from fxq.lowering.flex_attention import launch as flex_launch

@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from fxq.rectified_attention.layout import BlockLayout, empty_output
-from fxq.rectified_attention.reference import repeat_heads
+from fxq.rectified_attention.layout import BlockLayout, empty_output, repeat_heads
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -86,6 +86,12 @@ def empty_output(query: Tensor, dim_v: int) -> Tensor:
     return query.new_empty(n_batch, n_heads, n_tokens, dim_v)
 
 
+def repeat_heads(x: Tensor, n_heads: int) -> Tensor:
+    """Return key-value heads `[B, Hkv, ...]` repeated to `[B, H, ...]`, each for its group."""
+    group = n_heads // x.shape[1]
+    return x if group == 1 else x.repeat_interleave(group, dim=1)
+
+
 def check_choices(mode: str, mass: str) -> None:
     """Raise `ValueError` where a named choice does not exist."""
     for name, value, choices in (("mode", mode, get_args(Mode)), ("mass", mass, get_args(Mass))):

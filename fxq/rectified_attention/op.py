@@ -1,45 +1,14 @@
 """The operator `fxq::rectified_attention` of the QUANTIZED dialect.
 
-Its body is `compute`, so a graph that holds it runs on any device. Density is a tensor: one graph
-serves every step, and a density of 1 is dense attention.
+Its body is `fxq.rectified_attention.reference`, so a graph that holds it runs on any device.
+Density is a tensor: one graph serves every step, and a density of 1 is dense attention.
 """
 
 import torch
 from torch import Tensor
 
 from fxq.rectified_attention import reference
-from fxq.rectified_attention.dense import dense_attention, is_for_torch
 from fxq.rectified_attention.layout import check_choices, empty_output
-
-
-def compute(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    density: Tensor,
-    text_len: Tensor | None,
-    order: Tensor | None,
-    adjacency: Tensor | None,
-    text_start: int,
-    text_size: int,
-    block_size: int,
-    top_p: float,
-    mode: str,
-    mass: str,
-    gate: bool,
-    center_keys: bool,
-    is_causal: bool,
-    scale: float | None,
-) -> tuple[Tensor, Tensor]:
-    """Return `reference.rectified_attention`, at a density of 1 on a CPU by torch's attention."""
-    args = (
-        query, key, value, density, text_len, order, adjacency, text_start, text_size, block_size,
-        top_p, mode, mass, gate, center_keys, is_causal, scale,
-    )  # fmt: skip
-    layout = reference.checked_layout(*args[:10], mode, mass, is_causal)
-    if is_for_torch(query, value, density, layout, is_causal):
-        return dense_attention(query, key, value, text_len, layout, scale)
-    return reference.rectified_attention(*args)
 
 
 @torch.library.custom_op("fxq::rectified_attention", mutates_args=())
@@ -63,7 +32,7 @@ def rectified_attention(
     scale: float | None,
 ) -> tuple[Tensor, Tensor]:
     """Return output and log-sum-exp. Arguments: `reference.rectified_attention`."""
-    return compute(
+    return reference.rectified_attention(
         query, key, value, density, text_len, order, adjacency, text_start, text_size, block_size,
         top_p, mode, mass, gate, center_keys, is_causal, scale,
     )  # fmt: skip

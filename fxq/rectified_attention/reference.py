@@ -2,7 +2,8 @@
 
 `plan` decides from pooled statistics what every query block visits and what it gets back;
 `rectified_attention` attends accordingly, one query block of one head at a time and to the keys it
-visits only: time grows with the density, and memory with the sequence rather than its square.
+visits only: time grows with the density, and memory with the sequence rather than its square. At a
+density of 1 that is dense attention, which torch computes faster (`dense.py`).
 """
 
 import itertools
@@ -11,12 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fxq.rectified_attention.dense import dense_attention, is_for_torch
 from fxq.rectified_attention.layout import (
     BlockLayout,
     check_choices,
     check_layout,
     check_tensors,
     empty_output,
+    repeat_heads,
 )
 from fxq.rectified_attention.pooling import pool_blocks
 from fxq.rectified_attention.rectification import (
@@ -57,12 +60,6 @@ class Plan:
     k_mean: Tensor
     v_mean: Tensor
     counts: Tensor
-
-
-def repeat_heads(x: Tensor, n_heads: int) -> Tensor:
-    """Return key-value heads `[B, Hkv, ...]` repeated to `[B, H, ...]`, each for its group."""
-    group = n_heads // x.shape[1]
-    return x if group == 1 else x.repeat_interleave(group, dim=1)
 
 
 def plan(
@@ -196,33 +193,6 @@ def attend_block(
     return out * found.ratio[b, h, n] + found.correction[b, h, n], lse
 
 
-def checked_layout(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    density: Tensor,
-    text_len: Tensor | None,
-    order: Tensor | None,
-    adjacency: Tensor | None,
-    text_start: int,
-    text_size: int,
-    block_size: int,
-    mode: str,
-    mass: str,
-    is_causal: bool,
-) -> BlockLayout:
-    """Return the layout that arguments of `rectified_attention` describe.
-
-    Raises:
-        ValueError: arguments that make no self-attention or do not fit each other.
-    """
-    check_choices(mode, mass)
-    check_tensors(query, key, value, density)
-    layout = BlockLayout(query.shape[2], text_start, text_size, block_size)
-    check_layout(layout, text_len, order, adjacency, query.shape[0], is_causal)
-    return layout
-
-
 def rectified_attention(
     query: Tensor,
     key: Tensor,
@@ -269,10 +239,12 @@ def rectified_attention(
     Raises:
         ValueError: arguments that make no self-attention or do not fit each other.
     """
-    layout = checked_layout(
-        query, key, value, density, text_len, order, adjacency, text_start, text_size, block_size,
-        mode, mass, is_causal,
-    )  # fmt: skip
+    check_choices(mode, mass)
+    check_tensors(query, key, value, density)
+    layout = BlockLayout(query.shape[2], text_start, text_size, block_size)
+    check_layout(layout, text_len, order, adjacency, query.shape[0], is_causal)
+    if is_for_torch(query, value, density, layout, is_causal):
+        return dense_attention(query, key, value, text_len, layout, scale)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     index = layout.to_canonical(order, query.device)
     text_mask = layout.text_mask(text_len, query.shape[0], query.device)

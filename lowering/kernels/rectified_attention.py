@@ -17,9 +17,8 @@ from torch import Tensor
 
 from fxq.lowering.kernels import attend_blocks, pool_blocks, select_blocks
 from fxq.lowering.kernels.select_blocks import Products, Selection
-from fxq.rectified_attention.layout import BlockLayout, empty_output
+from fxq.rectified_attention.layout import BlockLayout, empty_output, repeat_heads
 from fxq.rectified_attention.pooling import BlockStats, mean_token
-from fxq.rectified_attention.reference import repeat_heads
 
 
 def pair_products(
