@@ -55,6 +55,9 @@ LINEARS = {
     ),
     "matmul": (lambda m, x: x @ m.w, "linear_of_matmul"),
     "matmul of a transpose": (lambda m, x: x @ m.wt.t(), "linear_of_matmul"),
+    "matmul of .T": (lambda m, x: x @ m.wt.T, "linear_of_matmul"),
+    "matmul of .mT": (lambda m, x: x @ m.wt.mT, "linear_of_matmul"),
+    "matmul of .mH": (lambda m, x: x @ m.wt.mH, "linear_of_matmul"),
     "matmul and bias": (lambda m, x: x @ m.w + m.b, "linear_with_bias"),
     "bias first": (lambda m, x: m.b + F.linear(x, m.w.t()), "linear_with_bias"),
 }
