@@ -3,9 +3,9 @@
 On CUDA our own kernel takes head dims to 128 in fp16 and bf16, FlexAttention most of the rest. On a
 CPU the definition is the kernel: it reads visited blocks only, and dense steps are torch's
 attention. With one thread it is 2.1 times as fast as dense SDPA at 4,096 tokens and a fifth of the
-blocks, 2.8 times at 8,192, no faster from half of the blocks on, and ahead of compiled
-FlexAttention, which compiles for seconds for every shape, from a fifth of the blocks on
-(benchmarks/results/cpu_rectified_attention_native.md).
+blocks, 2.8 times at 8,192, and no faster from half of the blocks on. Compiled FlexAttention, which
+compiles for seconds for every shape, is ahead of it at a tenth of the blocks and 4,096 tokens and
+behind it from a fifth on (benchmarks/results/cpu_rectified_attention_native.md).
 """
 
 from collections.abc import Mapping
