@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 import fxq
 from fxq import backend
 from fxq.errors import FxqWarning
+from fxq.lowering.decision import Decision
 from fxq.passes import w8a8
 from fxq.passes.rectified_spaattn import (
     TOPK_20,
@@ -143,6 +144,20 @@ def test_overrides_name_layers_as_in_the_model(compilations: list[Any]) -> None:
 
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
     assert len(compilations) == 1
+
+
+def test_sparse_attention_without_a_kernel_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    lower = backend.lower
+
+    def declining(*args: Any) -> Any:
+        lowered, decisions = lower(*args)
+        return lowered, {name: Decision(None, "the reference: too odd") for name in decisions}
+
+    monkeypatch.setattr(backend, "lower", declining)
+    model, example = JointAttention().eval(), joint_inputs()
+    attention = replace(SMALL, density=0.3)
+    with pytest.warns(FxqWarning, match="no kernel here for 1 sparse attentions.* too odd"):
+        outputs(compiled(model, attention), example)
 
 
 def test_what_the_recipe_could_not_do_is_a_warning_or_an_error() -> None:
