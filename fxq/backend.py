@@ -180,8 +180,8 @@ class Compiled:
             attentions = {n.name for n in bound.graph.nodes if is_op(n, SPARSE_ATTENTION)}
             if slow := sorted(attentions & set(declined)):
                 warnings.warn(
-                    f"no kernel here for {len(slow)} sparse attentions, which are slower than dense "
-                    f"ones would be; {slow[0]}: {declined[slow[0]]}",
+                    f"no kernel here for {len(slow)} sparse attentions, which will be slower "
+                    f"than dense ones; {slow[0]}: {declined[slow[0]]}",
                     FxqWarning,
                     stacklevel=2,
                 )
