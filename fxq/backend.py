@@ -26,7 +26,6 @@ from torch.fx import GraphModule, Node
 
 from fxq.account import SPARSE_ATTENTION, account
 from fxq.canonicalize import canonicalize
-from fxq.canonicalize.cleanup import training_op
 from fxq.capturing import from_dynamo, qualified_name
 from fxq.errors import FxqWarning, SkippedError, did_you_mean
 from fxq.graph import RUNTIME_STATE, bind, is_op
@@ -34,6 +33,7 @@ from fxq.lowering.derived import version_of
 from fxq.lowering.lower import lower
 from fxq.ops import decompositions
 from fxq.pipeline import Recipe, resolve_recipe
+from fxq.writes import check_apart, write_back
 
 DEFAULT_RECIPE = "w8a8_dynamic"
 logger = logging.getLogger(__name__)
@@ -125,9 +125,13 @@ class Compiled:
         config: dict[str, Any],
     ) -> None:
         self.recipe, self.strict, self.config = recipe, strict, config
-        is_static = [_is_static(node) for node in gm.graph.nodes if node.op == "placeholder"]
-        self.static = [i for i, static in enumerate(is_static) if static]
-        self.live = [i for i, static in enumerate(is_static) if not static]
+        self.graph_module, self.written = from_dynamo(gm)
+        placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+        self.names = [qualified_name(node) for node in placeholders]
+        self.static = [
+            i for i, node in enumerate(placeholders) if _is_static(node) and i not in self.written
+        ]
+        self.live = [i for i in range(len(placeholders)) if i not in self.static]
         _refuse_gradients([example_inputs[i] for i in self.live])
         if torch.is_grad_enabled() and any(example_inputs[i].requires_grad for i in self.static):
             warnings.warn(
@@ -136,7 +140,6 @@ class Compiled:
                 FxqWarning,
                 stacklevel=2,
             )
-        self.graph_module = from_dynamo(gm)
         self.is_program = _holds_program(self.graph_module)
         if recipe.needs_program and not self.is_program:
             raise ValueError(
@@ -144,12 +147,14 @@ class Compiled:
                 "set it on; call fxq.compress(model, example_inputs, recipe) and compile the "
                 "program it returns"
             )
-        _refuse_train_mode(self.graph_module)
         self.builds: dict[tuple[int, ...], Build] = {}
         self._build(example_inputs)
 
     def __call__(self, *args: Any) -> Any:
         """Run on Dynamo's arguments, building first where these weights are new or have changed."""
+        if self.written:
+            named = list(zip(self.names, args, strict=True))
+            check_apart(named, self.written, "torch.compile")
         static = [args[i] for i in self.static]
         build = self.builds.get(tuple(map(id, static)))
         if build is None:
@@ -188,6 +193,8 @@ class Compiled:
             if self.strict and declined:
                 listing = "\n  ".join(f"{name}: {why}" for name, why in declined.items())
                 raise SkippedError(f"strict=True, and no kernel here for\n  {listing}")
+            written = {nodes[i].name for i in self.written}
+            write_back(lowered, [n for n in lowered.graph.nodes if n.name in written])
             table = select_decomp_table() | decompositions()
             run: Any = compile_fx(lowered, inputs, config_patches=self.config, decompositions=table)
         versions = tuple(map(version_of, weights))
@@ -244,15 +251,6 @@ def _tracing(inputs: Sequence[Any]) -> Any:
 
 def _device_of(tensors: Sequence[Any]) -> torch.device:
     return next((t.device for t in tensors if isinstance(t, Tensor)), torch.device("cpu"))
-
-
-def _refuse_train_mode(gm: GraphModule) -> None:
-    """Raise where an operator behaves as in training."""
-    if (node := training_op(gm)) is not None:
-        raise ValueError(
-            f"backend 'fxq' compiles for inference, found {node.target} in train mode; call "
-            "model.eval() first"
-        )
 
 
 def _refuse_gradients(inputs: Sequence[Any]) -> None:

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -26,10 +25,11 @@ from torch.fx.traceback import preserve_node_meta
 from torch.utils import _pytree as pytree
 
 from fxq.canonicalize import canonicalize
-from fxq.canonicalize.cleanup import training_op
+from fxq.canonicalize.cleanup import refuse_train_mode
 from fxq.errors import UnsupportedError, did_you_mean
 from fxq.graph import shape_of, writes
 from fxq.signature import Inputs, Leaf, Signature, free_sizes, split_inputs
+from fxq.writes import Functionalized
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ def capture(
         values, names, known, defaults = _bind(model, example_inputs)
         exported, notes = _export(model, values, dynamic_shapes)
     _check_finite(values)
+    refuse_train_mode(exported.graph_module)
     if any(map(writes, exported.graph.nodes)):
         # A pass may put a read in front of a write to the same memory: leave no writes.
         exported = exported.run_decompositions({})
@@ -114,11 +115,6 @@ def capture(
     notes += tuple(f"holds only where {guard}" for guard in _unequal(exported))
     gm.recompile()
     gm = canonicalize(gm)
-    if (node := training_op(gm)) is not None:
-        raise ValueError(
-            f"model: expected eval mode, found {node.target} exported in train mode; call "
-            "model.eval() and export it again"
-        )
     return Captured(gm, signature, notes)
 
 
@@ -307,21 +303,23 @@ def _unlift(exported: ExportedProgram) -> GraphModule:
     return GraphModule(module, graph)
 
 
-def from_dynamo(gm: GraphModule) -> GraphModule:
-    """Return the graph that Dynamo hands to a backend as canonical aten operators.
+def from_dynamo(gm: GraphModule) -> tuple[GraphModule, tuple[int, ...]]:
+    """Return the graph that Dynamo hands to a backend as canonical aten operators, and the indices
+    of the inputs it writes to, whose new values are its last results (`fxq.writes`).
 
     Placeholders keep their order; symbolic sizes stay Dynamo's. `meta["source"]` of a placeholder
-    is the qualified name of the parameter behind it, or the name of the model's argument.
+    is the qualified name of the parameter it stands for, or the name of the model's argument.
     """
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     values = [n.meta["example_value"] for n in placeholders]
     mode = next(v.fake_mode for v in values if isinstance(v, FakeTensor))
     run = Interpreter(gm).run  # node by node: so the new nodes know the modules they come from
+    functionalized = Functionalized(run)
     with tracing(TracingContext(mode)), mode, torch.no_grad(), preserve_node_meta():
         flat = _trace(run, values)
-        if any(map(writes, flat.graph.nodes)):  # as in `capture`; `export` keeps operators whole
-            whole = FunctionalTensorMode(pre_dispatch=True, export=True)
-            flat = _trace(dispatch_functionalize(run, whole), values)
+        refuse_train_mode(flat)  # before its operators are taken apart
+        if any(map(writes, flat.graph.nodes)):  # as in `capture`
+            flat = _trace(functionalized, values)
         for node, origin in zip(flat.graph.nodes, placeholders, strict=False):
             node.meta["source"] = qualified_name(origin)
         for node in flat.graph.nodes:
@@ -329,7 +327,7 @@ def from_dynamo(gm: GraphModule) -> GraphModule:
             node.meta["nn_module_stack"] = {
                 key: (_module_path(source), kind) for key, (source, kind) in stack.items()
             }
-        return canonicalize(flat)
+        return canonicalize(flat), functionalized.written
 
 
 def _trace(forward: Callable[..., Any], values: Sequence[Any]) -> GraphModule:

@@ -54,11 +54,24 @@ def _does_nothing(node: Node) -> bool:
     return False
 
 
-def training_op(gm: GraphModule) -> Node | None:
-    """Return an operator that behaves as in training, if there is one: eval-mode dropout is removed
-    by `drop_no_ops`."""
+def refuse_train_mode(gm: GraphModule) -> None:
+    """Raise where an operator of `gm`, canonical or not, behaves as in training.
+
+    Raises:
+        ValueError: one does.
+    """
     for node in gm.graph.nodes:
-        batch_norm = is_op(node, aten.batch_norm.default) and args_of(node)[5] is True
-        if is_op(node, *DROPOUT) or (batch_norm and args_of(node)[3] is not None):
-            return node
-    return None
+        if _trains(node):
+            raise ValueError(
+                f"model: expected eval mode, found {node.target} in train mode; call model.eval() "
+                "first (and export it again where it was exported)"
+            )
+
+
+def _trains(node: Node) -> bool:
+    if is_op(node, *DROPOUT):
+        return not _does_nothing(node)
+    if is_op(node, aten.batch_norm.default, aten.instance_norm.default):
+        running_mean, by_batch = args_of(node)[3], args_of(node)[5]
+        return by_batch is True and running_mean is not None
+    return is_op(node, aten.rrelu.default) and True in args_of(node)[3:4]

@@ -1,0 +1,146 @@
+"""What a call writes, to its arguments and to buffers, as values that a graph returns.
+
+A graph of fxq computes and does not write. The new value of whatever the model writes to in place
+is one more result, after the model's own, and who calls the graph copies it back: a `Program` in
+Python, a graph compiled for `torch.compile` with the `copy_` that `write_back` puts at its end.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.functional_tensor import (
+    FunctionalTensor,
+    FunctionalTensorMode,
+    dispatch_functionalize,
+)
+from torch.fx import GraphModule, Node
+
+from fxq.errors import UnsupportedError
+from fxq.graph import args_of, insert_call, writes
+
+aten = torch.ops.aten
+
+
+class Functionalized:
+    """A function without in-place writes: what it writes to its arguments it returns, after its own
+    results.
+
+    Attributes:
+        written: indices of the arguments that the last call wrote to, in the order of the values.
+    """
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self.forward = forward
+        self.written: tuple[int, ...] = ()
+
+    def __call__(self, *args: Any) -> tuple[Any, ...]:
+        """Call with the writes as values. `export` keeps composite operators whole."""
+        mode = FunctionalTensorMode(pre_dispatch=True, export=True)
+        return dispatch_functionalize(self._call, mode)(*args)
+
+    def _call(self, *args: Any) -> tuple[Any, ...]:
+        shapes = [_layout(arg) for arg in args]
+        results = self.forward(*args)
+        for index, (arg, shape) in enumerate(zip(args, shapes, strict=True)):
+            if _layout(arg) != shape:
+                raise UnsupportedError(
+                    f"expected in-place operators that write values, found one that changes the "
+                    f"shape of input {index} from {shape[0]} to {list(arg.shape)}; "  # type: ignore
+                    "use the operator without the underscore"
+                )
+        self.written = tuple(i for i, arg in enumerate(args) if _is_written(arg))
+        return (*results, *(args[i] for i in self.written))
+
+
+def _layout(arg: Any) -> Any:
+    return (list(arg.shape), list(arg.stride())) if isinstance(arg, Tensor) else None
+
+
+def _is_written(arg: Any) -> bool:
+    return isinstance(arg, FunctionalTensor) and torch._functionalize_has_data_mutation(arg.elem)
+
+
+def write_back(gm: GraphModule, written: Sequence[Node]) -> None:
+    """Copy the last results of `gm` into the inputs they are the new values of, and return the
+    others only.
+
+    A result that is one of the new values, or a view of one, becomes the input or a view of it, as
+    it was in the model.
+
+    Args:
+        gm: returns its results and one value for each of `written`.
+        written: placeholders of `gm`.
+    """
+    output = gm.graph.output_node()
+    results: Any = output.args[0]
+    if not written:
+        return
+    n_results = len(results) - len(written)
+    copies: dict[Node, Node] = {}
+    for target, value in zip(written, results[n_results:], strict=True):
+        copies[value] = insert_call(aten.copy_.default, (target, value), before=output)
+    output.args = (tuple(_on_copies(value, copies, output) for value in results[:n_results]),)
+    gm.recompile()
+
+
+def _on_copies(value: Any, copies: dict[Node, Node], output: Node) -> Any:
+    """Return `value`, or the same view of the input that a copied value went to."""
+    if value in copies:
+        return copies[value]
+    base = aliased_by(value)
+    if base is None:
+        return value
+    moved = _on_copies(base, copies, output)
+    if moved is base:
+        return value
+    return insert_call(value.target, (moved, *args_of(value)[1:]), value.kwargs, before=output)
+
+
+def aliased_by(value: Any) -> Node | None:
+    """Return the tensor that `value` is a view of, None where it has memory of its own."""
+    if not isinstance(value, Node) or not isinstance(value.target, torch._ops.OpOverload):
+        return None
+    schema = value.target._schema
+    is_view = bool(schema.returns) and schema.returns[0].alias_info is not None
+    return value.args[0] if is_view and not writes(value) else None  # type: ignore[return-value]
+
+
+def check_apart(named: Sequence[tuple[str, Any]], written: Sequence[int], where: str) -> None:
+    """Raise where memory that is written to is also reached through another tensor.
+
+    A graph reads every input as it was before the call; through memory that two of them share it
+    should have seen the writes.
+
+    Args:
+        named: what messages call each value, and the value; only tensors count.
+        written: indices of those that are written to.
+        where: how messages name the call.
+    Raises:
+        UnsupportedError: two of them overlap.
+    """
+    spans = [(name, _span(value)) for name, value in named]
+    for index in written:
+        name, mine = spans[index]
+        for other, (other_name, span) in enumerate(spans):
+            if other != index and mine and span and mine[0] == span[0] and _meet(mine, span):
+                raise UnsupportedError(
+                    f"{where}: expected {name!r}, which the model writes to, to have memory of its "
+                    f"own, found that it shares memory with {other_name!r}; pass a clone of one"
+                )
+
+
+def _span(value: Any) -> tuple[int, int, int] | None:
+    """Return a tensor's storage, and the first byte and the end of what it reaches there."""
+    if not isinstance(value, Tensor) or not value.numel():
+        return None
+    steps = zip(value.shape, value.stride(), strict=True)
+    last = sum((size - 1) * step for size, step in steps)
+    first = value.storage_offset()
+    width = value.element_size()
+    return value.untyped_storage()._cdata, first * width, (first + last + 1) * width
+
+
+def _meet(a: tuple[int, int, int], b: tuple[int, int, int]) -> bool:
+    return a[1] < b[2] and b[1] < a[2]
