@@ -10,7 +10,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,10 +26,12 @@ from torch.utils import _pytree as pytree
 
 from fxq.canonicalize import canonicalize
 from fxq.canonicalize.cleanup import refuse_train_mode
+from fxq.checking import Checked
 from fxq.errors import UnsupportedError, did_you_mean
 from fxq.graph import shape_of, writes
+from fxq.module_state import restored
 from fxq.signature import Inputs, Leaf, Signature, free_sizes, split_inputs
-from fxq.writes import Functionalized
+from fxq.writes import Functionalized, lift_writes
 
 
 @dataclass(frozen=True)
@@ -37,20 +39,24 @@ class Captured:
     """A model as a graph.
 
     Args:
-        graph_module: flat, in the ATEN dialect; shares the model's parameters and buffers.
+        graph_module: flat, in the ATEN dialect; shares the model's parameters and buffers, but for
+            those it writes to, which are inputs.
         signature: how a call of the model becomes a call of the graph.
+        state: copies of the buffers that the model writes to, by name.
         notes: what a person should know, e.g. why a batch size is fixed.
     """
 
     graph_module: GraphModule
     signature: Signature
+    state: Mapping[str, Tensor] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
 def capture(
     model: nn.Module | ExportedProgram, example_inputs: Inputs, dynamic_shapes: Any = "batch"
 ) -> Captured:
-    """Return `model` as a flat graph of canonical aten operators.
+    """Return `model` as a flat graph of canonical aten operators, compared with the model itself on
+    the example and on a second batch (`fxq.checking`).
 
     Args:
         model: in eval mode, or what torch.export made of such a model, whose sizes are then free
@@ -62,7 +68,8 @@ def capture(
     Raises:
         TypeError: not a module, or arguments it does not take.
         ValueError: train mode, NaN or Inf in the example.
-        UnsupportedError: torch.export cannot capture it; the message has its reason.
+        UnsupportedError: torch.export cannot capture it, or what it captured is not what the model
+            computes; the message has the reason.
     """
     if isinstance(model, ExportedProgram):
         values, names, known, defaults = _bind_exported(model, example_inputs)
@@ -70,17 +77,13 @@ def capture(
     else:
         _check_model(model)
         values, names, known, defaults = _bind(model, example_inputs)
-        exported, notes = _export(model, values, dynamic_shapes)
+        with restored(model):  # tracing leaves fake tensors in what the model keeps
+            exported, notes = _export(model, values, dynamic_shapes)
     _check_finite(values)
     refuse_train_mode(exported.graph_module)
     if any(map(writes, exported.graph.nodes)):
         # A pass may put a read in front of a write to the same memory: leave no writes.
         exported = exported.run_decompositions({})
-    if mutated := list(exported.graph_signature.buffers_to_mutate.values()):
-        raise UnsupportedError(
-            f"expected a model that does not write to its buffers, found writes to {mutated[:3]}; "
-            "switch off its cache or running statistics"
-        )
     gm = _unlift(exported)
     flat, in_spec = pytree.tree_flatten(list(values.values()))
     paths = [
@@ -99,6 +102,7 @@ def capture(
             gm.graph.erase_node(node)
     out_spec = exported.call_spec.out_spec
     assert out_spec is not None
+    state, written = lift_writes(gm)
     signature = Signature(
         names,
         known,
@@ -109,13 +113,18 @@ def capture(
         out_spec,
         _ranges(exported),
         free_sizes(leaves, flat),
+        tuple(state),
+        written,
     )
     if dynamic_shapes == "batch" and not notes:
         notes = _fixed_batches([leaf for leaf in signature.tensors if leaf.shape], flat)
     notes += tuple(f"holds only where {guard}" for guard in _unequal(exported))
     gm.recompile()
     gm = canonicalize(gm)
-    return Captured(gm, signature, notes)
+    state = {name: value.detach().clone() for name, value in state.items()}
+    module = _module_of(model) if isinstance(model, ExportedProgram) else model
+    notes += Checked(gm, signature, state, module).compare(values)
+    return Captured(gm, signature, state, notes)
 
 
 def _check_model(model: Any) -> None:
@@ -291,10 +300,14 @@ def _unequal(exported: ExportedProgram) -> list[str]:
     return [guard for guard in guards if "!=" in guard]
 
 
+def _module_of(exported: ExportedProgram) -> GraphModule:
+    takes_guards = "check_guards" in inspect.signature(exported.module).parameters
+    return exported.module(check_guards=False) if takes_guards else exported.module()  # type: ignore
+
+
 def _unlift(exported: ExportedProgram) -> GraphModule:
     """Return the exported program as a flat GraphModule with get_attr parameters."""
-    takes_guards = "check_guards" in inspect.signature(exported.module).parameters
-    module = exported.module(check_guards=False) if takes_guards else exported.module()
+    module = _module_of(exported)
     graph = module.graph
     graph.set_codegen(CodeGen())
     for node in list(graph.nodes):

@@ -239,19 +239,24 @@ def add_buffer(gm: GraphModule, name: str, value: Tensor, *, like: Node) -> Node
     First, so that every node that comes to share it is behind it.
     """
     name = unique_name(gm, name)
-    path, _, leaf = name.rpartition(".")
-    owner: nn.Module = gm
-    for part in path.split(".") if path else ():
-        if not hasattr(owner, part):
-            owner.add_module(part, nn.Module())
-        owner = getattr(owner, part)
-    owner.register_buffer(leaf, value)
+    register_buffer(gm, name, value)
     with gm.graph.inserting_before(next(iter(gm.graph.nodes))):
         node = gm.graph.get_attr(name)
     inherit(node, like)
     mode = detect_fake_mode([n.meta["val"] for n in gm.graph.nodes if "val" in n.meta])
     node.meta["val"] = mode.from_tensor(value, static_shapes=True) if mode else value
     return node
+
+
+def register_buffer(module: nn.Module, name: str, value: Tensor) -> None:
+    """Register a buffer under a dotted name, making the modules on the way; torch refuses a name
+    that hides another attribute."""
+    *path, leaf = name.split(".")
+    for part in path:
+        if part not in module._modules:
+            module.add_module(part, nn.Module())
+        module = module._modules[part]  # type: ignore[assignment]
+    module.register_buffer(leaf, value)
 
 
 def erase_dead(gm: GraphModule) -> None:

@@ -22,12 +22,12 @@ from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
 from fxq.account import unintended_skips
-from fxq.capturing import capture
+from fxq.capturing import Captured, capture
 from fxq.dialect import Dialect
 from fxq.errors import SkippedError, did_you_mean
-from fxq.graph import propagate
+from fxq.graph import copy_graph, propagate
 from fxq.program import Program
-from fxq.signature import Signature, split_inputs
+from fxq.signature import split_inputs
 
 Batches = Iterable[Sequence[Any]]  # each batch: the graph's inputs in order
 Progress = Callable[[str], None]
@@ -185,7 +185,7 @@ def compress(
     ):  # tensors made here must count their versions
         captured = capture(model, example_inputs, dynamic_shapes)
         batches = (
-            None if data is None else CheckedBatches(captured.signature, data, device_of(model))
+            None if data is None else CheckedBatches(captured, data, device_of(model))
         )
         gm = recipe.apply(captured.graph_module, batches, progress)
         if strict and (skips := unintended_skips(gm)):
@@ -220,15 +220,22 @@ class Reported:
 
 
 class CheckedBatches:
-    """The user's batches as the graph's inputs, checked one by one, and iterable again."""
+    """The user's batches as the graph's inputs, checked one by one, and iterable again.
+
+    Where the model has state, each batch comes with the state that the float model has after the
+    batches before it, so every pass sees the same inputs, however often it iterates.
+    """
 
     def __init__(
-        self, signature: Signature, data: Iterable[Any], device: torch.device | None
+        self, captured: Captured, data: Iterable[Any], device: torch.device | None
     ) -> None:
-        self.signature, self.device = signature, device
+        self.signature, self.device = captured.signature, device
+        self.initial_state = list(captured.state.values())
+        self.float_graph = copy_graph(captured.graph_module)  # passes rewrite the other
         self.data = list(data) if isinstance(data, Iterator) else data
 
     def __iter__(self) -> Iterator[Sequence[Any]]:
+        state = self.initial_state
         for index, batch in enumerate(self.data):
             args, kwargs = split_inputs(batch)
             leaves = self.signature.flatten(args, kwargs, f"data batch {index}", self.device)
@@ -239,4 +246,8 @@ class CheckedBatches:
                         f"{bad} NaN or Inf; "
                         "remove or repair this batch"
                     )
-            yield leaves
+            inputs = [*leaves, *state]
+            yield inputs
+            if state:
+                with torch.no_grad():
+                    state = self.signature.next_state(inputs, self.float_graph(*inputs))

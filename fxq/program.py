@@ -1,7 +1,7 @@
 """Program: a compressed graph that takes the place of the model it came from."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,8 +12,9 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from fxq.capturing import Captured
-from fxq.graph import copy_graph
+from fxq.graph import copy_graph, register_buffer
 from fxq.signature import Signature
+from fxq.writes import check_apart
 
 PLAIN = (bool, int, float, str, type(None), torch.dtype)
 
@@ -30,6 +31,10 @@ class Program(nn.Module):
         signature: how a call becomes the graph's inputs.
         recipe: `repr` of the recipe that made it.
         notes: what a person should know about how it was captured.
+
+    A model that writes to its buffers (a cache, a counter) gives a program with that state: each
+    call reads and writes it, `state` shows it, `reset` sets it back to what it was when the model
+    was captured.
     """
 
     def __init__(
@@ -39,13 +44,19 @@ class Program(nn.Module):
         recipe: str,
         notes: tuple[str, ...] = (),
         attributes: Mapping[str, Any] | None = None,
+        state: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
+        self.initial_state, self.runtime_state = nn.Module(), nn.Module()
+        for name, value in (state or {}).items():
+            register_buffer(self.initial_state, name, value)
+            register_buffer(self.runtime_state, name, value.clone())
         self.graph_module = graph_module
         self.signature = signature
         self.recipe = recipe
         self.notes = notes
         self.attributes = dict(attributes or {})
+        self.returned_writes = _returned_writes(graph_module, signature)
         self.requires_grad_(False)
         super().train(False)
 
@@ -66,7 +77,8 @@ class Program(nn.Module):
                         copies[value] = value.detach().clone()
                     del store[name]
                     module._buffers[name] = copies[value]
-        return cls(gm, captured.signature, recipe, captured.notes, plain_attributes(model))
+        attributes = plain_attributes(model)
+        return cls(gm, captured.signature, recipe, captured.notes, attributes, captured.state)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the graph as the original model would be called."""
@@ -75,10 +87,41 @@ class Program(nn.Module):
         as_tuple = kwargs.get("return_dict") is False
         if "return_dict" in kwargs and self.signature.constant("return_dict") is not False:
             kwargs = {name: value for name, value in kwargs.items() if name != "return_dict"}
-        inputs = self.signature.flatten(args, kwargs, device=self.device)
-        leaves = self.graph_module(*inputs)
-        result = pytree.tree_unflatten(list(leaves), self.signature.out_spec)
+        inputs = self.inputs(args, kwargs)
+        leaves = list(self.graph_module(*inputs))
+        for place, index in enumerate(self.signature.writes, self.signature.out_spec.num_leaves):
+            leaves[place] = inputs[index].copy_(leaves[place])
+        for place, written in self.returned_writes.items():
+            leaves[place] = leaves[written]
+        del leaves[self.signature.out_spec.num_leaves :]
+        result = pytree.tree_unflatten(leaves, self.signature.out_spec)
         return result.to_tuple() if as_tuple and hasattr(result, "to_tuple") else result
+
+    def inputs(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], where: str = "call"
+    ) -> list[Tensor]:
+        """Return the graph's inputs for a call: its tensors, then the state as it is now.
+
+        Raises:
+            TypeError, ValueError: as `Signature.flatten`.
+            UnsupportedError: an argument that the model writes to shares memory with another.
+        """
+        tensors = self.signature.flatten(args, kwargs, where, self.device)
+        if self.signature.writes and not torch.compiler.is_compiling():
+            names = [leaf.name for leaf in self.signature.tensors]
+            written = [index for index in self.signature.writes if index < len(tensors)]
+            check_apart(list(zip(names, tensors, strict=True)), written, where)
+        return [*tensors, *self.state.values()]
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """The buffers that calls write to, by their names in the model."""
+        return {name: self.runtime_state.get_buffer(name) for name in self.signature.state}
+
+    def reset(self) -> None:
+        """Set the state back to what it was when the model was captured."""
+        for name, value in self.state.items():
+            value.copy_(self.initial_state.get_buffer(name))
 
     def __getattr__(self, name: str) -> Any:
         attributes = self.__dict__.get("attributes", {})
@@ -142,6 +185,15 @@ class Program(nn.Module):
     def extra_repr(self) -> str:
         """Show the recipe."""
         return f"recipe={self.recipe}"
+
+
+def _returned_writes(gm: GraphModule, signature: Signature) -> dict[int, int]:
+    """Return which results of `gm` are new values of what the model writes to, and which of those:
+    the model returns the tensor it wrote to, not a copy."""
+    values: Any = gm.graph.output_node().args[0]
+    n_results = signature.out_spec.num_leaves
+    written = {value: place for place, value in enumerate(values[n_results:], n_results)}
+    return {i: written[v] for i, v in enumerate(values[:n_results]) if v in written}
 
 
 def plain_attributes(model: nn.Module | ExportedProgram) -> dict[str, Any]:

@@ -69,6 +69,10 @@ class Signature:
         out_spec: the pytree of the result; the graph returns its leaves.
         ranges: smallest and largest value (None: any) of the free sizes that the model bounds.
         example_sizes: the free sizes' values in the example.
+        state: names of the buffers that the model writes to; the graph takes them after the tensors
+            of the call.
+        writes: which inputs of the graph, by index, the model writes to. The graph returns their
+            new values after the leaves of the result.
     """
 
     names: tuple[str, ...]
@@ -80,6 +84,8 @@ class Signature:
     out_spec: pytree.TreeSpec
     ranges: Mapping[str, tuple[int, int | None]]
     example_sizes: Mapping[str, int]
+    state: tuple[str, ...] = ()
+    writes: tuple[int, ...] = ()
 
     def flatten(
         self,
@@ -133,6 +139,18 @@ class Signature:
     def sizes_of(self, inputs: Sequence[Tensor]) -> dict[str, int]:
         """Return the values of the free sizes in the graph's inputs."""
         return free_sizes(self.tensors, inputs)
+
+    def next_state(self, inputs: Sequence[Tensor], results: Sequence[Any]) -> list[Tensor]:
+        """Return the state after a call of the graph.
+
+        Args:
+            inputs: what the graph was called with, the state among it.
+            results: what it returned, new values among it.
+        """
+        values = results[self.out_spec.num_leaves :]
+        written = dict(zip(self.writes, values, strict=True))
+        first = len(inputs) - len(self.state)
+        return [written.get(i, inputs[i]) for i in range(first, len(inputs))]
 
     def _check_free_sizes(self, inputs: Sequence[Tensor], where: str) -> None:
         sizes: dict[str, tuple[int, str]] = {}

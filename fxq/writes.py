@@ -18,7 +18,7 @@ from torch._subclasses.functional_tensor import (
 from torch.fx import GraphModule, Node
 
 from fxq.errors import UnsupportedError
-from fxq.graph import args_of, insert_call, writes
+from fxq.graph import args_of, insert_call, tensor_of, writes
 
 aten = torch.ops.aten
 
@@ -60,6 +60,50 @@ def _layout(arg: Any) -> Any:
 
 def _is_written(arg: Any) -> bool:
     return isinstance(arg, FunctionalTensor) and torch._functionalize_has_data_mutation(arg.elem)
+
+
+def lift_writes(gm: GraphModule) -> tuple[dict[str, Tensor], tuple[int, ...]]:
+    """Make explicit what an exported graph writes: buffers that it writes to become inputs, after
+    its others, and their new values results, after its others.
+
+    Args:
+        gm: writes with `copy_`, at its end, to inputs and buffers only.
+    Returns:
+        the buffers by name, in the order of their inputs, and the indices of the inputs that have a
+        new value, in the order of the values.
+    """
+    copies = list(gm.graph.find_nodes(op="call_function", target=aten.copy_.default))
+    state: dict[str, Tensor] = {}
+    inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    buffers: dict[str, Node] = {}
+    for node in list(gm.graph.find_nodes(op="get_attr", sort=True)):
+        name = str(node.target)
+        if any(args_of(copy)[0].target == name for copy in copies):
+            if name not in buffers:
+                state[name] = tensor_of(gm, node)
+                buffers[name] = _new_input(gm, name, node)
+            node.replace_all_uses_with(buffers[name])
+            gm.graph.erase_node(node)
+    inputs += buffers.values()
+    output, values, written = gm.graph.output_node(), [], []
+    for copy in copies:
+        target, value = args_of(copy)[:2]
+        copy.replace_all_uses_with(value)
+        gm.graph.erase_node(copy)
+        values.append(value)
+        written.append(inputs.index(target))
+    output.args = ((*output.args[0], *values),)  # type: ignore[misc]
+    return state, tuple(written)
+
+
+def _new_input(gm: GraphModule, name: str, buffer: Node) -> Node:
+    """Add an input after the others for what a get_attr node gave."""
+    last = [node for node in gm.graph.nodes if node.op == "placeholder"][-1:]
+    first = next(iter(gm.graph.nodes))
+    with gm.graph.inserting_after(last[0]) if last else gm.graph.inserting_before(first):
+        node = gm.graph.placeholder(name.replace(".", "_"))
+    node.meta |= {"val": buffer.meta["val"], "source": name}
+    return node
 
 
 def write_back(gm: GraphModule, written: Sequence[Node]) -> None:

@@ -198,7 +198,7 @@ def adversarial_refine(
     with torch.inference_mode(False), torch.no_grad():
         captured, _ = capture_images(model, example_inputs)
         images = replace(images, pixels=images.pixels.to(device_of(model)))
-        batches = CheckedBatches(captured.signature, images, device_of(model))
+        batches = CheckedBatches(captured, images, device_of(model))
         example = next(iter(batches))[0]
         found = find_taps(captured.graph_module, example, taps, n_prefix)
         teacher = Teacher(captured.graph_module, found, settings.prior)

@@ -81,6 +81,10 @@ def capture_images(
             "to the pixels; pass the model it was made from"
         )
     captured = capture(model, example_inputs)
+    if captured.state:
+        raise UnsupportedError(
+            f"expected a model without state, found that it writes to {list(captured.state)}"
+        )
     inputs = captured.signature.tensors
     if len(inputs) != 1 or len(inputs[0].shape) != 4 or not inputs[0].dtype.is_floating_point:
         listing = ", ".join(f"{leaf.name} {list(leaf.shape)} {leaf.dtype}" for leaf in inputs)

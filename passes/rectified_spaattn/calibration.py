@@ -165,7 +165,7 @@ def calibrate_density(
         )
     count = 0
     with torch.no_grad():
-        for leaves in CheckedBatches(captured.signature, data, device_of(model)):
+        for leaves in CheckedBatches(captured, data, device_of(model)):
             probe.run(*leaves)
             count += 1
             if progress:

@@ -1,0 +1,248 @@
+"""Compare a captured graph with the model it came from.
+
+The model's own eager code is the judge: it is called with the example, and with a second batch of
+another size and other values, and the graph must give the same results, write the same values to
+arguments and buffers, and depend on nothing else that a call changes. Whatever the model keeps is
+put back afterwards.
+"""
+
+import contextlib
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
+
+from fxq.errors import UnsupportedError
+from fxq.graph import hint, val_of
+from fxq.module_state import Snapshot
+from fxq.signature import Leaf, Signature
+
+# Largest relative difference of one sample's results that rounding explains: rewrites keep the
+# function and change the order of sums, and a deep network amplifies what that rounds.
+TOLERANCE = {
+    torch.float64: 1e-9,
+    torch.float32: 1e-3,
+    torch.float16: 16 * torch.finfo(torch.float16).eps,
+    torch.bfloat16: 16 * torch.finfo(torch.bfloat16).eps,
+}
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A graph and the model that judges it.
+
+    Args:
+        gm: the graph.
+        signature: how a call of the model becomes a call of the graph.
+        state: what the model's buffers that it writes to hold before the first call, by name.
+        module: the model.
+    """
+
+    gm: GraphModule
+    signature: Signature
+    state: Mapping[str, Tensor]
+    module: nn.Module
+
+    def compare(self, values: Mapping[str, Any]) -> tuple[str, ...]:
+        """Compare both on `values`, on `values` again where that could make a difference, and on a
+        second batch; return what a person should know.
+
+        Args:
+            values: the example's arguments by name.
+        Raises:
+            UnsupportedError: they differ by more than rounding, or a call changes what no graph can
+                know of.
+        """
+        before = Snapshot(self.module)
+        state = list(self.state.values())
+        try:
+            state = self._agree(values, state, "the example")
+            once = Snapshot(self.module)
+            changed = self._unknown(before.changes(once))
+            if changed:
+                state = self._agree(values, state, "a second call", changed)
+                again = self._unknown(once.changes(Snapshot(self.module)))
+                if again:
+                    raise UnsupportedError(_changes(again))
+            self._second_batch(values, state)
+        finally:
+            before.restore()
+        if not changed:
+            return ()
+        return (f"a call of the model sets {', '.join(changed[:3])}, a call of the graph does not",)
+
+    def _unknown(self, changed: Sequence[str]) -> list[str]:
+        return [name for name in changed if name not in self.state]
+
+    def _second_batch(self, values: Mapping[str, Any], state: list[Tensor]) -> None:
+        for step in (1, 0):  # another size where one is free and the model takes it
+            other = other_batch(self.gm, self.signature, values, step)
+            if other is None:
+                continue
+            kept = Snapshot(self.module)
+            try:
+                expected = self._run_model(other)
+            except Exception:
+                kept.restore()  # this batch means nothing to the model: no judge
+                continue
+            self._check(expected, other, state, "a second batch", ())
+            return
+
+    def _agree(
+        self,
+        values: Mapping[str, Any],
+        state: list[Tensor],
+        what: str,
+        changed: Sequence[str] = (),
+    ) -> list[Tensor]:
+        return self._check(self._run_model(values), values, state, what, changed)
+
+    def _run_model(self, values: Mapping[str, Any]) -> list[Any]:
+        """Return the model's results, the arguments after the call, and its state."""
+        given = _cloned(values)
+        arguments = [v for v in pytree.tree_leaves(given) if isinstance(v, Tensor)]
+        args = list(itertools.takewhile(given.__contains__, self.signature.names))
+        keywords = {name: value for name, value in given.items() if name not in args}
+        with torch.no_grad(), _same_seed(arguments):
+            results = self.module(*(given[name] for name in args), **keywords)
+        kept = [self.module.get_buffer(name).clone() for name in self.signature.state]
+        return [pytree.tree_leaves(results), arguments, kept]
+
+    def _check(
+        self,
+        expected: list[Any],
+        values: Mapping[str, Any],
+        state: list[Tensor],
+        what: str,
+        changed: Sequence[str],
+    ) -> list[Tensor]:
+        """Raise where the graph differs from what the model did; return the state after."""
+        leaves = [v for v in pytree.tree_leaves(_cloned(values)) if isinstance(v, Tensor)]
+        inputs = [*leaves, *state]
+        with torch.no_grad(), _same_seed(inputs):
+            found = list(self.gm(*inputs))
+        n_results = self.signature.out_spec.num_leaves
+        after = dict(zip(self.signature.writes, found[n_results:], strict=True))
+        kept = self.signature.next_state(inputs, found)
+        for kind, want, got in (
+            ("results", expected[0], found[:n_results]),
+            ("arguments", expected[1], [after.get(i, v) for i, v in enumerate(leaves)]),
+            ("buffers", expected[2], kept),
+        ):
+            why = difference(want, got)
+            if why:
+                raise UnsupportedError(
+                    _changes(changed)
+                    if changed
+                    else f"expected the captured graph to compute what the model computes, found "
+                    f"other {kind} for {what}: {why}. torch.export made a constant of something "
+                    "that varies, or the model is not deterministic; dynamic_shapes=None fixes "
+                    "every size"
+                )
+        return kept
+
+
+def _changes(names: Sequence[str]) -> str:
+    return (
+        "expected a model that keeps nothing between calls but in buffers that it writes to in "
+        f"place, found that a call changes {', '.join(map(repr, names[:3]))}; make it a buffer "
+        "(register_buffer) of fixed size, or pass it as an argument and return it"
+    )
+
+
+def other_batch(
+    gm: GraphModule, signature: Signature, values: Mapping[str, Any], step: int
+) -> dict[str, Any] | None:
+    """Return arguments like `values` with other free sizes and other numbers.
+
+    Floating values are shifted by one sample and halved; integers and booleans keep to those of the
+    example, which mean something to the model.
+
+    Args:
+        gm: the graph, whose inputs tell which sizes are free.
+        signature: its signature.
+        values: the example's arguments by name.
+        step: by how much free sizes grow; where 0, only the numbers are others.
+    Returns:
+        None where no size is free and `step` is not 0.
+    """
+    sizes = {
+        name: size + step
+        for name, size in signature.example_sizes.items()
+        if size + step <= (signature.ranges.get(name, (1, None))[1] or size + step)
+    }
+    if step and not sizes:
+        return None
+    nodes = iter([n for n in gm.graph.nodes if n.op == "placeholder"])
+    leaves, spec = pytree.tree_flatten(dict(values))
+    others = [
+        _other(value, [hint(size, sizes) for size in val_of(next(nodes)).shape])
+        if isinstance(leaf, Leaf)
+        else value
+        for leaf, value in zip(signature.leaves, leaves, strict=True)
+    ]
+    return dict(pytree.tree_unflatten(others, spec))
+
+
+def _other(value: Tensor, shape: Sequence[int]) -> Tensor:
+    for dim, size in enumerate(shape):
+        if size != value.shape[dim]:
+            index = torch.arange(size, device=value.device) % value.shape[dim]
+            value = value.index_select(dim, index)
+    if value.ndim and value.is_floating_point():
+        return value.roll(1, 0) * 0.5
+    return value * 0.5 if value.is_floating_point() else value.clone()
+
+
+def difference(expected: Sequence[Any], found: Sequence[Any]) -> str | None:
+    """Return how the tensors among `found` differ from `expected` by more than rounding, None where
+    they do not."""
+    if len(expected) != len(found):
+        return f"{len(expected)} values against {len(found)}"
+    for index, (a, b) in enumerate(zip(expected, found, strict=True)):
+        if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+            continue
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return (
+                f"value {index} is {a.dtype} {list(a.shape)} against {b.dtype} {list(b.shape)}"
+            )
+        relative = relative_difference(a, b)
+        if not relative <= TOLERANCE.get(a.dtype, 0.0):
+            return f"value {index} differs by {relative:.1e} of its size"
+    return None
+
+
+def relative_difference(expected: Tensor, found: Tensor) -> float:
+    """Return the largest over the samples (dimension 0) of |expected - found| / |expected|.
+
+    Samples smaller than the tensor's mean size are compared with that. Infinities and NaN must be
+    at the same places. Of integers and booleans, the share that differs.
+    """
+    if not expected.numel():
+        return 0.0
+    if not expected.is_floating_point():
+        return float((expected != found).float().mean())
+    rows = len(expected) if expected.ndim > 1 else 1
+    a, b = (t.detach().double().reshape(rows, -1) for t in (expected, found))
+    same = (a == b) | (a.isnan() & b.isnan())
+    size = torch.where(a.isfinite(), a, 0.0).norm(dim=1)
+    noise = torch.where(same, 0.0, a - b).norm(dim=1)
+    worst = (noise / torch.maximum(size, size.mean()).clamp(min=1e-300)).max()
+    return float(worst) if not worst.isnan() else float("inf")
+
+
+def _cloned(values: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(pytree.tree_map_only(Tensor, torch.clone, dict(values)))
+
+
+@contextlib.contextmanager
+def _same_seed(tensors: Sequence[Any]) -> Iterator[None]:
+    """Let random operators give the same numbers in every run, and leave the generators alone."""
+    with torch.random.fork_rng({t.device for t in tensors if isinstance(t, Tensor) and t.is_cuda}):
+        torch.manual_seed(0)
+        yield
