@@ -103,6 +103,7 @@ def capture(
     out_spec = exported.call_spec.out_spec
     assert out_spec is not None
     state, written = lift_writes(gm)
+    excluded, conditions = _excluded(exported, leaves)
     signature = Signature(
         names,
         known,
@@ -113,12 +114,13 @@ def capture(
         out_spec,
         _ranges(exported),
         free_sizes(leaves, flat),
+        excluded,
         tuple(state),
         written,
     )
     if dynamic_shapes == "batch" and not notes:
         notes = _fixed_batches([leaf for leaf in signature.tensors if leaf.shape], flat)
-    notes += tuple(f"holds only where {guard}" for guard in _unequal(exported))
+    notes += conditions
     gm.recompile()
     gm = canonicalize(gm)
     state = {name: value.detach().clone() for name, value in state.items()}
@@ -294,10 +296,27 @@ def _ranges(exported: ExportedProgram) -> dict[str, tuple[int, int | None]]:
     return ranges
 
 
-def _unequal(exported: ExportedProgram) -> list[str]:
-    """Return the conditions on sizes that neither a name shared by sizes nor a range expresses."""
+# A condition on sizes that torch.export has no range for: "L['cond']['text'].size()[0] != 3".
+UNEQUAL = re.compile(r"L\['(\w+)'\]((?:\[[^\]]+\])*)\.size\(\)\[(\d+)\] != (\d+)")
+
+
+def _excluded(
+    exported: ExportedProgram, leaves: Sequence[Any]
+) -> tuple[dict[str, tuple[int, ...]], tuple[str, ...]]:
+    """Return the values of free sizes for which the model takes another branch, and what to say of
+    other such conditions."""
+    shapes = {leaf.name: leaf.shape for leaf in leaves if isinstance(leaf, Leaf)}
     guards: Sequence[str] = getattr(exported, "_guards_code", None) or ()
-    return [guard for guard in guards if "!=" in guard]
+    excluded: dict[str, tuple[int, ...]] = {}
+    notes = []
+    for guard in (guard for guard in guards if "!=" in guard):
+        found = UNEQUAL.fullmatch(guard)
+        size = shapes[found[1] + found[2]][int(found[3])] if found else None
+        if found and isinstance(size, str):
+            excluded[size] = (*excluded.get(size, ()), int(found[4]))
+        else:
+            notes.append(f"holds only where {guard}")
+    return excluded, tuple(notes)
 
 
 def _module_of(exported: ExportedProgram) -> GraphModule:

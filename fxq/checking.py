@@ -80,7 +80,7 @@ class Checked:
         return [name for name in changed if name not in self.state]
 
     def _second_batch(self, values: Mapping[str, Any], state: list[Tensor]) -> None:
-        for step in (1, 0):  # another size where one is free and the model takes it
+        for step in (1, 2, 0):  # another size where one is free and the model takes it
             other = other_batch(self.gm, self.signature, values, step)
             if other is None:
                 continue
@@ -171,11 +171,11 @@ def other_batch(
     Returns:
         None where no size is free and `step` is not 0.
     """
-    sizes = {
-        name: size + step
-        for name, size in signature.example_sizes.items()
-        if size + step <= (signature.ranges.get(name, (1, None))[1] or size + step)
-    }
+    sizes = {}
+    for name, size in signature.example_sizes.items():
+        high = signature.ranges.get(name, (1, None))[1] or size + step
+        if size + step <= high and size + step not in signature.excluded.get(name, ()):
+            sizes[name] = size + step
     if step and not sizes:
         return None
     nodes = iter([n for n in gm.graph.nodes if n.op == "placeholder"])

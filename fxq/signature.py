@@ -6,7 +6,7 @@ call against what the graph was captured with, and says what is wrong in the cal
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -69,6 +69,7 @@ class Signature:
         out_spec: the pytree of the result; the graph returns its leaves.
         ranges: smallest and largest value (None: any) of the free sizes that the model bounds.
         example_sizes: the free sizes' values in the example.
+        excluded: values of free sizes for which the model computes otherwise.
         state: names of the buffers that the model writes to; the graph takes them after the tensors
             of the call.
         writes: which inputs of the graph, by index, the model writes to. The graph returns their
@@ -84,6 +85,7 @@ class Signature:
     out_spec: pytree.TreeSpec
     ranges: Mapping[str, tuple[int, int | None]]
     example_sizes: Mapping[str, int]
+    excluded: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     state: tuple[str, ...] = ()
     writes: tuple[int, ...] = ()
 
@@ -172,6 +174,11 @@ class Signature:
                         f"{leaf.name!r}, found {size}: the "
                         "model computes otherwise beyond; capture again with an example of that "
                         "size"
+                    )
+                if size in self.excluded.get(symbol, ()):
+                    raise ValueError(
+                        f"{where}: expected any but {size} in dimension {dim} of {leaf.name!r}: the "
+                        "model computes otherwise there; capture again with an example of that size"
                     )
 
     def _by_name(

@@ -175,10 +175,12 @@ def test_a_batch_beyond_the_models_branch_is_refused() -> None:
         signature.flatten((torch.randn(64, 4),), {})
 
 
-def test_a_condition_no_range_expresses_is_noted() -> None:
-    captured = capture(FixedBatch().eval(), torch.randn(2, 4))
+def test_a_size_for_which_the_model_takes_another_branch_is_refused() -> None:
+    signature = capture(FixedBatch().eval(), torch.randn(2, 4)).signature
 
-    assert captured.notes == ("holds only where L['x'].size()[0] != 3",)
+    signature.flatten((torch.randn(4, 4),), {})
+    with pytest.raises(ValueError, match=r"expected any but 3 in dimension 0 of 'x'"):
+        signature.flatten((torch.randn(3, 4),), {})
 
 
 def test_inputs_of_different_batches_are_refused() -> None:
