@@ -4,13 +4,22 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+LOCK := requirements.lock
+OLDEST := .venv-oldest
+RESOLVE := .venv-lock/bin/uv pip compile --quiet --upgrade --universal --python-version 3.11 --extra dev \
+	--annotation-style line --custom-compile-command "make lock" pyproject.toml
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: demo test test-all check format bench bench-gpu clean sz
+.PHONY: demo test test-all test-versions check format lock bench bench-gpu clean sz
 
-$(STAMP): pyproject.toml
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "installing fxq and what its demo and tests need into $(VENV) (a few minutes the first time)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+# Exact versions, so that no release of anybody else's changes what happens here. The stamp comes last: a half-finished
+# install does not count, and one that is older than the lock is brought up to date.
+$(STAMP): $(LOCK) pyproject.toml
+	@rm -f $@
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@echo "installing $(LOCK) into $(VENV) (a few minutes the first time)"
+	@$(PIP) install --no-deps --requirement $(LOCK)
+	@$(PIP) install --no-deps --no-build-isolation --editable .
 	@touch $@
 
 demo: $(STAMP)  ## train, compress and compile a small ViT on handwriting
@@ -22,6 +31,10 @@ test: $(STAMP)  ## all tests but the slow and GPU ones
 test-all: $(STAMP)  ## all tests this machine can run
 	@$(BIN)/python -m pytest -q
 
+test-versions:  ## the tests of `make test` with the oldest versions supported, then with the newest
+	@$(MAKE) test VENV=$(OLDEST) LOCK=requirements-oldest.lock
+	@$(MAKE) test
+
 check: $(STAMP)  ## style, types and layers
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -31,6 +44,13 @@ check: $(STAMP)  ## style, types and layers
 format: $(STAMP)
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+
+lock:  ## choose exact versions anew: the newest and the oldest that pyproject.toml allows
+	@$(PYTHON) -m venv --clear .venv-lock
+	@.venv-lock/bin/python -m pip install --quiet --disable-pip-version-check uv
+	@$(RESOLVE) --resolution highest --output-file requirements.lock
+	@$(RESOLVE) --resolution lowest-direct --output-file requirements-oldest.lock
+	@rm -rf .venv-lock
 
 bench: $(STAMP)  ## CPU benchmarks; results go to benchmarks/results
 	@$(BIN)/python benchmarks/cpu_vit.py --isa avx2
@@ -50,4 +70,4 @@ sz: ## core lines, median and maximum file length
 	@git ls-files 'fxq/*.py' 'passes/*.py' 'lowering/*.py' | xargs wc -l | sort -n | awk '$$2 != "total" {n[NR]=$$1; f=$$2} $$2 == "total" {t=$$1} END {print t " lines in " NR-1 " files, median " n[int(NR/2)] ", largest " n[NR-1] " (" f ")"}'
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(OLDEST) .venv-lock

@@ -86,7 +86,7 @@ def pool_blocks_kernel(
     count = tl.maximum(last - first, 1).to(tl.float32)
     mean = tl.sum(x, 0) / count
     out = (bh.to(tl.int64) * N + n) * D + offs_d
-    write = (offs_d < D) & (n < N)
+    write = offs_d < tl.where(is_text, 0, D)
     tl.store(mean_ptr + out, mean, mask=write)
     if HAS_DEVIATION:
         distance = tl.where(mask, tl.abs(x - mean[None, :]), 0.0)

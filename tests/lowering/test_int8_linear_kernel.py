@@ -23,7 +23,9 @@ RUNNER = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
 from kernel_cases import check
+from strict import strict
 from fxq.lowering.kernels import int8_linear as kernel
+strict()
 small = kernel.Config(16, 16, 32, 4, 2)
 print(json.dumps([check(case, "cpu", config) for config in (None, small) for case in kernel.CASES]))
 """

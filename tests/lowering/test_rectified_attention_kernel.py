@@ -23,7 +23,9 @@ RUNNER = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
 from attention_cases import check_attend, check_pool, check_select
+from strict import strict
 from fxq.lowering.kernels import attend_blocks, pool_blocks, select_blocks
+strict()
 halved = [case._replace(block_size=32) for case in attend_blocks.CASES[4:10]]
 print(json.dumps({
     "pool": [check_pool(case, "cpu") for case in pool_blocks.CASES],
