@@ -9,9 +9,9 @@ torch's own autograd checks share this blind spot.)
 from collections.abc import Callable
 from typing import TypeVar
 
-import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
+
+from fxq.identity import TensorKey
 
 T = TypeVar("T")
 
@@ -26,27 +26,22 @@ class Derived:
     """A cache from (weight, name of the derived value) to the value."""
 
     def __init__(self) -> None:
-        # The weak reference in an entry keeps the storage's address from being reused, so the
-        # address is a safe key.
-        self._entries: dict[
-            tuple[int, int, torch.Size, str], tuple[StorageWeakRef, int, object]
-        ] = {}
+        self._entries: dict[tuple[TensorKey, str], tuple[int, object]] = {}
 
     def get(self, weight: Tensor, name: str, compute: Callable[[Tensor], T]) -> T:
         """Return `compute(weight)`, computed again only where the weight has been written to
         since."""
-        storage = weight.untyped_storage()
-        key = (int(storage._cdata), int(weight.storage_offset()), weight.shape, name)
+        key = TensorKey.of(weight), name
         entry = self._entries.get(key)
-        if entry is not None and entry[1] == version_of(weight) and not entry[0].expired():
-            return entry[2]  # type: ignore[return-value]
+        if entry is not None and entry[0] == version_of(weight):
+            return entry[1]  # type: ignore[return-value]
         self._drop_dead()
         value = compute(weight)
-        self._entries[key] = (StorageWeakRef(storage), version_of(weight), value)
+        self._entries[key] = (version_of(weight), value)
         return value
 
     def _drop_dead(self) -> None:
-        for key in [k for k, (ref, _, _) in self._entries.items() if ref.expired()]:
+        for key in [k for k in self._entries if k[0].expired]:
             del self._entries[key]
 
 

@@ -30,6 +30,7 @@ from fxq.graph import (
     tensor_of,
     weight_of,
 )
+from fxq.identity import TensorKey
 from fxq.observers import RangeObserver
 from fxq.pipeline import Pass
 from fxq.spec import LayerSpec, QuantSpec, block_of
@@ -89,7 +90,7 @@ class _Conversion:
 
     def __init__(self, gm: GraphModule) -> None:
         self.gm = gm
-        self.weights: dict[tuple[object, ...], Node] = {}
+        self.weights: dict[tuple[TensorKey, QuantSpec, torch.dtype], Node] = {}
         self.inputs: dict[tuple[Node, QuantSpec], Node] = {}
 
     def convert(self, layer: Node, spec: LayerSpec) -> None:
@@ -135,7 +136,7 @@ class _Conversion:
         """Return the dequantized weight of `layer`, shared with every layer that has the same
         one."""
         value = weight_of(layer)
-        key = (value.data_ptr(), value.shape, value.stride(), spec, dtype)
+        key = (TensorKey.of(value), spec, dtype)
         if key not in self.weights:
             name = owner_name(layer)
             try:

@@ -19,6 +19,7 @@ from torch.fx import GraphModule, Node
 from fxq import numerics
 from fxq.errors import UnsupportedError
 from fxq.graph import args_of, copy_graph, insert_module, is_constant, owner_name, tensor_of
+from fxq.identity import TensorKey
 from fxq.observers import RangeObserver
 from fxq.passes.common.convert import quantize_weight
 from fxq.spec import LayerSpec, QuantSpec, block_of
@@ -208,10 +209,10 @@ def _root(node: Any) -> Any:
 def _own_parameters(student: GraphModule, names: list[str]) -> None:
     """Replace tensors by trainable copies; those that are the same view of the same memory go on
     sharing."""
-    copies: dict[tuple[Any, ...], nn.Parameter] = {}
+    copies: dict[TensorKey, nn.Parameter] = {}
     for name in names:
         value = _get(student, name)
-        key = (value.data_ptr(), value.shape, value.stride())
+        key = TensorKey.of(value)
         if key not in copies:
             copies[key] = nn.Parameter(value.detach().clone(), requires_grad=True)
         _set(student, name, copies[key])
@@ -225,13 +226,14 @@ def adopt(gm: GraphModule, student: GraphModule) -> None:
         observer = gm.get_submodule(name)
         assert isinstance(observer, RangeObserver)
         observer.trained_scale = scale.detach().clone()
-    copies: dict[int, nn.Parameter] = {}
+    copies: dict[TensorKey, nn.Parameter] = {}
     for name, value in student.named_parameters(remove_duplicate=False):
         if name.rpartition(".")[0] in scales:
             continue
-        if id(value) not in copies:
-            copies[id(value)] = nn.Parameter(value.detach().clone(), requires_grad=False)
-        _set(gm, name, copies[id(value)])
+        key = TensorKey.of(value)
+        if key not in copies:
+            copies[key] = nn.Parameter(value.detach().clone(), requires_grad=False)
+        _set(gm, name, copies[key])
 
 
 def _get(gm: GraphModule, name: str) -> Tensor:

@@ -213,17 +213,17 @@ class Student:
 
     def __init__(self, gm: GraphModule, scale_learning_rate: float) -> None:
         self.gm = gm
-        scales = {id(p): p for p in activation_scales(gm)}
+        scales = dict.fromkeys(activation_scales(gm))
         self.named = {
             name: parameter
             for name, parameter in gm.named_parameters()
-            if scale_learning_rate or id(parameter) not in scales
+            if scale_learning_rate or parameter not in scales
         }
-        rest = [p for p in self.named.values() if id(p) not in scales]
+        rest = [p for p in self.named.values() if p not in scales]
         self.adam = torch.optim.Adam(rest)
         self.factors = [1.0]
         if scale_learning_rate and scales:
-            self.adam.add_param_group({"params": list(scales.values())})
+            self.adam.add_param_group({"params": list(scales)})
             self.factors.append(scale_learning_rate)
         specs = [getattr(module, "spec", None) for module in gm.modules()]
         bits = [spec.bits for spec in specs if isinstance(spec, QuantSpec)]

@@ -28,6 +28,7 @@ from fxq.graph import (
     is_constant,
     owner_name,
 )
+from fxq.identity import TensorKey
 from fxq.passes.common.scaling.labels import sizes_of
 from fxq.passes.common.scaling.sites import Part, ScaleSite
 
@@ -149,7 +150,7 @@ def _of(changes: dict[Node, _Change], part: Part) -> _Change:
 def _rewrite_layer(gm: GraphModule, node: Node, change: _Change, cache: dict[object, Node]) -> None:
     value = _parameter(node, "weight")
     assert value is not None
-    key = (value.data_ptr(), value.shape, value.stride(), *map(_bytes, _factors(change)))
+    key = (TensorKey.of(value), *map(_bytes, _factors(change)))
     if key not in cache:  # layers that share a weight share its variables, and go on sharing it
         try:
             scaled = _scaled_weight(value, change)

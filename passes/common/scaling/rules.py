@@ -16,6 +16,7 @@ from torch.fx.node import map_arg
 
 from fxq.account import ATTENTION, CONV, LINEAR
 from fxq.graph import constant_of, constant_value, hint, is_constant, is_op
+from fxq.identity import TensorKey
 from fxq.passes.common.scaling.flow import ChannelFlow, Slot
 from fxq.passes.common.scaling.labels import UNIT, ZERO, compact, settle, sizes_of
 
@@ -363,10 +364,9 @@ def op_name(node: Node) -> str:
     return str(getattr(node.target, "__name__", node.target))
 
 
-def weight_key(weight: Node) -> object:
+def weight_key(weight: Node) -> TensorKey:
     """Return what identifies a weight: equal for layers that read the same values alike."""
-    value = constant_of(weight)
-    return value.data_ptr(), tuple(value.shape), value.stride()
+    return TensorKey.of(constant_of(weight))
 
 
 def _args(node: Node) -> Any:

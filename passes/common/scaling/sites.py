@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxq.account import ATTENTION
-from fxq.graph import constant_of, is_constant, owner_name
+from fxq.graph import is_constant, owner_name
 from fxq.passes.common.scaling.flow import ChannelFlow, Slot
 from fxq.passes.common.scaling.labels import UNIT, sizes_of
 from fxq.passes.common.scaling.rules import LAYERS, NORMS, op_name
-from fxq.passes.common.scaling.trace import trace, users_behind_views
+from fxq.passes.common.scaling.trace import WeightReaders, trace
 
 Kind = Literal["norm", "modulate", "value", "gated", "relu", "linear", "quantizer", "query_key"]
 KINDS: tuple[Kind, ...] = (
@@ -299,10 +299,10 @@ def _quantizer_sites(gm: GraphModule, refusals: dict[Node, str]) -> list[ScaleSi
     The factor goes into the weights of these layers only, so nobody else may read those.
     """
     readers: dict[Node, dict[int, list[Node]]] = defaultdict(lambda: defaultdict(list))
-    shared = _shared_weights(gm)
+    weights = WeightReaders(gm)
     for node in refusals:
         if node.target in LAYERS and is_constant(node.args[1]):
-            if node in shared:
+            if weights.others(node):
                 refusals[node] = f"{refusals[node]}, and its weight is shared"
             else:
                 readers[node.args[0]][len(sizes_of(node.args[1])) - 2].append(node)  # type: ignore
@@ -314,12 +314,3 @@ def _quantizer_sites(gm: GraphModule, refusals: dict[Node, str]) -> list[ScaleSi
             parts = tuple(Part(node, channels) for node in nodes)
             sites.append(ScaleSite("quantizer", len(channels), (), parts, edge, (), why))
     return sites
-
-
-def _shared_weights(gm: GraphModule) -> set[Node]:
-    """Return the layers whose weight has another reader."""
-    readers: dict[int, list[Node]] = defaultdict(list)
-    for node in gm.graph.nodes:
-        if node.op == "get_attr" and isinstance(constant_of(node), Tensor):
-            readers[constant_of(node).data_ptr()].extend(users_behind_views(node))
-    return {n for nodes in readers.values() if len(nodes) > 1 for n in nodes if n.target in LAYERS}

@@ -1,11 +1,12 @@
 """Trace: run the rules over a graph, and fix what shares its weight with something else."""
 
-from typing import Any
+from collections import defaultdict
 
 from torch import Tensor
 from torch.fx import GraphModule, Node
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from fxq.graph import VIEWS, constant_of, is_op
+from fxq.graph import VIEWS, args_of, constant_of, is_op
 from fxq.passes.common.scaling.flow import ChannelFlow
 from fxq.passes.common.scaling.rules import (
     LAYERS,
@@ -47,28 +48,37 @@ def trace(gm: GraphModule, scales: ChannelFlow | None = None) -> ChannelFlow:
 
 def _fix_shared_weights(flow: ChannelFlow, gm: GraphModule) -> None:
     """Fix the layers whose weight something else reads too, as an embedding does."""
-    readers: dict[int, list[Node]] = {}
-    for node in gm.graph.nodes:
-        if node.op == "get_attr" and isinstance(constant_of(node), Tensor):
-            storage = constant_of(node).untyped_storage().data_ptr()
-            readers.setdefault(storage, []).extend(users_behind_views(node))
+    readers = WeightReaders(gm)
     for slot in flow.slots:
         if slot.node.target not in LAYERS:
             continue
-        mine: Any = slot.node.args[1]
-        for reader in readers[constant_of(mine).untyped_storage().data_ptr()]:
-            other: Any = reader.args[1] if reader.target in LAYERS else None
-            if not isinstance(other, Node):
+        for reader, read in readers.others(slot.node):
+            if reader.target not in LAYERS or reader.args[1] is not read:
                 flow.fix(slot.ids, f"{op_name(reader)} also reads its weight")
-            elif weight_key(other) != weight_key(mine) and _overlap(other, mine):
+            elif weight_key(read) != weight_key(args_of(slot.node)[1]):
                 flow.fix(slot.ids, f"{op_name(reader)} reads its weight in another way")
 
 
-def users_behind_views(node: Node) -> list[Node]:
-    """Return what reads a constant, directly or through views."""
-    found: list[Node] = []
+class WeightReaders:
+    """Who reads which constants of a graph, directly or through views."""
+
+    def __init__(self, gm: GraphModule) -> None:
+        self._readers: dict[StorageWeakRef, list[tuple[Node, Node]]] = defaultdict(list)
+        for node in gm.graph.nodes:
+            if node.op == "get_attr" and isinstance(constant_of(node), Tensor):
+                self._readers[weight_key(node).storage] += _readers_behind_views(node)
+
+    def others(self, layer: Node) -> list[tuple[Node, Node]]:
+        """Return what else reads elements of a layer's weight, each with the constant it reads."""
+        mine = args_of(layer)[1]
+        readers = self._readers.get(weight_key(mine).storage, [])
+        return [(n, read) for n, read in readers if n is not layer and _overlap(read, mine)]
+
+
+def _readers_behind_views(node: Node) -> list[tuple[Node, Node]]:
+    found: list[tuple[Node, Node]] = []
     for user in node.users:
-        found.extend(users_behind_views(user) if is_op(user, *VIEWS) else [user])
+        found += _readers_behind_views(user) if is_op(user, *VIEWS) else [(user, node)]
     return found
 
 
