@@ -1,9 +1,10 @@
 """Accounting: every operator that multiplies, its floating-point operations, and why it is as it
 is.
 
-Linear, convolution, matmul, einsum that contracts two or more tensors, and attention count: the
-cost of everything else grows with the number of elements only. Each of them is quantized or sparse,
-or carries a `Skip` that says why not.
+Linear, convolution, matmul, einsum that contracts two or more tensors, and attention have a kind of
+their own; any other operator that torch counts products in, such as a recurrent layer, is a kind by
+its name (`fxq.flops`). The cost of everything else grows with the number of elements only. Each
+operator that multiplies is quantized or sparse, or carries a `Skip` that says why not.
 """
 
 import math
@@ -16,6 +17,7 @@ from torch.fx import GraphModule, Node
 
 import fxq.rectified_attention.op  # noqa: F401  registers the operator
 from fxq.einsum import Equation
+from fxq.flops import counted_flops
 from fxq.graph import args_of, constant_of, hint, is_constant, is_op, owner_name, shape_of, val_of
 
 aten = torch.ops.aten
@@ -42,6 +44,7 @@ KINDS = {
     "einsum": frozenset({aten.einsum.default}),
     "attention": ATTENTION,
 }
+KIND_OF: dict[Any, str] = {target: kind for kind, targets in KINDS.items() for target in targets}
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class Row:
     Args:
         node: the node's name in the graph.
         module: qualified name of the module it came from.
-        kind: a key of `KINDS`.
+        kind: a key of `KINDS`, or the operator's name.
         flops: floating-point operations, a multiply-add counting as two.
         format: `"int8 x int8"` and the like (activation x weight), how sparse an attention is, None
             where float and dense.
@@ -83,8 +86,11 @@ class Row:
 
 
 def kind_of(node: Node) -> str | None:
-    """Return the key of `KINDS` a node falls under, None where it does not multiply."""
-    kind = next((kind for kind, targets in KINDS.items() if is_op(node, *targets)), None)
+    """Return the key of `KINDS` a node falls under, the name of any other operator that multiplies,
+    and None for the rest."""
+    kind = KIND_OF.get(node.target) if node.op == "call_function" else None
+    if kind is None and counted_flops(node):
+        return str(node.target._opname)  # type: ignore[union-attr]
     return None if kind == "einsum" and not Equation.of(node).contracts else kind
 
 
@@ -110,8 +116,8 @@ def flops_of(node: Node, sizes: Mapping[str, int] | None = None) -> int:
         sizes: values of the graph's free sizes by name; those at capture where left out.
     """
     kind = kind_of(node)
-    if kind is None:
-        return 0
+    if kind not in KINDS:
+        return counted_flops(node, sizes)
     operands: Any = args_of(node)[1] if kind == "einsum" else node.args
     shapes = [[hint(size, sizes) for size in shape_of(n)] for n in operands if isinstance(n, Node)]
     result = val_of(node)

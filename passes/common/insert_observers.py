@@ -25,6 +25,11 @@ from fxq.spec import LayerSpec, PerTensor, PerToken, QuantSpec, block_of, scale_
 FIRST = "<first>"  # override key: layers that no other layer comes before, by data flow
 LAST = "<last>"  # override key: layers that no other layer comes after, by data flow
 
+# Kinds of operators whose constants are no matrix that multiplies rows.
+NO_LINEAR = frozenset({
+    None, "linear", "conv", "transposed conv", "attention", "_convolution", "conv_tbc",
+})  # fmt: skip
+
 Override = tuple[str, LayerSpec | None]
 
 
@@ -77,7 +82,7 @@ class InsertObservers(Pass):
                 _observe(gm, layer, spec.activation, observers)
         for node in gm.graph.nodes:
             kind = kind_of(node)
-            if kind in ("matmul", "einsum") and _has_weight(node) and "linear" in self.targets:
+            if kind not in NO_LINEAR and _has_weight(node) and "linear" in self.targets:
                 why = f"its weight multiplies as {kind}, in a form that is not a linear"
                 mark_skip(node, Skip(why, intended=False))
             elif kind is not None and kind not in ("linear", "conv"):
