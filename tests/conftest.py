@@ -15,6 +15,7 @@ sys.path[:0] = [
     str(ROOT / "examples"),
     str(ROOT / "tests" / "lowering"),
     str(ROOT / "tests" / "passes"),
+    str(ROOT / "tests" / "fuzz"),
 ]
 
 
