@@ -28,7 +28,8 @@ from fxq.account import SPARSE_ATTENTION, account
 from fxq.canonicalize import canonicalize
 from fxq.capturing import from_dynamo, qualified_name
 from fxq.errors import FxqWarning, SkippedError, did_you_mean
-from fxq.graph import RUNTIME_STATE, bind, is_op
+from fxq.first_call import FirstCall
+from fxq.graph import RUNTIME_STATE, bind, copy_graph, is_op
 from fxq.lowering.derived import version_of
 from fxq.lowering.lower import lower
 from fxq.ops import decompositions
@@ -46,12 +47,15 @@ class Options:
     Args:
         recipe: what to do to a float model: a `Recipe` without calibration, or the name of one.
             Ignored for a program, to which it has been done.
+        check: compare the first call of every graph with eager code, what it writes included, and
+            raise where they part. Costs three more runs and the memory of two more graphs.
         strict: raise where a quantized layer has no kernel on this device, or where the
             recipe could not do to an operator what it is for, which otherwise is a warning.
         inductor: options handed to Inductor, as `torch.compile(..., options=)` would take them.
     """
 
     recipe: Recipe | str = DEFAULT_RECIPE
+    check: bool = False
     strict: bool = False
     inductor: Mapping[str, Any] | None = None
 
@@ -86,6 +90,7 @@ def fxq(
             train mode, an input that requires grad.
         SkippedError: `strict` and a quantized layer has no kernel here, or the recipe could not do
             to an operator what it is for.
+        PassError: `check`, at the first call, and the result is not that of eager code.
     """
     settings = Options.parse(options)
     recipe = resolve_recipe(settings.recipe)
@@ -98,16 +103,24 @@ def fxq(
     config = dict(settings.inductor or {})
     if mode is not None:
         config |= torch._inductor.list_mode_options(mode)
-    return Compiled(gm, example_inputs, recipe, settings.strict, config)
+    return Compiled(gm, example_inputs, recipe, settings.strict, config, settings.check)
 
 
 @dataclass(frozen=True)
 class Build:
-    """What was compiled for one set of weights, and their versions then."""
+    """What was compiled for one set of weights, and their versions then.
+
+    Args:
+        versions: how often each weight had been written to.
+        weights: keep their ids from being given to others.
+        run: what was compiled.
+        judge: what to compare its first call with, where that is asked for.
+    """
 
     versions: tuple[int, ...]
     weights: list[Tensor]
     run: Callable[..., Any]
+    judge: FirstCall | None = None
 
 
 class Compiled:
@@ -123,7 +136,9 @@ class Compiled:
         recipe: Recipe,
         strict: bool,
         config: dict[str, Any],
+        check: bool = False,
     ) -> None:
+        self.eager = gm if check else None
         self.recipe, self.strict, self.config = recipe, strict, config
         self.graph_module, self.written = from_dynamo(gm)
         placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
@@ -158,17 +173,18 @@ class Compiled:
         static = [args[i] for i in self.static]
         build = self.builds.get(tuple(map(id, static)))
         if build is None:
-            run = self._build(args)
-        elif build.versions == tuple(map(version_of, static)):
-            run = build.run
-        else:
+            build = self._build(args)
+        elif build.versions != tuple(map(version_of, static)):
             warnings.warn(
                 "weights have changed in place: compiling again", FxqWarning, stacklevel=2
             )
-            run = self._build(args)
-        return run(*[args[i] for i in self.live])
+            build = self._build(args)
+        live = [args[i] for i in self.live]
+        if build.judge is None or build.judge.done:
+            return build.run(*live)
+        return build.judge(args, lambda: build.run(*live))
 
-    def _build(self, args: Sequence[Any]) -> Callable[..., Any]:
+    def _build(self, args: Sequence[Any]) -> Build:
         weights = [args[i] for i in self.static]
         nodes = [n for n in self.graph_module.graph.nodes if n.op == "placeholder"]
         inputs = [nodes[i].meta["val"] for i in self.live]
@@ -176,7 +192,10 @@ class Compiled:
             bound = bind(self.graph_module, {nodes[i].name: args[i].detach() for i in self.static})
             if not self.is_program:
                 # Once more: a product with a weight is a linear only where the weight is constant.
-                bound = self.recipe.apply(canonicalize(bound))
+                bound = canonicalize(bound)
+            float_graph = copy_graph(bound)
+            if not self.is_program:
+                bound = self.recipe.apply(bound)
                 self._tell_of_skips(bound)
             lowered, decisions = lower(bound, _device_of(weights))
             declined = {name: d.reason for name, d in decisions.items() if d.kernel is None}
@@ -198,9 +217,13 @@ class Compiled:
             table = select_decomp_table() | decompositions()
             run: Any = compile_fx(lowered, inputs, config_patches=self.config, decompositions=table)
         versions = tuple(map(version_of, weights))
-        # The entry keeps the weights alive, so that their ids are not given to others.
-        self.builds[tuple(map(id, weights))] = Build(versions, weights, run)
-        return run
+        judge = None
+        if self.eager is not None:
+            graphs = (self.eager, float_graph, bound)
+            judge = FirstCall(*graphs, self.live, self.written, self.names)
+        build = Build(versions, weights, run, judge)
+        self.builds[tuple(map(id, weights))] = build
+        return build
 
     def _tell_of_skips(self, gm: GraphModule) -> None:
         """Log what the recipe left as it was; raise, or warn, where it could not do what it is for
@@ -210,7 +233,7 @@ class Compiled:
         for line in left.values():
             logger.info("recipe %r left as it was %s", self.recipe.name, line)
         meant = [left[row.node] for row in rows if row.skip and not row.skip.intended]
-        if not meant and len(left) < len(rows):
+        if not self.recipe.passes or (not meant and len(left) < len(rows)):
             return
         listing = "".join(f"\n  {line}" for line in dict.fromkeys(meant or left.values()))
         if not listing:

@@ -31,7 +31,7 @@ from fxq.errors import UnsupportedError, did_you_mean
 from fxq.graph import shape_of, writes
 from fxq.module_state import restored
 from fxq.signature import Inputs, Leaf, Signature, free_sizes, split_inputs
-from fxq.writes import Functionalized, lift_writes
+from fxq.writes import Functionalized, give_own_memory, lift_writes
 
 
 @dataclass(frozen=True)
@@ -321,7 +321,7 @@ def _excluded(
 
 def _module_of(exported: ExportedProgram) -> GraphModule:
     takes_guards = "check_guards" in inspect.signature(exported.module).parameters
-    return exported.module(check_guards=False) if takes_guards else exported.module()  # type: ignore
+    return exported.module(check_guards=False) if takes_guards else exported.module()
 
 
 def _unlift(exported: ExportedProgram) -> GraphModule:
@@ -352,6 +352,8 @@ def from_dynamo(gm: GraphModule) -> tuple[GraphModule, tuple[int, ...]]:
         refuse_train_mode(flat)  # before its operators are taken apart
         if any(map(writes, flat.graph.nodes)):  # as in `capture`
             flat = _trace(functionalized, values)
+            inputs = [node for node in flat.graph.nodes if node.op == "placeholder"]
+            give_own_memory(flat, [inputs[index] for index in functionalized.written])
         for node, origin in zip(flat.graph.nodes, placeholders, strict=False):
             node.meta["source"] = qualified_name(origin)
         for node in flat.graph.nodes:

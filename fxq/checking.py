@@ -64,8 +64,9 @@ class Checked:
             state = self._agree(values, state, "the example")
             once = Snapshot(self.module)
             changed = self._unknown(before.changes(once))
-            if changed:
+            if changed or state:
                 state = self._agree(values, state, "a second call", changed)
+            if changed:
                 again = self._unknown(once.changes(Snapshot(self.module)))
                 if again:
                     raise UnsupportedError(_changes(again))
@@ -208,9 +209,7 @@ def difference(expected: Sequence[Any], found: Sequence[Any]) -> str | None:
         if not isinstance(a, Tensor) or not isinstance(b, Tensor):
             continue
         if a.shape != b.shape or a.dtype != b.dtype:
-            return (
-                f"value {index} is {a.dtype} {list(a.shape)} against {b.dtype} {list(b.shape)}"
-            )
+            return f"value {index} is {a.dtype} {list(a.shape)} against {b.dtype} {list(b.shape)}"
         relative = relative_difference(a, b)
         if not relative <= TOLERANCE.get(a.dtype, 0.0):
             return f"value {index} differs by {relative:.1e} of its size"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_OWN = frozenset(vars(nn.Module())) - {"_buffers"}  # attributes of every module: no state of its own
+_OWN = frozenset(vars(nn.Module()))  # of every module, the dictionaries of its parts among them
 _OPAQUE = (nn.Module, nn.Parameter, type, FunctionType, MethodType, ModuleType)
 _MAX_DEPTH = 8
 
@@ -32,7 +32,7 @@ class Snapshot:
         self._tensors: list[tuple[Tensor, Tensor]] = []
         self._seen: set[int] = set()
         for prefix, part in module.named_modules():
-            own = {k: v for k, v in vars(part).items() if k not in _OWN and k != "_buffers"}
+            own = {k: v for k, v in vars(part).items() if k not in _OWN}
             self._contents.append((vars(part), own))
             for store in (own, part._buffers):
                 self._walk(prefix, store, 0)
@@ -107,7 +107,7 @@ def _shallow(value: Any) -> Any:
 def _refill(container: Any, content: Any) -> None:
     """Make a container hold `content` again. Attributes of `nn.Module` itself stay."""
     if isinstance(container, MutableMapping):
-        for key in [k for k in container if k not in content and k not in _OWN | {"_buffers"}]:
+        for key in [k for k in container if k not in content and k not in _OWN]:
             del container[key]
         if any(key not in container or container[key] is not content[key] for key in content):
             container.update(content)

@@ -128,6 +128,9 @@ class Recipe:
         return gm
 
 
+FLOAT = Recipe("float", ())  # nothing: to see what capture and lowering alone do
+
+
 def resolve_recipe(recipe: Recipe | str) -> Recipe:
     """Return a recipe given as such or by the name of an installed `fxq.recipes` entry point."""
     if isinstance(recipe, Recipe):
@@ -184,9 +187,7 @@ def compress(
         torch.no_grad(),
     ):  # tensors made here must count their versions
         captured = capture(model, example_inputs, dynamic_shapes)
-        batches = (
-            None if data is None else CheckedBatches(captured, data, device_of(model))
-        )
+        batches = None if data is None else CheckedBatches(captured, data, device_of(model))
         gm = recipe.apply(captured.graph_module, batches, progress)
         if strict and (skips := unintended_skips(gm)):
             listing = "\n  ".join(f"{name}: {why}" for name, why in skips.items())

@@ -47,10 +47,10 @@ class Program(nn.Module):
         state: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
-        self.initial_state, self.runtime_state = nn.Module(), nn.Module()
+        self.initial_state, self.current_state = nn.Module(), nn.Module()
         for name, value in (state or {}).items():
             register_buffer(self.initial_state, name, value)
-            register_buffer(self.runtime_state, name, value.clone())
+            register_buffer(self.current_state, name, value.clone())
         self.graph_module = graph_module
         self.signature = signature
         self.recipe = recipe
@@ -116,7 +116,7 @@ class Program(nn.Module):
     @property
     def state(self) -> dict[str, Tensor]:
         """The buffers that calls write to, by their names in the model."""
-        return {name: self.runtime_state.get_buffer(name) for name in self.signature.state}
+        return {name: self.current_state.get_buffer(name) for name in self.signature.state}
 
     def reset(self) -> None:
         """Set the state back to what it was when the model was captured."""

@@ -177,8 +177,9 @@ class Signature:
                     )
                 if size in self.excluded.get(symbol, ()):
                     raise ValueError(
-                        f"{where}: expected any but {size} in dimension {dim} of {leaf.name!r}: the "
-                        "model computes otherwise there; capture again with an example of that size"
+                        f"{where}: expected any but {size} in dimension {dim} of {leaf.name!r}: "
+                        "the model computes otherwise there; capture again with an example of "
+                        "that size"
                     )
 
     def _by_name(

@@ -5,7 +5,8 @@ is one more result, after the model's own, and who calls the graph copies it bac
 Python, a graph compiled for `torch.compile` with the `copy_` that `write_back` puts at its end.
 """
 
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ from torch._subclasses.functional_tensor import (
     dispatch_functionalize,
 )
 from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
 
 from fxq.errors import UnsupportedError
-from fxq.graph import args_of, insert_call, tensor_of, writes
+from fxq.graph import args_of, insert_call, is_op, tensor_of, writes
 
 aten = torch.ops.aten
 
@@ -41,25 +43,15 @@ class Functionalized:
         return dispatch_functionalize(self._call, mode)(*args)
 
     def _call(self, *args: Any) -> tuple[Any, ...]:
-        shapes = [_layout(arg) for arg in args]
         results = self.forward(*args)
-        for index, (arg, shape) in enumerate(zip(args, shapes, strict=True)):
-            if _layout(arg) != shape:
-                raise UnsupportedError(
-                    f"expected in-place operators that write values, found one that changes the "
-                    f"shape of input {index} from {shape[0]} to {list(arg.shape)}; "  # type: ignore
-                    "use the operator without the underscore"
-                )
         self.written = tuple(i for i, arg in enumerate(args) if _is_written(arg))
         return (*results, *(args[i] for i in self.written))
 
 
-def _layout(arg: Any) -> Any:
-    return (list(arg.shape), list(arg.stride())) if isinstance(arg, Tensor) else None
-
-
 def _is_written(arg: Any) -> bool:
-    return isinstance(arg, FunctionalTensor) and torch._functionalize_has_data_mutation(arg.elem)
+    if not isinstance(arg, FunctionalTensor):
+        return False
+    return torch._functionalize_has_data_mutation(arg.elem)  # type: ignore[attr-defined]
 
 
 def lift_writes(gm: GraphModule) -> tuple[dict[str, Tensor], tuple[int, ...]]:
@@ -93,7 +85,21 @@ def lift_writes(gm: GraphModule) -> tuple[dict[str, Tensor], tuple[int, ...]]:
         values.append(value)
         written.append(inputs.index(target))
     output.args = ((*output.args[0], *values),)  # type: ignore[misc]
+    give_own_memory(gm, {inputs[index] for index in written})
     return state, tuple(written)
+
+
+def give_own_memory(gm: GraphModule, written: Container[Node]) -> None:
+    """Copy the results that are an input which is written to, or a view of one: the writes come
+    after the graph, one after another, and must not change what others still read."""
+    output, copies = gm.graph.output_node(), dict[Node, Node]()
+    for value in output.all_input_nodes:
+        root: Node | None = value
+        while root is not None and root not in written:
+            root = aliased_by(root)
+        if root is not None:
+            copies[value] = insert_call(aten.clone.default, (value,), before=output)
+    output.args = map_arg(output.args, lambda node: copies.get(node, node))
 
 
 def _new_input(gm: GraphModule, name: str, buffer: Node) -> Node:
@@ -144,6 +150,8 @@ def _on_copies(value: Any, copies: dict[Node, Node], output: Node) -> Any:
 
 def aliased_by(value: Any) -> Node | None:
     """Return the tensor that `value` is a view of, None where it has memory of its own."""
+    if is_op(value, operator.getitem):  # one of several views, as `chunk` gives
+        return value.args[0] if aliased_by(value.args[0]) is not None else None
     if not isinstance(value, Node) or not isinstance(value.target, torch._ops.OpOverload):
         return None
     schema = value.target._schema
@@ -181,9 +189,8 @@ def _span(value: Any) -> tuple[int, int, int] | None:
         return None
     steps = zip(value.shape, value.stride(), strict=True)
     last = sum((size - 1) * step for size, step in steps)
-    first = value.storage_offset()
-    width = value.element_size()
-    return value.untyped_storage()._cdata, first * width, (first + last + 1) * width
+    first, width = int(value.storage_offset()), value.element_size()
+    return value.untyped_storage()._cdata, first * width, (first + int(last) + 1) * width
 
 
 def _meet(a: tuple[int, int, int], b: tuple[int, int, int]) -> bool:

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [
     str(ROOT / "examples"),
     str(ROOT / "tests" / "lowering"),
+    str(ROOT / "tests" / "core"),
     str(ROOT / "tests" / "passes"),
     str(ROOT / "tests" / "fuzz"),
 ]

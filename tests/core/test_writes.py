@@ -1,0 +1,205 @@
+"""In-place writes as values: nothing that eager code writes is lost, aliases stay aliases."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxq
+from fxq.errors import UnsupportedError
+from fxq.pipeline import FLOAT
+from fxq.writes import check_apart
+
+
+class Cache(nn.Module):
+    """Writes a row to an argument and to a buffer, and counts."""
+
+    cache: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.key = nn.Linear(8, 8)
+        self.register_buffer("cache", torch.zeros(2, 4, 8))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, given: Tensor, x: Tensor, place: Tensor) -> dict[str, Tensor]:
+        given.index_copy_(1, place, self.key(x))
+        self.cache.index_copy_(1, place, self.key(x))
+        self.count += 1
+        return {
+            "sum": (given + self.cache).sum(1) * self.count,
+            "cache": self.cache,
+            "rows": self.cache[:, :2],
+            "given": given,
+        }
+
+
+class Swap(nn.Module):
+    """Two buffers change places, each new value read from the other's old one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.child = nn.Module()
+        self.child.register_buffer("a", torch.zeros(3))
+        self.register_buffer("b", torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        old = self.child.a.clone()
+        self.child.a.copy_(self.b)
+        self.b.copy_(old)
+        return x + self.child.a
+
+
+class Assigned(nn.Module):
+    """Assigns its buffer anew, as VAR-like caches of fixed size do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean = self.mean * 0.5 + x.mean(0)
+        return x - self.mean
+
+
+class Masked(nn.Module):
+    """Writes to a slice of its argument, then reads all of it."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x[:, 0] = 5
+        y = x * 2
+        x.add_(1)
+        return y, x
+
+
+def calls(build: Callable[[], nn.Module]) -> list[tuple[Any, ...]]:
+    """Return arguments for three calls."""
+    generator = torch.Generator().manual_seed(1)
+    if build is Cache:
+        return [
+            (torch.zeros(2, 4, 8), torch.randn(2, 1, 8, generator=generator), torch.tensor([i]))
+            for i in range(3)
+        ]
+    return [(torch.randn(4, 3, generator=generator),) for _ in range(3)]
+
+
+def run(model: Callable[..., Any], inputs: list[tuple[Any, ...]]) -> list[Tensor]:
+    """Return everything three calls gave and wrote to their arguments."""
+    seen = []
+    with torch.no_grad():
+        for args in inputs:
+            given = [arg.clone() for arg in args]
+            result = torch.utils._pytree.tree_leaves(model(*given))
+            seen += [value.clone() for value in (*result, *given)]
+    return seen
+
+
+@pytest.mark.parametrize("build", [Cache, Swap, Assigned, Masked])
+def test_a_program_writes_what_the_model_writes(build: Callable[[], nn.Module]) -> None:
+    inputs = calls(build)
+    program = fxq.compress(build().eval() if build is not Cache else seeded(), inputs[0], FLOAT)
+    model = build().eval() if build is not Cache else seeded()
+
+    found, expected = run(program, inputs), run(model, inputs)
+
+    torch.testing.assert_close(found, expected)
+    assert set(program.state) == {name for name, _ in model.named_buffers()}
+    torch.testing.assert_close(program.state, dict(model.named_buffers()))
+
+
+def seeded() -> Cache:
+    torch.manual_seed(0)
+    return Cache().eval()
+
+
+def test_the_model_and_the_example_stay_as_they_were() -> None:
+    model, (example, *_) = seeded(), calls(Cache)
+
+    fxq.compress(model, example, "w8a8_static", data=calls(Cache))
+
+    assert model.count == 0
+    assert not model.cache.any()
+    assert not example[0].any()
+
+
+def test_a_program_returns_the_very_tensors_it_wrote_to() -> None:
+    program, (example, *_) = fxq.compress(seeded(), calls(Cache)[0], FLOAT), calls(Cache)
+
+    result = program(*example)
+
+    assert result["cache"] is program.state["cache"]
+    assert result["given"] is example[0]
+
+
+def test_a_program_is_reset_copied_and_read_by_its_state() -> None:
+    program = fxq.compress(seeded(), calls(Cache)[0], FLOAT)
+    run(program, calls(Cache))
+    copied = copy.deepcopy(program)
+
+    copied.reset()
+
+    assert program.state["count"] == 3
+    assert copied.state["count"] == 0
+    assert not copied.state["cache"].any()
+    torch.testing.assert_close(run(copied, calls(Cache)), run(seeded(), calls(Cache)))
+
+
+def test_calibration_sees_the_state_the_model_would_have() -> None:
+    """Ranges come from calls in a row: the third reads what the first two wrote."""
+
+    class Running(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("total", torch.zeros(1, 4))
+            self.head = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.total += x.sum(0, keepdim=True)
+            return self.head(self.total)
+
+    ones = torch.ones(1, 4)
+    program = fxq.compress(Running().eval(), ones, "w8a8_static", data=[ones] * 3)
+
+    (scale,) = (b for n, b in program.named_buffers() if n.endswith("input_scale"))
+    # The largest total is 3, in 255 steps.
+    torch.testing.assert_close(scale.flatten(), torch.tensor([3.0 / 255]), rtol=1e-5, atol=0)
+    assert program.state["total"].sum() == 0
+
+
+def test_an_argument_that_shares_written_memory_is_refused() -> None:
+    class Both(nn.Module):
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            a.add_(1)
+            return a + b
+
+    program = fxq.compress(Both().eval(), (torch.zeros(4), torch.zeros(4)), FLOAT)
+    memory = torch.zeros(6)
+
+    with pytest.raises(UnsupportedError, match="'a', which the model writes to.*shares memory"):
+        program(memory[:4], memory[2:])
+    assert program(memory[:4].view(4), torch.zeros(4)).sum() == 4
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "meet"),
+    [
+        (slice(0, 3), slice(3, 6), False),
+        (slice(0, 4), slice(3, 6), True),
+        (slice(0, 6), slice(2, 3), True),
+        (slice(0, 0), slice(0, 6), False),
+    ],
+)
+def test_memory_meets_where_ranges_do(first: slice, second: slice, meet: bool) -> None:
+    memory = torch.zeros(6, 2)
+    named = [("a", memory[first]), ("n", 3), ("b", memory[second])]
+
+    if meet:
+        with pytest.raises(UnsupportedError, match="here: expected 'b'.*memory with 'a'"):
+            check_apart(named, [2], "here")
+    else:
+        check_apart(named, [2], "here")
+        check_apart([("a", memory[first]), ("b", memory[second].clone())], [0], "here")

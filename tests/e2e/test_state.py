@@ -1,0 +1,184 @@
+"""What a model keeps and writes, under torch.compile: eager code is the judge, state included."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from test_writes import Assigned, Cache, Masked, Swap, calls, run, seeded
+from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+import fxq
+from fxq.errors import PassError, UnsupportedError
+from fxq.pipeline import FLOAT
+
+OPTIONS = {"recipe": FLOAT, "check": True}
+
+
+@pytest.mark.parametrize("build", [Cache, Swap, Assigned, Masked])
+@pytest.mark.parametrize("through", ["model", "program"])
+def test_compiled_code_writes_what_the_model_writes(
+    build: Callable[[], nn.Module], through: str
+) -> None:
+    inputs = calls(build)
+    model, judge = (seeded() if build is Cache else build().eval() for _ in range(2))
+    given = fxq.compress(model, inputs[0], FLOAT) if through == "program" else model
+    compiled = torch.compile(given, backend="fxq", options=OPTIONS)
+
+    found, expected = run(compiled, inputs), run(judge, inputs)
+
+    torch.testing.assert_close(found, expected)
+    state = given.state if isinstance(given, fxq.Program) else dict(model.named_buffers())
+    torch.testing.assert_close(state, dict(judge.named_buffers()))
+
+
+def test_results_that_are_views_of_what_was_written_stay_views() -> None:
+    def write(c: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+        c.add_(x)
+        return c, c[:, :1], c.chunk(2)[1], c.t().reshape(2, 3, 2), c.clone(), x.view(-1)
+
+    c, x = torch.zeros(4, 3), torch.ones(4, 3)
+    whole, part, half, turned, copied, other = torch.compile(write, backend="fxq", options=OPTIONS)(
+        c, x
+    )
+    c.add_(5)
+
+    assert whole is c
+    assert [value.flatten()[0].item() for value in (part, half, copied)] == [6.0, 6.0, 1.0]
+    expected = write(torch.full((4, 3), 5.0), x)[3]
+    assert turned.shape == expected.shape
+    assert other.data_ptr() == x.data_ptr()
+
+
+def test_a_layer_whose_weight_the_graph_writes_stays_right() -> None:
+    class Decays(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("weight", torch.randn(64, 64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.weight *= 0.5
+            return nn.functional.linear(x, self.weight)
+
+    torch.manual_seed(0)
+    model, x = Decays().eval(), torch.randn(8, 64)
+    first = x @ model.weight.T * 0.5
+    compiled = torch.compile(model, backend="fxq", options={"recipe": FLOAT})
+
+    torch.testing.assert_close(compiled(x), first)
+    torch.testing.assert_close(compiled(x), first * 0.5)
+
+
+def test_batch_norm_in_train_mode_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+
+    with pytest.raises(BackendCompilerFailed, match="expected eval mode, found aten.batch_norm"):
+        torch.compile(model, backend="fxq")(torch.randn(3, 4))
+
+    assert not model[1].running_mean.any()
+
+
+def test_arguments_that_share_written_memory_are_refused() -> None:
+    def write(a: Tensor, b: Tensor) -> Tensor:
+        a.add_(1)
+        return a + b
+
+    compiled, memory = torch.compile(write, backend="fxq", options=OPTIONS), torch.zeros(6)
+
+    compiled(torch.zeros(4), torch.zeros(4))
+    with pytest.raises(UnsupportedError, match=r"'a', which the model writes to.*with 'b'"):
+        compiled(memory[:4], memory[2:])
+
+
+def test_an_operator_that_turns_its_argument_turns_it() -> None:
+    def turn(x: Tensor) -> Tensor:
+        x.t_()
+        return x * 2
+
+    x = torch.arange(6.0).view(2, 3)
+    expected = x.T * 2
+
+    assert torch.equal(torch.compile(turn, backend="fxq", options=OPTIONS)(x), expected)
+    assert x.shape == (3, 2)
+
+
+def test_a_cache_in_a_plain_attribute_works_under_torch_compile() -> None:
+    class Past(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+            self.past: Tensor | None = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.layer(x)
+            self.past = h if self.past is None else torch.cat([self.past, h])
+            return self.past.sum(0)
+
+    torch.manual_seed(0)
+    model, x = Past().eval(), torch.randn(2, 4)
+    with torch.no_grad():
+        expected = [model(x), model(x), model(x)]
+        model.past = None
+        compiled = torch.compile(model, backend="fxq", options=OPTIONS)
+        torch.testing.assert_close([compiled(x), compiled(x), compiled(x)], expected)
+
+
+def test_check_raises_where_compiled_code_departs_from_eager(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from fxq import backend
+
+    lower = backend.lower
+
+    def breaking(gm: Any, *args: Any) -> Any:
+        lowered, decisions = lower(gm, *args)
+        for node in lowered.graph.find_nodes(op="call_function", target=torch.ops.aten.mul.Tensor):
+            node.target = torch.ops.aten.add.Tensor
+        lowered.recompile()
+        return lowered, decisions
+
+    monkeypatch.setattr(backend, "lower", breaking)
+
+    def scale(x: Tensor) -> Tensor:
+        return x * 3
+
+    with pytest.raises(PassError, match="found that result 0 is another"):
+        torch.compile(scale, backend="fxq", options=OPTIONS)(torch.ones(3))
+    torch._dynamo.reset()
+    torch.compile(scale, backend="fxq", options={"recipe": FLOAT})(torch.ones(3))
+
+
+SIZES = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 16, "vocab_size": 61, "max_position_embeddings": 64,
+    "pad_token_id": 0, "eos_token_id": None, "bos_token_id": 1,
+}  # fmt: skip
+CACHES = {
+    "dynamic": (LlamaForCausalLM, LlamaConfig(**SIZES)),
+    "static": (LlamaForCausalLM, LlamaConfig(**SIZES)),
+    "static, sliding window": (MistralForCausalLM, MistralConfig(**SIZES, sliding_window=6)),
+}
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_generate_agrees_with_eager_token_by_token(cache: str) -> None:
+    kind, config = CACHES[cache]
+    torch.manual_seed(0)
+    model = kind(config).eval()
+    ids = torch.randint(1, 61, (2, 5))
+
+    def generate() -> Tensor:
+        return model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=6,
+            do_sample=False,
+            cache_implementation=cache.partition(",")[0],
+        )
+
+    expected = generate()
+    model.forward = torch.compile(model.forward, backend="fxq", options={"recipe": FLOAT})
+
+    assert torch.equal(generate(), expected)
