@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fxq.spec import ALL
 
+EXACT_IN_FP32 = 2**24  # integers up to this are fp32 numbers
 PAIR_LIMIT = 128  # largest |w[2j] + w[2j+1]| in codes for which 255 * |sum| fits int16
 
 
@@ -157,6 +158,18 @@ def is_pair_safe(codes: Tensor) -> bool:
     padded = torch.nn.functional.pad(codes.int(), (0, codes.shape[1] % 2))
     pairs = padded[:, ::2] + padded[:, 1::2]
     return bool((pairs.abs() <= PAIR_LIMIT).all())
+
+
+def largest_sum(codes: Tensor) -> int:
+    """Return a bound on `|sum((x - zero_point) * w)|` over each row of `codes` `[N, K]` and each
+    part of the sum, for any 8-bit x and zero-points on their grid.
+
+    With a zero-point z from 0 to 255, `x - z` is between -z and 255 - z: the worst sum has all
+    positive codes, or all negative ones, times 255. 256 leaves room for a sum about 128.
+    """
+    above, below = codes.clamp(min=0), codes.clamp(max=0)
+    sums = torch.maximum(above.sum(1, dtype=torch.int64), -below.sum(1, dtype=torch.int64))
+    return 256 * int(sums.max())
 
 
 def sqnr_db(reference: Tensor, other: Tensor) -> float:

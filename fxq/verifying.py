@@ -164,8 +164,10 @@ class _Replay:
         x, weight = self.value(codes_node), self.value(weight_node)
         zero = None if zero_node is None else self.value(zero_node)
         one = torch.ones(1, 1, device=x.device)
-        found = torch.ops.fxq.int8_linear(x, one, zero, weight, one, None, torch.float32)
-        return torch.equal(found, accumulate(x, zero, weight).float())
+        # As the kernel gives them: whole numbers, or each rounded once.
+        dtype = torch.int32 if args_of(kernel)[6] == torch.int32 else torch.float32
+        found = torch.ops.fxq.int8_linear(x, one, zero, weight, one, None, dtype)
+        return torch.equal(found, accumulate(x, zero, weight).to(dtype))
 
 
 def min_attention_sqnr_db(dtype: torch.dtype) -> float:

@@ -3,7 +3,7 @@
     acc = (x - x_zero_point) @ weight.T                   int32, exact
     y   = acc * (x_scale * w_scale) + bias                fp32
     y   = activation(y) + residual                        fp32
-    out = y as out_dtype, or its codes where out_scale is given
+    out = y as out_dtype, or its codes where out_scale is given; acc itself where out_dtype is int32
 
 `reference` is the definition. On CUDA the op is one Triton kernel
 (`fxq.lowering.kernels.int8_linear`), on x86 it is oneDNN (`fxq.lowering.cpu.int8_linear`),
@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fxq.lowering.cpu.int8_linear import accumulators as cpu_accumulators
 from fxq.lowering.cpu.int8_linear import launch as cpu_launch
 from fxq.lowering.derived import derived
 from fxq.lowering.device import cpu_int8
@@ -99,6 +100,8 @@ def reference(
     quant_max: int = 127,
 ) -> Tensor:
     """Compute the definition above on any device."""
+    if out_dtype == torch.int32:
+        return accumulate(x, x_zero_point, weight)
     y = scaled(x, x_scale, x_zero_point, weight, w_scale, bias)
     return finish(
         y, out_dtype, activation, residual, out_scale, out_zero_point, quant_min, quant_max
@@ -123,9 +126,12 @@ def int8_linear(
     """Compute `reference` with the fastest exact implementation for the device of `x`."""
     product = (x, x_scale, x_zero_point, weight, w_scale, bias)
     epilogue = (activation, residual, out_scale, out_zero_point, quant_min, quant_max)
+    on_x86 = x.device.type == "cpu" and cpu_int8().available
+    if out_dtype == torch.int32:
+        exact = cpu_accumulators if on_x86 else accumulate
+        return exact(x, x_zero_point, weight).to(torch.int32)
     if x.device.type == "cuda":
         return _on_cuda(*product, out_dtype, *epilogue)
-    on_x86 = x.device.type == "cpu" and cpu_int8().available
     y = cpu_launch(*product) if on_x86 else scaled(*product)
     return finish(y, out_dtype, *epilogue)
 

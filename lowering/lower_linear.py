@@ -3,7 +3,8 @@
 On x86 the codes of the activations become uint8 (codes and zero-point plus 128: the same values).
 With one scale for the whole tensor the kernel does everything; with a scale per token it gives the
 integer accumulators, and scale, zero-point and bias become plain aten operators, which Inductor
-fuses with whatever follows. On CUDA the kernel's epilogue takes the activation function and the
+fuses with whatever follows; in int32 where a sum may not be exact in fp32, so that it is rounded
+once. On CUDA the kernel's epilogue takes the activation function and the
 next layer's quantize with it.
 """
 
@@ -21,7 +22,7 @@ from fxq.graph import add_buffer, args_of, dtype_of, hint, insert_call, is_op, s
 from fxq.lowering.cpu.profit import slower_than_float
 from fxq.lowering.decision import Decision
 from fxq.lowering.device import cpu_int8
-from fxq.numerics import is_pair_safe
+from fxq.numerics import EXACT_IN_FP32, is_pair_safe, largest_sum
 
 aten = torch.ops.aten
 ops = torch.ops.fxq
@@ -54,6 +55,11 @@ class LowerLinear:
         found = match(layer)
         if isinstance(found, str):
             return Decision(None, found)
+        weight = tensor_of(self.gm, found.weight)
+        if largest_sum(weight) > torch.iinfo(torch.int32).max:
+            return Decision(
+                None, f"sums over {weight.shape[1]} input channels of such codes may exceed int32"
+            )
         if self.device.type == "cuda":
             return self._for_cuda(layer, found)
         if self.device.type == "cpu" and cpu_int8().available:
@@ -115,7 +121,10 @@ class LowerLinear:
 
     def _per_row(self, layer: Node, o: Operands, codes: Node) -> Node:
         """Return `(acc - zero_point * row_sums) * (scale * w_scale) + bias` as nodes before
-        `layer`."""
+        `layer`.
+
+        Where acc may not be exact in fp32 the difference is one of int32, rounded once.
+        """
         weight, w_scale = tensor_of(self.gm, o.weight), tensor_of(self.gm, o.w_scale)
         name = str(o.weight.target)
         unit = self._constant("unit_scale", torch.ones(1, 1), layer)
@@ -123,14 +132,18 @@ class LowerLinear:
         centre = None
         if codes is not o.codes:
             centre = self._constant("sign", torch.tensor([[SIGN]], dtype=torch.int32), layer)
-        args = (codes, unit, centre, o.weight, unit, None, torch.float32)
+        exact = o.zero_point is None or largest_sum(weight) < EXACT_IN_FP32
+        dtype = torch.float32 if exact else torch.int32
+        args = (codes, unit, centre, o.weight, unit, None, dtype)
         y = insert_call(ops.int8_linear.default, args, before=layer)
         y.meta["fxq_accumulates"] = True
         if o.zero_point is not None:
-            sums = weight.sum(1, dtype=torch.int32).float()
+            sums = weight.sum(1, dtype=torch.int32).to(dtype)
             sums_node = self._constant(f"{name}_row_sums", sums, layer)
             shift = insert_call(aten.mul.Tensor, (o.zero_point, sums_node), before=layer)
             y = insert_call(aten.sub.Tensor, (y, shift), before=layer)
+        if not exact:
+            y = insert_call(aten._to_copy.default, (y,), {"dtype": torch.float32}, before=layer)
         scale = insert_call(aten.mul.Tensor, (o.scale, w_row), before=layer)
         y = insert_call(aten.mul.Tensor, (y, scale), before=layer)
         return y if o.bias is None else insert_call(aten.add.Tensor, (y, o.bias), before=layer)

@@ -8,13 +8,21 @@ import sys
 
 import pytest
 import torch
+from torch import nn
 from torch.library import opcheck
 
+import fxq
+from fxq.lowering.cpu import profit
 from fxq.lowering.cpu.int8_linear import split_pairs
 from fxq.lowering.cpu.profit import slower_than_float
 from fxq.lowering.device import cpu_int8
 from fxq.lowering.int8_linear import activate, reference
-from fxq.numerics import is_pair_safe, sqnr_db
+from fxq.lowering.lower import lower
+from fxq.numerics import is_pair_safe, largest_sum, sqnr_db
+from fxq.passes import w8a8
+from fxq.passes.common import Convert, InsertObservers
+from fxq.pipeline import Recipe
+from fxq.spec import LayerSpec, PerToken, QuantSpec
 
 needs_x86 = pytest.mark.skipif(not cpu_int8().available, reason="no oneDNN int8 on this CPU")
 
@@ -26,10 +34,13 @@ from fxq.lowering.int8_linear import accumulate
 torch.manual_seed(0)
 found = {"saturates": cpu_int8().saturates, "wrong": []}
 one = torch.ones(1, 1)
-for m, k, n in [(1, 64, 32), (7, 65, 33), (63, 129, 129), (200, 256, 96), (16, 1024, 64)]:
+shapes = [(1, 64, 32), (7, 65, 33), (63, 129, 129), (200, 256, 96), (16, 1024, 64), (5, 4100, 40)]
+for m, k, n in shapes:
     worst = torch.where(torch.rand(n, k) < 0.5, -127, 127).to(torch.int8)
     random = torch.randint(-127, 128, (n, k)).to(torch.int8)
-    for name, w in {"worst": worst, "random": random, "safe": split_pairs(random)[0]}.items():
+    above = random.abs()  # sums beyond 2^24 at 4100 channels
+    cases = {"worst": worst, "random": random, "above": above, "safe above": split_pairs(above)[0]}
+    for name, w in cases.items():
         for per_row in (False, True):
             zero = torch.randint(-128, 128, (m if per_row else 1, 1), dtype=torch.int32)
             x = torch.randint(-128, 128, (m, k)).to(torch.int8)
@@ -37,7 +48,9 @@ for m, k, n in [(1, 64, 32), (7, 65, 33), (63, 129, 129), (200, 256, 96), (16, 1
             exact = accumulate(x, zero, w).float()
             signed = launch(x, one, zero, w, one, None)
             unsigned = launch((x.int() + 128).to(torch.uint8), one, zero + 128, w, one, None)
-            if not (torch.equal(signed, exact) and torch.equal(unsigned, exact)):
+            whole = torch.ops.fxq.int8_linear(x, one, zero, w, one, None, torch.int32)
+            equal = torch.equal(signed, exact) and torch.equal(unsigned, exact)
+            if not (equal and torch.equal(whole.double(), (x.double() - zero) @ w.double().T)):
                 found["wrong"].append([name, m, k, n, per_row])
 print(json.dumps(found))
 """
@@ -60,6 +73,58 @@ def test_accumulators_are_exact_with_every_instruction_set(isa: str) -> None:
 @needs_x86
 def test_the_probe_sees_that_avx2_saturates() -> None:
     assert probe("AVX2")["saturates"] is True
+
+
+def affine_per_token(n_in: int) -> tuple[fxq.Program, torch.Tensor]:
+    """A product of positive numbers, whose sums fp32 cannot hold at 4096 channels."""
+    layer = LayerSpec(
+        QuantSpec(symmetric=False, granularity=PerToken(), dynamic=True), w8a8.FULL_RANGE
+    )
+    recipe = Recipe("affine", (InsertObservers(layer), Convert()))
+    model = nn.Sequential(nn.Linear(n_in, 48)).eval()
+    model[0].weight.data.uniform_(0.5, 1.0)
+    x = torch.rand(6, n_in) + 0.5
+    return fxq.compress(model, x, recipe), x
+
+
+@needs_x86
+def test_sums_beyond_fp32_are_rounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profit, "WITH_VNNI", profit.Thresholds(0, 0))
+    monkeypatch.setattr(profit, "WITHOUT_VNNI", profit.Thresholds(0, 0))
+    monkeypatch.setattr(profit, "HUGE_WEIGHT", 0)
+    program, x = affine_per_token(4096)
+    tensors = dict(program.graph_module.named_buffers())
+    codes, w_scale = tensors["0.weight_codes"].double(), tensors["0.weight_scale"]
+    scale, zero = torch.ops.fxq.choose_qparams(x, [1, -1], -128, 127, False)
+    centred = torch.ops.fxq.quantize(x, scale, zero, -128, 127).double() - zero
+    sums = centred @ codes.mT
+    expected = sums.float() * (scale * w_scale.mT) + tensors["0.bias"]
+
+    lowered, decisions = lower(program.graph_module, torch.device("cpu"))
+
+    assert sums.abs().max() > 2**24
+    assert [d.kernel is None for d in decisions.values()] == [False]
+    assert torch.equal(lowered(x)[0], expected)
+    assert fxq.verify(program, x).ok
+
+
+def test_sums_that_may_exceed_int32_are_declined() -> None:
+    program, x = affine_per_token(100_000)  # 256 * 100,000 codes of 64 to 127
+
+    _, decisions = lower(program.graph_module, torch.device("cpu"))
+
+    (decision,) = decisions.values()
+    assert decision.kernel is None
+    assert "100000 input channels of such codes may exceed int32" in decision.reason
+    (row,) = fxq.report(program, x).rows
+    assert row.status == "simulated"
+
+
+@pytest.mark.parametrize(("signs", "bound"), [((1, 1), 127 + 3), ((1, -1), 127), ((-1, -1), 130)])
+def test_largest_sum_counts_each_sign_for_itself(signs: tuple[int, int], bound: int) -> None:
+    codes = torch.tensor([[127 * signs[0], 3 * signs[1]], [1, 0]], dtype=torch.int8)
+
+    assert largest_sum(codes) == 256 * bound
 
 
 def test_split_pairs_is_exact_and_safe() -> None:
