@@ -26,6 +26,7 @@ from fxq.capturing import capture
 from fxq.dialect import Dialect
 from fxq.errors import SkippedError, did_you_mean
 from fxq.graph import propagate
+from fxq.judging import outputs_sqnr_db
 from fxq.program import Program
 from fxq.signature import Signature, split_inputs
 
@@ -159,7 +160,8 @@ def compress(
 ) -> Program:
     """Capture `model`, run `recipe` on it and return a program that takes the model's place.
 
-    The model is read, never written.
+    The model is read, never written. The program's `sqnr_db` says how far its outputs on the
+    example are from the float graph's; `fxq.verify(program, inputs, model=model)` says more.
 
     Args:
         model: in eval mode, on any device, float32, bfloat16 or float16; or exported already.
@@ -184,6 +186,11 @@ def compress(
         torch.no_grad(),
     ):  # tensors made here must count their versions
         captured = capture(model, example_inputs, dynamic_shapes)
+        args, kwargs = split_inputs(example_inputs)
+        example = captured.signature.flatten(args, kwargs, "example_inputs")
+        expected = captured.graph_module(
+            *map(torch.clone, example)
+        )  # before passes rewrite the graph
         batches = (
             None if data is None else CheckedBatches(captured.signature, data, device_of(model))
         )
@@ -193,7 +200,13 @@ def compress(
             raise SkippedError(
                 f"strict=True, and recipe {recipe.name!r} left in float\n  {listing}"
             )
-        return Program.from_captured(captured, gm, recipe=repr(recipe), model=model)
+        program = Program.from_captured(captured, gm, recipe=repr(recipe), model=model)
+        program.sqnr_db, _ = outputs_sqnr_db(
+            expected, program.graph_module(*map(torch.clone, example))
+        )
+        if progress:
+            progress(f"outputs on the example: {program.sqnr_db:.1f} dB against float")
+        return program
 
 
 def device_of(model: nn.Module | ExportedProgram) -> torch.device | None:

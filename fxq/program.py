@@ -30,6 +30,7 @@ class Program(nn.Module):
         signature: how a call becomes the graph's inputs.
         recipe: `repr` of the recipe that made it.
         notes: what a person should know about how it was captured.
+        sqnr_db: of its outputs on the example against the float graph's; None where not known.
     """
 
     def __init__(
@@ -39,12 +40,14 @@ class Program(nn.Module):
         recipe: str,
         notes: tuple[str, ...] = (),
         attributes: Mapping[str, Any] | None = None,
+        sqnr_db: float | None = None,
     ) -> None:
         super().__init__()
         self.graph_module = graph_module
         self.signature = signature
         self.recipe = recipe
         self.notes = notes
+        self.sqnr_db = sqnr_db
         self.attributes = dict(attributes or {})
         self.requires_grad_(False)
         super().train(False)
