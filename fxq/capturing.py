@@ -28,7 +28,7 @@ from torch.utils import _pytree as pytree
 from fxq.canonicalize import canonicalize
 from fxq.canonicalize.cleanup import training_op
 from fxq.errors import UnsupportedError, did_you_mean
-from fxq.graph import shape_of, writes
+from fxq.graph import settle_marked, shape_of, writes
 from fxq.signature import Inputs, Leaf, Signature, free_sizes, split_inputs
 
 
@@ -311,7 +311,8 @@ def from_dynamo(gm: GraphModule) -> GraphModule:
     """Return the graph that Dynamo hands to a backend as canonical aten operators.
 
     Placeholders keep their order; symbolic sizes stay Dynamo's. `meta["source"]` of a placeholder
-    is the qualified name of the parameter behind it, or the name of the model's argument.
+    is the qualified name of the parameter behind it, or the name of the model's argument. Nodes
+    that come from a `Program` are settled.
     """
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     values = [n.meta["example_value"] for n in placeholders]
@@ -329,6 +330,7 @@ def from_dynamo(gm: GraphModule) -> GraphModule:
             node.meta["nn_module_stack"] = {
                 key: (_module_path(source), kind) for key, (source, kind) in stack.items()
             }
+        settle_marked(flat)
         return canonicalize(flat)
 
 

@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from fxq.capturing import Captured
-from fxq.graph import copy_graph
+from fxq.graph import copy_graph, mark_for_dynamo
 from fxq.signature import Signature
 
 PLAIN = (bool, int, float, str, type(None), torch.dtype)
@@ -51,6 +51,7 @@ class Program(nn.Module):
         self.attributes = dict(attributes or {})
         self.requires_grad_(False)
         super().train(False)
+        mark_for_dynamo(graph_module)  # torch.compile finds it whatever it is called and stands in
 
     @classmethod
     def from_captured(
@@ -88,6 +89,11 @@ class Program(nn.Module):
         if name in attributes:
             return attributes[name]
         return super().__getattr__(name)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Unpickle. FX keeps no meta of nodes in a pickle: `fxq.save` is the way to keep it all."""
+        super().__setstate__(state)
+        mark_for_dynamo(self.graph_module)
 
     @property
     def dtype(self) -> torch.dtype:
