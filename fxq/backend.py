@@ -24,12 +24,12 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses import FakeTensor
 from torch.fx import GraphModule, Node
 
-from fxq.account import SPARSE_ATTENTION, account
+from fxq.account import SPARSE_ATTENTION, account, kind_of
 from fxq.canonicalize import canonicalize
 from fxq.capturing import from_dynamo, qualified_name
 from fxq.errors import FxqWarning, SkippedError, did_you_mean
 from fxq.first_call import FirstCall
-from fxq.graph import RUNTIME_STATE, bind, copy_graph, is_op
+from fxq.graph import RUNTIME_STATE, bind, copy_graph, is_op, is_settled
 from fxq.lowering.derived import version_of
 from fxq.lowering.lower import lower
 from fxq.ops import decompositions
@@ -46,7 +46,7 @@ class Options:
 
     Args:
         recipe: what to do to a float model: a `Recipe` without calibration, or the name of one.
-            Ignored for a program, to which it has been done.
+            A program stays as it is, alone and as part of a model.
         check: compare the first call of every graph with eager code, what it writes included, and
             raise where they part. Costs three more runs and the memory of two more graphs.
         strict: raise where a quantized layer has no kernel on this device, or where the
@@ -155,7 +155,7 @@ class Compiled:
                 FxqWarning,
                 stacklevel=2,
             )
-        self.is_program = _holds_program(self.graph_module)
+        self.is_program = _is_all_settled(self.graph_module)
         if recipe.needs_program and not self.is_program:
             raise ValueError(
                 f"recipe {recipe.name!r} has state to be set between calls, and nothing here to "
@@ -228,7 +228,8 @@ class Compiled:
     def _tell_of_skips(self, gm: GraphModule) -> None:
         """Log what the recipe left as it was; raise, or warn, where it could not do what it is for
         or found nothing to do."""
-        rows = account(gm)
+        settled = {node.name for node in gm.graph.nodes if is_settled(node)}
+        rows = [row for row in account(gm) if row.node not in settled]
         left = {row.node: f"{row.module}: {row.skip.reason}" for row in rows if row.skip}
         for line in left.values():
             logger.info("recipe %r left as it was %s", self.recipe.name, line)
@@ -244,14 +245,11 @@ class Compiled:
         warnings.warn(f"recipe {self.recipe.name!r} {what}{listing}", FxqWarning, stacklevel=2)
 
 
-def _holds_program(gm: GraphModule) -> bool:
-    """Tell whether a graph came from a `Program`, all of whose layers are decided already.
-
-    Dynamo does not say which modules it traced, but each parameter's path does: a program's go
-    through its attribute `graph_module`.
-    """
-    sources = [str(n.meta["source"]) for n in gm.graph.nodes if n.op == "placeholder"]
-    return any("graph_module" in source.split(".") for source in sources)
+def _is_all_settled(gm: GraphModule) -> bool:
+    """Tell whether a graph came from a `Program`, or from a model in which nothing else multiplies:
+    then there is nothing left to quantize."""
+    open_nodes = (n for n in gm.graph.nodes if kind_of(n) is not None and not is_settled(n))
+    return any(map(is_settled, gm.graph.nodes)) and next(open_nodes, None) is None
 
 
 def _is_static(placeholder: Node) -> bool:

@@ -28,7 +28,7 @@ from fxq.canonicalize import canonicalize
 from fxq.canonicalize.cleanup import refuse_train_mode
 from fxq.checking import Checked
 from fxq.errors import UnsupportedError, did_you_mean
-from fxq.graph import shape_of, writes
+from fxq.graph import settle_marked, shape_of, writes
 from fxq.module_state import restored
 from fxq.signature import Inputs, Leaf, Signature, free_sizes, split_inputs
 from fxq.writes import Functionalized, give_own_memory, lift_writes
@@ -50,6 +50,11 @@ class Captured:
     signature: Signature
     state: Mapping[str, Tensor] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    def inputs(self, example: Inputs) -> list[Tensor]:
+        """Return the graph's inputs for a call of the model as it was captured."""
+        args, kwargs = split_inputs(example)
+        return [*self.signature.flatten(args, kwargs, "example_inputs"), *self.state.values()]
 
 
 def capture(
@@ -340,7 +345,8 @@ def from_dynamo(gm: GraphModule) -> tuple[GraphModule, tuple[int, ...]]:
     of the inputs it writes to, whose new values are its last results (`fxq.writes`).
 
     Placeholders keep their order; symbolic sizes stay Dynamo's. `meta["source"]` of a placeholder
-    is the qualified name of the parameter it stands for, or the name of the model's argument.
+    is the qualified name of the parameter it stands for, or the name of the model's argument. Nodes
+    that come from a `Program` are settled.
     """
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     values = [n.meta["example_value"] for n in placeholders]
@@ -361,6 +367,7 @@ def from_dynamo(gm: GraphModule) -> tuple[GraphModule, tuple[int, ...]]:
             node.meta["nn_module_stack"] = {
                 key: (_module_path(source), kind) for key, (source, kind) in stack.items()
             }
+        settle_marked(flat)
         return canonicalize(flat), functionalized.written
 
 

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from fxq.errors import UnsupportedError
 from fxq.graph import hint, val_of
-from fxq.module_state import Snapshot
+from fxq.module_state import Snapshot, spared
 from fxq.signature import Leaf, Signature
 
 # Largest relative difference of one sample's results that rounding explains: rewrites keep the
@@ -58,9 +58,8 @@ class Checked:
             UnsupportedError: they differ by more than rounding, or a call changes what no graph can
                 know of.
         """
-        before = Snapshot(self.module)
         state = list(self.state.values())
-        try:
+        with spared(self.module) as before:
             state = self._agree(values, state, "the example")
             once = Snapshot(self.module)
             changed = self._unknown(before.changes(once))
@@ -71,8 +70,6 @@ class Checked:
                 if again:
                     raise UnsupportedError(_changes(again))
             self._second_batch(values, state)
-        finally:
-            before.restore()
         if not changed:
             return ()
         return (f"a call of the model sets {', '.join(changed[:3])}, a call of the graph does not",)

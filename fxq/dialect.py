@@ -8,7 +8,8 @@
     LOWERED    QUANTIZED, with kernels of `fxq.lowering` in place of what they compute
 
 A dialect is a function from a node to a complaint, or None. `check` collects the complaints of a
-whole graph.
+whole graph. Settled nodes (`fxq.graph.SETTLED`), those of a `Program` inside a model that is being
+compiled, may be QUANTIZED wherever the rest is in ATEN or OBSERVED.
 """
 
 import operator
@@ -21,6 +22,7 @@ from torch.fx import GraphModule, Node
 import fxq.ops
 import fxq.rectified_attention.op  # noqa: F401  like fxq.ops, registers operators of QUANTIZED
 from fxq.errors import PassError
+from fxq.graph import is_settled
 from fxq.observers import RangeObserver
 
 QUANTIZED_OPS = frozenset({"quantize", "dequantize", "choose_qparams", "rectified_attention"})
@@ -77,7 +79,7 @@ def _aten(node: Node) -> str | None:
         return None
     if _namespace(node) == "python":
         return "a Python function; expected an operator"
-    if _namespace(node) == "fxq":
+    if _namespace(node) == "fxq" and not is_settled(node):
         return "an fxq operator; expected none yet"
     return None
 

@@ -32,6 +32,12 @@ VIEWS = frozenset(
 RUNTIME_STATE = "runtime_state"
 
 
+# Key in a node's meta: it is decided what the node does, and passes leave it as it is. True of all
+# that came from a `Program`.
+SETTLED = "fxq_settled"
+CARRIED = ("fxq_format", "fxq_note", "fxq_skip")  # what the account of a settled node needs
+
+
 def is_op(node: Any, *targets: Any) -> bool:
     """Tell whether `node` calls one of `targets`."""
     return isinstance(node, Node) and node.op == "call_function" and node.target in targets
@@ -208,9 +214,34 @@ def behind(node: Node) -> Node:
 
 def inherit(node: Node, origin: Node) -> None:
     """Give `node` the module names and source location of `origin`."""
-    for key in ("nn_module_stack", "stack_trace"):
+    for key in ("nn_module_stack", "stack_trace", "custom", SETTLED):
         if key in origin.meta:
             node.meta[key] = origin.meta[key]
+
+
+def mark_for_dynamo(gm: GraphModule) -> None:
+    """Have Dynamo know every node of `gm` again as settled, with what its account needs.
+
+    When Dynamo traces through a GraphModule it copies a few keys of its nodes' meta; "custom" is
+    the one of them that is free.
+    """
+    for node in gm.graph.nodes:
+        carried = {key: node.meta[key] for key in CARRIED if key in node.meta}
+        node.meta["custom"] = {**node.meta.get("custom", {}), SETTLED: carried}
+
+
+def settle_marked(gm: GraphModule) -> None:
+    """Settle the nodes of a traced graph that `mark_for_dynamo` marked."""
+    for node in gm.graph.nodes:
+        custom = node.meta.get("custom") or {}
+        if SETTLED in custom:
+            node.meta |= {**custom[SETTLED], SETTLED: True}
+            node.meta["custom"] = {key: value for key, value in custom.items() if key != SETTLED}
+
+
+def is_settled(node: Node) -> bool:
+    """Tell whether passes must leave `node` as it is."""
+    return SETTLED in node.meta
 
 
 def unique_name(gm: GraphModule, name: str) -> str:

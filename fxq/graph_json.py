@@ -49,7 +49,7 @@ CONSTANTS = {
     for value in vars(torch).values()
     if isinstance(value, torch.dtype | torch.layout | torch.memory_format)
 }
-META = ("fxq_format", "fxq_note")  # what is kept as it is
+META = ("fxq_format", "fxq_note", "fxq_scaled")  # what is kept as it is
 
 
 def encode(value: Any) -> Any:

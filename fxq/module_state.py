@@ -84,6 +84,19 @@ def restored(module: nn.Module) -> Iterator[Snapshot]:
         snapshot.restore()
 
 
+@contextlib.contextmanager
+def spared(module: nn.Module) -> Iterator[Snapshot]:
+    """Let calls write to copies of the buffers of `module`, so that what was derived of them stays
+    valid, and put everything else that they change back afterwards."""
+    with restored(module) as snapshot:
+        copies: dict[Tensor, Tensor] = {}
+        for part in module.modules():
+            for name, buffer in part._buffers.items():
+                if buffer is not None:
+                    part._buffers[name] = copies.setdefault(buffer, buffer.detach().clone())
+        yield snapshot
+
+
 def _items(value: Any) -> list[tuple[str, Any]] | None:
     """Return what a container or plain object holds, None for any other value."""
     if isinstance(value, Mapping):

@@ -26,6 +26,7 @@ from fxq.capturing import Captured, capture
 from fxq.dialect import Dialect
 from fxq.errors import SkippedError, did_you_mean
 from fxq.graph import copy_graph, propagate
+from fxq.judging import outputs_sqnr_db
 from fxq.program import Program
 from fxq.signature import split_inputs
 
@@ -162,7 +163,8 @@ def compress(
 ) -> Program:
     """Capture `model`, run `recipe` on it and return a program that takes the model's place.
 
-    The model is read, never written.
+    The model is read, never written. The program's `sqnr_db` says how far its outputs on the
+    example are from the float graph's; `fxq.verify(program, inputs, model=model)` says more.
 
     Args:
         model: in eval mode, on any device, float32, bfloat16 or float16; or exported already.
@@ -187,6 +189,10 @@ def compress(
         torch.no_grad(),
     ):  # tensors made here must count their versions
         captured = capture(model, example_inputs, dynamic_shapes)
+        example = captured.inputs(example_inputs)
+        expected = captured.signature.results(
+            captured.graph_module(*example)
+        )  # before it is rewritten
         batches = None if data is None else CheckedBatches(captured, data, device_of(model))
         gm = recipe.apply(captured.graph_module, batches, progress)
         if strict and (skips := unintended_skips(gm)):
@@ -194,7 +200,12 @@ def compress(
             raise SkippedError(
                 f"strict=True, and recipe {recipe.name!r} left in float\n  {listing}"
             )
-        return Program.from_captured(captured, gm, recipe=repr(recipe), model=model)
+        program = Program.from_captured(captured, gm, recipe=repr(recipe), model=model)
+        found = captured.signature.results(program.graph_module(*example))
+        program.sqnr_db, _ = outputs_sqnr_db(captured.signature.results(expected), found)
+        if progress:
+            progress(f"outputs on the example: {program.sqnr_db:.1f} dB against float")
+        return program
 
 
 def device_of(model: nn.Module | ExportedProgram) -> torch.device | None:

@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from fxq.capturing import Captured
-from fxq.graph import copy_graph, register_buffer
+from fxq.graph import copy_graph, mark_for_dynamo, register_buffer
 from fxq.signature import Signature
 from fxq.writes import check_apart
 
@@ -31,6 +31,7 @@ class Program(nn.Module):
         signature: how a call becomes the graph's inputs.
         recipe: `repr` of the recipe that made it.
         notes: what a person should know about how it was captured.
+        sqnr_db: of its outputs on the example against the float graph's; None where not known.
 
     A model that writes to its buffers (a cache, a counter) gives a program with that state: each
     call reads and writes it, `state` shows it, `reset` sets it back to what it was when the model
@@ -44,6 +45,7 @@ class Program(nn.Module):
         recipe: str,
         notes: tuple[str, ...] = (),
         attributes: Mapping[str, Any] | None = None,
+        sqnr_db: float | None = None,
         state: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
@@ -55,10 +57,12 @@ class Program(nn.Module):
         self.signature = signature
         self.recipe = recipe
         self.notes = notes
+        self.sqnr_db = sqnr_db
         self.attributes = dict(attributes or {})
         self.returned_writes = _returned_writes(graph_module, signature)
         self.requires_grad_(False)
         super().train(False)
+        mark_for_dynamo(graph_module)  # torch.compile finds it whatever it is called and stands in
 
     @classmethod
     def from_captured(
@@ -78,7 +82,7 @@ class Program(nn.Module):
                     del store[name]
                     module._buffers[name] = copies[value]
         attributes = plain_attributes(model)
-        return cls(gm, captured.signature, recipe, captured.notes, attributes, captured.state)
+        return cls(gm, captured.signature, recipe, captured.notes, attributes, state=captured.state)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the graph as the original model would be called."""
@@ -128,6 +132,11 @@ class Program(nn.Module):
         if name in attributes:
             return attributes[name]
         return super().__getattr__(name)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Unpickle. FX keeps no meta of nodes in a pickle: `fxq.save` is the way to keep it all."""
+        super().__setstate__(state)
+        mark_for_dynamo(self.graph_module)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -38,13 +38,14 @@ class ReportRow:
 
 @dataclass(frozen=True)
 class Report:
-    """All operators that multiply, on one device."""
+    """All operators that multiply, on one device, and what `fxq.compress` found of the whole."""
 
     rows: tuple[ReportRow, ...]
     device: torch.device
     recipe: str
     notes: tuple[str, ...]
     size_bytes: int
+    sqnr_db: float | None = None
 
     @property
     def flops(self) -> int:
@@ -64,6 +65,13 @@ class Report:
             console.print(f"note: {escape(note)}", highlight=False)
         return text.getvalue()
 
+    @property
+    def caption(self) -> str:
+        """What stands below the table."""
+        if self.sqnr_db is None:
+            return ""
+        return f"outputs on the example: {self.sqnr_db:.1f} dB against float"
+
     def table(self) -> Table:
         """Return a table with one line per (kind, format, status, reason), largest share first."""
         groups: Counter[tuple[str, ...]] = Counter()
@@ -76,7 +84,9 @@ class Report:
         table = Table(
             title=f"{self.flops / 1e9:.3g} GFLOP on {self.device}: "
             f"{self.share('lowered'):.1%} lowered, {self.share('simulated'):.1%} simulated, "
-            f"{self.share('float'):.1%} float; {self.size_bytes / 1e6:.2f} MB"
+            f"{self.share('float'):.1%} float; {self.size_bytes / 1e6:.2f} MB",
+            caption=self.caption,
+            caption_justify="left",
         )
         for name in ("operator", "count", "FLOPs", "format", "status", "kernel or reason"):
             table.add_column(name, justify="right" if name in ("count", "FLOPs") else "left")
@@ -111,4 +121,4 @@ def report(program: Program, inputs: Inputs | None = None) -> Report:
         reason = "; ".join(filter(None, (decision.reason, note)))
         rows.append(ReportRow(row, status, decision.kernel, reason))
     size = sum(b.numel() * b.element_size() for b in program.buffers())
-    return Report(tuple(rows), program.device, program.recipe, program.notes, size)
+    return Report(tuple(rows), program.device, program.recipe, program.notes, size, program.sqnr_db)

@@ -62,6 +62,7 @@ def save(program: Program, path: str | os.PathLike[str]) -> None:
         "torch": torch.__version__,
         "recipe": program.recipe,
         "notes": program.notes,
+        "sqnr_db": encode(program.sqnr_db),
         "signature": _encode_signature(program.signature),
         "graph": encode_graph(gm),
         "tensors": table,
@@ -147,7 +148,9 @@ def _decode_program(
     attributes = decode(content["attributes"], {}, device)
     if content["config"] is not None:
         attributes["config"] = Config(**decode(content["config"], {}, device))
-    return Program(gm, signature, content["recipe"], tuple(content["notes"]), attributes)
+    sqnr_db = decode(content.get("sqnr_db"), {}, device)
+    sqnr_db = None if sqnr_db is None else float(sqnr_db)
+    return Program(gm, signature, content["recipe"], tuple(content["notes"]), attributes, sqnr_db)
 
 
 def _check_counts(gm: GraphModule, signature: Signature) -> None:

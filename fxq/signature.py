@@ -139,8 +139,12 @@ class Signature:
         return inputs
 
     def sizes_of(self, inputs: Sequence[Tensor]) -> dict[str, int]:
-        """Return the values of the free sizes in the graph's inputs."""
-        return free_sizes(self.tensors, inputs)
+        """Return the values of the free sizes in the graph's inputs, with or without its state."""
+        return free_sizes(self.tensors, inputs[: len(self.tensors)])
+
+    def results(self, returned: Sequence[Any]) -> list[Any]:
+        """Return the leaves of the result among what the graph returned."""
+        return list(returned[: self.out_spec.num_leaves])
 
     def next_state(self, inputs: Sequence[Tensor], results: Sequence[Any]) -> list[Tensor]:
         """Return the state after a call of the graph.

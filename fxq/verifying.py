@@ -1,4 +1,5 @@
-"""Verify: compare what is lowered with what was simulated, one kernel at a time.
+"""Verify: compare what is lowered with what was simulated, one kernel at a time, and what is
+simulated with the model (`fxq.judging`).
 
 Every kernel gets the simulated graph's own values as inputs, because a quantized network amplifies
 rounding: a difference of one unit in the last place at one layer becomes a different code at the
@@ -13,11 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.export import ExportedProgram
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_arg
 
 from fxq.graph import args_of, is_op, owner_name, tensor_of
+from fxq.judging import Judgement, judge
 from fxq.lowering.int8_linear import accumulate
 from fxq.lowering.lower import lower
 from fxq.numerics import sqnr_db
@@ -53,14 +56,22 @@ class NodeCheck:
 
 @dataclass(frozen=True)
 class Verification:
-    """One check per kernel."""
+    """One check per kernel.
+
+    Args:
+        checks: of the kernels.
+        against_model: outputs and layers against the float model's; None without one.
+    """
 
     checks: tuple[NodeCheck, ...]
+    against_model: Judgement | None = None
 
     @property
     def ok(self) -> bool:
-        """Whether every kernel is within the bounds."""
-        return all(check.ok for check in self.checks)
+        """Whether every kernel is within the bounds, and the program above the floors of
+        `fxq.judging`."""
+        judged = self.against_model is None or self.against_model.ok
+        return judged and all(check.ok for check in self.checks)
 
     @property
     def worst(self) -> NodeCheck | None:
@@ -68,6 +79,10 @@ class Verification:
         return min(self.checks, key=lambda c: (c.accumulators_equal, c.sqnr_db), default=None)
 
     def __str__(self) -> str:
+        kernels = self._kernels()
+        return kernels if self.against_model is None else f"{kernels}\n{self.against_model}"
+
+    def _kernels(self) -> str:
         if self.worst is None:
             return "everything runs here as the simulated graph has it: there is nothing to compare"
         failed = [c for c in self.checks if not c.ok]
@@ -84,7 +99,9 @@ class Verification:
         return "\n".join(lines)
 
 
-def verify(program: Program, inputs: Inputs) -> Verification:
+def verify(
+    program: Program, inputs: Inputs, *, model: nn.Module | ExportedProgram | None = None
+) -> Verification:
     """Run `program` simulated on `inputs`, and beside it every kernel that its device would run.
 
     All activations are held at once: give a small batch.
@@ -92,16 +109,22 @@ def verify(program: Program, inputs: Inputs) -> Verification:
     Args:
         program: what `fxq.compress` returned, on the device to verify.
         inputs: as for `fxq.compress`.
+        model: the float model, in eval mode and on the same device, to compare outputs and layers
+            with; a wrong weight is only seen with it. It is left as it is.
     """
     args, kwargs = split_inputs(inputs)
-    leaves = program.signature.flatten(args, kwargs, where="verify")
-    lowered, _ = lower(program.graph_module, program.device, program.signature.sizes_of(leaves))
+    leaves = program.inputs(args, kwargs, "verify")
+    sizes = program.signature.sizes_of(leaves)
+    lowered, _ = lower(program.graph_module, program.device, sizes)
     with torch.no_grad():
         simulated = _Recorder(program.graph_module)
-        simulated.run(*leaves)
+        results = program.signature.results(simulated.run(*leaves))
         replay = _Replay(lowered, simulated.values)
         checks = [replay.check(node) for node in lowered.graph.nodes if "fxq_replaces" in node.meta]
-    return Verification(tuple(checks))
+        if model is None:
+            return Verification(tuple(checks))
+        judgement = judge(program.graph_module, simulated.values, results, model, args, kwargs)
+    return Verification(tuple(checks), judgement)
 
 
 class _Recorder(Interpreter):

@@ -14,7 +14,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from fxq.account import ATTENTION, Skip, mark_skip
 from fxq.dialect import ATEN, Dialect
-from fxq.graph import args_of, dtype_of, insert_call, is_op, shape_of
+from fxq.graph import args_of, dtype_of, insert_call, is_op, is_settled, shape_of
 from fxq.pipeline import Pass
 
 aten = torch.ops.aten
@@ -29,7 +29,7 @@ class DecomposeAttention(Pass):
 
     def run(self, gm: GraphModule) -> PassResult:
         """Decompose; attention with a causal flag or dropout stays whole and says so."""
-        found = [n for n in gm.graph.nodes if is_op(n, *ATTENTION)]
+        found = [n for n in gm.graph.nodes if is_op(n, *ATTENTION) and not is_settled(n)]
         modified = False
         for node in found:
             why = _decompose(node)

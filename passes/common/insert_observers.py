@@ -17,7 +17,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 from fxq.account import Skip, add_note, kind_of, mark_skip
 from fxq.dialect import ATEN, OBSERVED, Dialect
 from fxq.errors import UnsupportedError, did_you_mean
-from fxq.graph import insert_module, is_constant, owner_name, shape_of, weight_of
+from fxq.graph import insert_module, is_constant, is_settled, owner_name, shape_of, weight_of
 from fxq.observers import RangeObserver
 from fxq.pipeline import Pass
 from fxq.spec import LayerSpec, PerTensor, PerToken, QuantSpec, block_of, scale_shape
@@ -56,6 +56,7 @@ class InsertObservers(Pass):
         """Mark layers and insert observers."""
         layers = [n for n in gm.graph.nodes if kind_of(n) in ("linear", "conv")]
         selected = self._overridden(layers)
+        layers = [n for n in layers if not is_settled(n)]
         observers: dict[tuple[Node, QuantSpec], Node] = {}
         modified = False
         for layer in layers:
@@ -81,7 +82,9 @@ class InsertObservers(Pass):
             if spec.activation is not None and not spec.activation.dynamic:
                 _observe(gm, layer, spec.activation, observers)
         for node in gm.graph.nodes:
-            kind = kind_of(node)
+            kind = None if is_settled(node) else kind_of(node)
+            if kind is None:
+                continue
             if kind not in NO_LINEAR and _has_weight(node) and "linear" in self.targets:
                 why = f"its weight multiplies as {kind}, in a form that is not a linear"
                 mark_skip(node, Skip(why, intended=False))
@@ -90,14 +93,14 @@ class InsertObservers(Pass):
         return PassResult(gm, modified)
 
     def _overridden(self, layers: Sequence[Node]) -> dict[Node, Override]:
-        names = {layer: owner_name(layer) for layer in layers}
+        names = {layer: owner_name(layer) for layer in layers if not is_settled(layer)}
         ends = {FIRST: first_layers(layers), LAST: last_layers(layers)}
         chosen: dict[Node, Override] = {}
         for pattern, spec in self.overrides:
             if pattern in ends:
                 matched: Iterable[Node] = ends[pattern]
             else:
-                matched = [n for n in layers if fnmatch.fnmatchcase(names[n], pattern)]
+                matched = [n for n, name in names.items() if fnmatch.fnmatchcase(name, pattern)]
                 if not matched:
                     raise ValueError(
                         f"override {pattern!r} matches no layer; "

@@ -18,7 +18,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 from fxq.account import ATTENTION, SPARSE_ATTENTION, Skip, add_note, kind_of, mark_skip
 from fxq.dialect import QUANTIZED, Dialect
 from fxq.errors import did_you_mean
-from fxq.graph import add_buffer, args_of, insert_call, is_op, owner_name, val_of
+from fxq.graph import add_buffer, args_of, insert_call, is_op, is_settled, owner_name, val_of
 from fxq.passes.rectified_spaattn.curve import Grid, block_adjacency, curve_order
 from fxq.passes.rectified_spaattn.form import is_causal, option, unfit
 from fxq.passes.rectified_spaattn.layout import Segments, TokenLayout, find_segments
@@ -120,17 +120,20 @@ class ReplaceAttention(Pass):
     def run(self, gm: GraphModule) -> PassResult:
         """Replace what can be replaced and mark the rest."""
         positions = find_positions(gm)
-        overridden = self._overridden(list(positions.attention))
-        masks = {option(node, 3, "attn_mask", None) for node in positions.attention}
+        attentions = [node for node in positions.attention if not is_settled(node)]
+        overridden = self._overridden(attentions)
+        masks = {option(node, 3, "attn_mask", None) for node in attentions}
         causal = {mask for mask in masks if is_causal(mask)}
         sites, lengths = [], dict[Masked, Node | Skip | None]()
-        for node in positions.attention:
+        for node in attentions:
             found = self._examine(node, positions, overridden, causal, lengths)
             if isinstance(found, Skip):
                 mark_skip(node, found)
             else:
                 sites.append(found)
         for node in gm.graph.nodes:
+            if is_settled(node):
+                continue
             if is_op(node, *DENSE) and node not in positions.attention:
                 mark_skip(node, Skip("a size of it depends on the data", intended=False))
             done = {"fxq_skip", "fxq_format"} & set(node.meta)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxq.module_state import Snapshot, restored
+from fxq.module_state import Snapshot, restored, spared
 
 
 class Cache:
@@ -82,9 +82,13 @@ def test_equal_values_are_no_change() -> None:
 def test_everything_is_put_back_where_a_call_raises() -> None:
     module = Keeps()
 
-    with pytest.raises(RuntimeError, match="half way"), restored(module):
-        module.plain = 5
-        raise RuntimeError("half way")
+    def fail() -> None:
+        with restored(module):
+            module.plain = 5
+            raise RuntimeError("half way")
+
+    with pytest.raises(RuntimeError, match="half way"):
+        fail()
 
     assert module.plain == 0
 
@@ -104,3 +108,19 @@ def test_an_object_that_holds_itself_is_followed_once() -> None:
     module.cache.itself = module.cache  # type: ignore[attr-defined]
 
     assert Snapshot(module).changes(Snapshot(module)) == []
+
+
+def test_buffers_that_are_spared_are_never_written_to() -> None:
+    module = Keeps()
+    module.child.register_buffer("same", module.count)
+    count = module.count
+
+    with spared(module):
+        module.count.add_(1)
+        assert module.child.same is module.count
+        module.plain = 5
+
+    assert module.count is count
+    assert module.child.same is count
+    assert count._version == 0
+    assert module.plain == 0

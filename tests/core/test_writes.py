@@ -179,7 +179,7 @@ def test_an_argument_that_shares_written_memory_is_refused() -> None:
     program = fxq.compress(Both().eval(), (torch.zeros(4), torch.zeros(4)), FLOAT)
     memory = torch.zeros(6)
 
-    with pytest.raises(UnsupportedError, match="'a', which the model writes to.*shares memory"):
+    with pytest.raises(UnsupportedError, match=r"'a', which the model writes to.*shares memory"):
         program(memory[:4], memory[2:])
     assert program(memory[:4].view(4), torch.zeros(4)).sum() == 4
 
@@ -198,7 +198,7 @@ def test_memory_meets_where_ranges_do(first: slice, second: slice, meet: bool) -
     named = [("a", memory[first]), ("n", 3), ("b", memory[second])]
 
     if meet:
-        with pytest.raises(UnsupportedError, match="here: expected 'b'.*memory with 'a'"):
+        with pytest.raises(UnsupportedError, match=r"here: expected 'b'.*memory with 'a'"):
             check_apart(named, [2], "here")
     else:
         check_apart(named, [2], "here")

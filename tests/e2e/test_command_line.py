@@ -45,6 +45,7 @@ def test_compress_runs_on_a_pretrained_vit_and_a_folder_of_pictures(
     assert result.exit_code == 0, result.output
     assert "agrees with float" in result.output
     assert "exact sums" in result.output
+    assert "dB against float" in result.output
     assert out.stat().st_size < 1_000_000  # 0.55 M parameters
     assert fxq.load(out).num_classes == 10
 

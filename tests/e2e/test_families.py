@@ -23,7 +23,7 @@ def test_compressed_families_verify_and_stay_close_to_float(
 
     program = fxq.compress(model, example, w8a8.DYNAMIC, strict=True)
 
-    verification = fxq.verify(program, example)
+    verification = fxq.verify(program, example, model=model)
     assert verification.ok, str(verification)
     assert len(verification.checks) >= 5
     args, kwargs = split_inputs(example)

@@ -25,7 +25,7 @@ def test_scaled_families_verify_and_stay_close_to_float(name: str) -> None:
 
     program = fxq.compress(model, example, smoothquant.W8A8, data=[example], strict=True)
 
-    verification = fxq.verify(program, example)
+    verification = fxq.verify(program, example, model=model)
     assert verification.ok, str(verification)
     args, kwargs = split_inputs(example)
     with torch.no_grad():

@@ -74,7 +74,7 @@ def test_a_layer_whose_weight_the_graph_writes_stays_right() -> None:
 def test_batch_norm_in_train_mode_is_refused() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
 
-    with pytest.raises(BackendCompilerFailed, match="expected eval mode, found aten.batch_norm"):
+    with pytest.raises(BackendCompilerFailed, match=r"expected eval mode, found aten\.batch_norm"):
         torch.compile(model, backend="fxq")(torch.randn(3, 4))
 
     assert not model[1].running_mean.any()

@@ -86,6 +86,15 @@ class _Change:
     shift_out: Tensor | None = None
     operands: dict[int, "_Change"] = field(default_factory=dict)
 
+    @property
+    def sides(self) -> set[str]:
+        """Which of input and output are scaled, and whether any is shifted."""
+        scaled = {"input": self.scale_in, "output": self.scale_out}
+        shifted = self.shift_in is not None or self.shift_out is not None
+        return {name for name, factor in scaled.items() if factor is not None} | (
+            {"shift"} if shifted else set()
+        )
+
     def divide_out(self, scale: Tensor) -> None:
         self.scale_out = scale if self.scale_out is None else self.scale_out * scale
 
@@ -118,6 +127,8 @@ def fold_scaling(gm: GraphModule, scalings: Iterable[Scaling]) -> None:
     for node, change in changes.items():
         if node.target in LINEAR | CONV:
             _rewrite_layer(gm, node, change, cache)
+            # What must be undone before the layer compares with the model's module (fxq.judging).
+            node.meta["fxq_scaled"] = sorted({*node.meta.get("fxq_scaled", ()), *change.sides})
         elif node.target in AFFINE:
             _rewrite_norm(gm, node, change)
         for index, operand in change.operands.items():

@@ -1,0 +1,225 @@
+"""Judge a program by the float model it came from: its outputs, and every layer by itself.
+
+A layer's judge is the model's own module of that name, watched while the model runs as it is. The
+layer is given the module's recorded input, quantizes it and multiplies: so a wrong weight, bias or
+scale shows at that very layer and at no other. Beside it stands the error of the program's own run,
+to which all layers in front contribute.
+"""
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.fx import GraphModule, Node
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from fxq.account import kind_of
+from fxq.graph import owner_name
+from fxq.module_state import spared
+from fxq.numerics import sqnr_db
+from fxq.teacher_forcing import Call, compare_layer
+
+# Layers of 4 x 4 bits are at 10 to 15 dB, of 8 x 8 bits above 20. An unrelated weight gives about
+# -3 dB, no weight at all 0, a quarter of the rows wrong 3.
+MIN_LAYER_DB = 5.0
+MIN_OUTPUT_DB = 0.0  # below, returning zeros would be closer
+N_SHOWN = 5
+WITH_WEIGHT = ("linear", "conv", "transposed conv")
+
+
+@dataclass(frozen=True)
+class LayerCheck:
+    """How one operator that multiplies compares with the model's module.
+
+    Args:
+        node: its name in the program's graph.
+        module: qualified name of the module it came from.
+        kind: as in `fxq.report`.
+        alone_db: SQNR of its output, given the module's input; None where nothing compares.
+        sqnr_db: likewise, with the input it has in the program.
+        reason: why there is nothing to compare with.
+    """
+
+    node: str
+    module: str
+    kind: str
+    alone_db: float | None = None
+    sqnr_db: float | None = None
+    reason: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """False below `MIN_LAYER_DB`, and for NaN."""
+        return self.alone_db is None or self.alone_db >= MIN_LAYER_DB
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A program's outputs and layers against the float model's.
+
+    Args:
+        sqnr_db: of all floating outputs together.
+        worst_sample_db: the smallest along the batch, the first dimension of the outputs.
+        layers: one per operator that multiplies, in graph order.
+    """
+
+    sqnr_db: float
+    worst_sample_db: float
+    layers: tuple[LayerCheck, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether the outputs and every layer that can be compared are above the floors."""
+        return self.sqnr_db >= MIN_OUTPUT_DB and all(layer.ok for layer in self.layers)
+
+    @property
+    def worst(self) -> list[LayerCheck]:
+        """The layers that could be compared, those with the largest error of their own first."""
+        compared = [layer for layer in self.layers if layer.alone_db is not None]
+        return sorted(compared, key=lambda layer: (layer.ok, layer.alone_db))
+
+    def __str__(self) -> str:
+        worst = self.worst
+        failed = sum(not layer.ok for layer in worst)
+        lines = [
+            f"against the model: {self.sqnr_db:.1f} dB, worst sample {self.worst_sample_db:.1f} dB",
+            f"{len(worst)} of {len(self.layers)} layers compared alone with the model's modules, "
+            f"{failed} below {MIN_LAYER_DB:.0f} dB; the largest errors:",
+        ]
+        lines += [
+            f"  {layer.module}: {layer.alone_db:.1f} dB alone, {layer.sqnr_db:.1f} dB in the "
+            "program" + ("" if layer.ok else "  WRONG")
+            for layer in worst[: max(N_SHOWN, failed)]
+        ]
+        reasons: dict[str, list[str]] = defaultdict(list)
+        for layer in self.layers:
+            if layer.reason:
+                reasons[layer.reason].append(layer.module)
+        lines += [
+            f"not compared, {reason}: {len(names)}, e.g. {names[0]}"
+            for reason, names in reasons.items()
+        ]
+        return "\n".join(lines)
+
+
+def judge(
+    gm: GraphModule,
+    recorded: Mapping[str, Any],
+    results: Sequence[Any],
+    model: nn.Module | ExportedProgram,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> Judgement:
+    """Compare a graph's values with those of the model it came from.
+
+    Args:
+        gm: the graph of a program.
+        recorded: the value of each of its nodes, by name, from a run on the arguments.
+        results: what it returned, the model's results only.
+        model: the float model, or what torch.export made of it; left as it is, buffers too.
+        args: positional arguments of the call.
+        kwargs: keyword arguments.
+    Raises:
+        ValueError: the model is in train mode.
+    """
+    if isinstance(model, ExportedProgram):
+        model = model.module()
+    elif any(module.training for module in model.modules()):
+        raise ValueError("model: expected eval mode, found train mode; call model.eval() first")
+    layers = [node for node in gm.graph.nodes if kind_of(node) is not None]
+    by_module: dict[str, list[Node]] = defaultdict(list)
+    for node in layers:
+        by_module[owner_name(node)].append(node)
+    modules = {path: _module(model, path) for path in by_module}
+    with torch.no_grad(), spared(model), _recording(modules) as calls:
+        own_args, own_kwargs = tree_map_only(Tensor, torch.clone, (tuple(args), dict(kwargs)))
+        expected = model(*own_args, **own_kwargs)
+        found = {
+            check.node: check
+            for path, nodes in by_module.items()
+            for check in _compare(nodes, modules[path], calls[path], recorded)
+        }
+    pooled, worst = outputs_sqnr_db(expected, results)
+    return Judgement(pooled, worst, tuple(found[node.name] for node in layers))
+
+
+def _module(model: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:  # a model that is one layer has no name for it
+        return None if any(True for _ in model.children()) else model
+
+
+@contextlib.contextmanager
+def _recording(modules: Mapping[str, nn.Module | None]) -> Iterator[dict[str, list[Call]]]:
+    """Keep what each module is given and returns, while the context lasts."""
+    calls: dict[str, list[Call]] = {path: [] for path in modules}
+    with contextlib.ExitStack() as stack:
+        for path, module in modules.items():
+            if module is None:
+                continue
+
+            def keep(_: Any, args: Any, kwargs: Any, output: Any, path: str = path) -> None:
+                given = next(iter((*args, *kwargs.values())), None)
+                if isinstance(given, Tensor) and isinstance(output, Tensor):
+                    calls[path].append(Call(given.clone(), output.clone()))
+
+            stack.callback(module.register_forward_hook(keep, with_kwargs=True).remove)
+        yield calls
+
+
+def _compare(
+    nodes: Sequence[Node],
+    module: nn.Module | None,
+    calls: Sequence[Call],
+    recorded: Mapping[str, Any],
+) -> Iterator[LayerCheck]:
+    """Yield the checks of all operators that came from one module."""
+    for index, node in enumerate(nodes):
+        name, kind = owner_name(node), str(kind_of(node))
+        if kind not in WITH_WEIGHT or not isinstance(getattr(module, "weight", None), Tensor):
+            yield LayerCheck(node.name, name, kind, reason="no module of the model is this layer")
+            continue
+        if len(calls) != len(nodes):
+            why = f"called {len(calls)} times, and {len(nodes)} operators came from it"
+            yield LayerCheck(node.name, name, kind, reason=why)
+            continue
+        compared = compare_layer(node, module, calls[index], recorded)
+        if isinstance(compared, str):
+            yield LayerCheck(node.name, name, kind, reason=compared)
+        else:
+            yield LayerCheck(node.name, name, kind, *compared)
+
+
+def outputs_sqnr_db(expected: Any, found: Any) -> tuple[float, float]:
+    """Return the SQNR of all floating outputs together, and of the worst sample along the first
+    dimension; infinity where there are no such outputs."""
+    pairs = [
+        _without_equal_infinities(a, b)
+        for a, b in zip(tree_leaves(expected), tree_leaves(found), strict=True)
+        if isinstance(a, Tensor) and a.is_floating_point()
+    ]
+    if not pairs:
+        return torch.inf, torch.inf
+    both = [torch.cat([pair[side].flatten() for pair in pairs]) for side in (0, 1)]
+    pooled = sqnr_db(*both)
+    batch = pairs[0][0].shape[:1]
+    samples = [pair for pair in pairs if pair[0].ndim and pair[0].shape[:1] == batch]
+    if not samples:
+        return pooled, pooled
+    rows = [torch.cat([pair[side].flatten(1) if pair[side].ndim > 1 else pair[side][:, None]
+                       for pair in samples], 1) for side in (0, 1)]  # fmt: skip
+    figures = [sqnr_db(a, b) for a, b in zip(*rows, strict=True)]
+    return pooled, min(figures, key=lambda figure: (figure == figure, figure), default=pooled)
+
+
+def _without_equal_infinities(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both in fp64, with zeros where both have the same infinity, as masked logits do."""
+    a, b = a.double(), b.double()
+    same = a.isinf() & (a == b)
+    return torch.where(same, 0.0, a), torch.where(same, 0.0, b)

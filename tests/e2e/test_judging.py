@@ -1,0 +1,265 @@
+"""A program against the float model: a wrong weight is found, at its layer and nowhere else."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from models import Block, Twice
+from torch import Tensor, nn
+
+import fxq
+from fxq.judging import Judgement, LayerCheck
+from fxq.passes import smoothquant, w8a8, weight_only
+
+LAYERS = ("q", "k", "v", "proj", "up", "down")
+
+
+def db(expected: Tensor, found: Tensor) -> float:
+    """SQNR, written again."""
+    return float(10 * torch.log10(expected.square().sum() / (expected - found).square().sum()))
+
+
+def judged(program: fxq.Program, x: Tensor, model: nn.Module) -> tuple[bool, Judgement]:
+    verification = fxq.verify(program, x, model=model)
+    assert verification.against_model is not None
+    return verification.ok, verification.against_model
+
+
+def by_module(judgement: Judgement) -> dict[str, LayerCheck]:
+    return {layer.module: layer for layer in judgement.layers}
+
+
+def spoil(program: fxq.Program, module: str) -> None:
+    """Put codes of another weight in the place of a layer's."""
+    codes = program.get_buffer(f"graph_module.{module}.weight_codes")
+    codes.copy_(codes[torch.randperm(len(codes))].roll(1, 1))
+
+
+@pytest.fixture
+def unbalanced() -> tuple[nn.Module, list[Tensor]]:
+    """A block whose norm has outliers, and whose values have too: SmoothQuant scales both."""
+    model = Block().eval().requires_grad_(False)
+    model.norm.weight[:6] *= 30
+    model.v.weight[3] *= 20
+    return model, [torch.randn(4, 33, 64) for _ in range(2)]
+
+
+@pytest.mark.parametrize("module", LAYERS)
+@pytest.mark.parametrize(
+    "recipe", [w8a8.DYNAMIC, w8a8.STATIC, weight_only.W8], ids=lambda r: r.name
+)
+def test_a_wrong_weight_shows_at_its_layer_and_only_there(recipe: fxq.Recipe, module: str) -> None:
+    model, x = Block().eval(), torch.randn(4, 5, 64)
+    program = fxq.compress(model, x, recipe, [x])
+    _, before = judged(program, x, model)
+
+    spoil(program, module)
+    ok, after = judged(program, x, model)
+
+    assert fxq.verify(program, x).ok  # the kernels do what the program says
+    assert not ok
+    assert [layer.module for layer in after.layers if not layer.ok] == [module]
+    assert f"{module}: " in str(after)
+    assert "WRONG" in str(after)
+    for name in set(LAYERS) - {module}:
+        assert by_module(after)[name].alone_db == by_module(before)[name].alone_db
+
+
+def test_figures_are_what_the_definition_gives() -> None:
+    model, x = Block().eval().requires_grad_(False), torch.randn(4, 5, 64)
+    program = fxq.compress(model, x, weight_only.W8)
+
+    _, found = judged(program, x, model)
+
+    expected, simulated = model(x), program(x)
+    assert found.sqnr_db == pytest.approx(db(expected, simulated), abs=0.01)
+    samples = [db(a, b) for a, b in zip(expected, simulated, strict=True)]
+    assert found.worst_sample_db == pytest.approx(min(samples), abs=0.01)
+    scale = model.k.weight.abs().amax(1, keepdim=True) / 127
+    weight = (model.k.weight / scale).round() * scale
+    given = model.norm(x)
+    alone = db(model.k(given), nn.functional.linear(given, weight, model.k.bias))
+    assert by_module(found)["k"].alone_db == pytest.approx(alone, abs=0.05)
+    assert found.layers[3].kind == "attention"
+    assert "no module of the model is this layer" in found.layers[3].reason
+
+
+def test_scaled_layers_are_compared_too(
+    unbalanced: tuple[nn.Module, list[Tensor]], tmp_path: Path
+) -> None:
+    model, data = unbalanced
+    program = fxq.compress(model, data[0], smoothquant.W8A8, data)
+    notes = {row.row.module: row.row.note for row in fxq.report(program).rows}
+    assert notes["q"] == "SmoothQuant (norm)"
+    assert notes["proj"] == "SmoothQuant (value)"
+    fxq.save(program, tmp_path / "program.safetensors")
+
+    for same in (program, fxq.load(tmp_path / "program.safetensors")):
+        ok, found = judged(same, data[1], model)
+        assert ok
+        # Measured 34 to 41 dB. A layer compared without its factors is below 5 dB.
+        assert min(by_module(found)[name].alone_db or 0 for name in LAYERS) > 30
+
+    for module in ("q", "v", "proj"):
+        spoiled = fxq.load(tmp_path / "program.safetensors")
+        spoil(spoiled, module)
+        ok, found = judged(spoiled, data[1], model)
+        assert not ok
+        assert [layer.module for layer in found.layers if not layer.ok] == [module]
+
+
+def test_shifted_layers_are_listed_as_not_compared(
+    unbalanced: tuple[nn.Module, list[Tensor]],
+) -> None:
+    model, data = unbalanced
+    program = fxq.compress(model, data[0], "outlier_suppression_w8a8", data)
+
+    ok, found = judged(program, data[1], model)
+
+    assert ok
+    shifted = [layer.module for layer in found.layers if "shifted" in layer.reason]
+    assert shifted == ["v", "proj"]  # OutlierSuppression (value)
+    assert "a scaling pass shifted its input or output: 2, e.g. v" in str(found)
+
+
+def test_a_module_called_twice_is_compared_call_by_call() -> None:
+    model, x = Twice().eval(), torch.randn(4, 64)
+
+    ok, found = judged(fxq.compress(model, x, w8a8.DYNAMIC), x, model)
+
+    assert ok
+    assert [layer.module for layer in found.layers] == ["inner", "inner"]
+    assert all(layer.alone_db is not None and layer.alone_db > 30 for layer in found.layers)
+    assert found.layers[0].alone_db != found.layers[1].alone_db
+
+
+class Gated(nn.Linear):
+    """A leaf that computes more than its linear, beside one whose bias is added outside."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(super().forward(x))
+
+
+def test_what_no_module_answers_for_is_said() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gated, self.plain = Gated(64, 64), nn.Linear(64, 64, bias=False)
+            self.free = nn.Parameter(torch.randn(64, 64))
+            self.after = nn.Parameter(torch.randn(64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.plain(self.gated(x)) + self.after) @ self.free
+
+    model, x = Model().eval(), torch.randn(4, 64)
+
+    ok, found = judged(fxq.compress(model, x, w8a8.DYNAMIC), x, model)
+
+    assert ok
+    assert [layer.reason for layer in found.layers] == [
+        "the module computes something else",
+        "no module of the model is this layer",  # a bias from elsewhere makes it another layer
+        "no module of the model is this layer",
+    ]
+
+
+def test_weights_kept_transposed_are_compared() -> None:
+    class Transposed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.randn(64, 64)), nn.Parameter(torch.ones(64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.addmm(self.bias, x, self.weight)
+
+    model, x = nn.Sequential(Transposed()).eval(), torch.randn(4, 64)
+
+    _, found = judged(fxq.compress(model, x, w8a8.DYNAMIC), x, model)
+
+    assert found.layers[0].alone_db is not None
+    assert found.layers[0].alone_db > 30
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    class Counting(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(64, 64)
+            self.register_buffer("calls", torch.zeros(1))
+            self.register_buffer("last", torch.zeros(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            self.last = x.sum()
+            return super().forward(x.mul_(1.0))
+
+    plain, x = nn.Linear(64, 64).eval(), torch.randn(4, 64)
+    model = Counting().eval()
+    model.load_state_dict(plain.state_dict(), strict=False)
+    program, versions = fxq.compress(plain, x, w8a8.DYNAMIC), (x._version, model.calls._version)
+
+    ok, _ = judged(program, x, model)
+
+    assert ok
+    assert (x._version, model.calls._version) == versions
+    assert (float(model.calls), float(model.last)) == (0.0, 0.0)
+    assert not model._forward_hooks
+
+
+def test_nan_is_not_ok() -> None:
+    model, x = nn.Sequential(nn.Linear(64, 64)).eval(), torch.randn(4, 64)
+    program = fxq.compress(model, x, w8a8.DYNAMIC)
+    program.get_buffer("graph_module.0.weight_scale")[5] = float("nan")
+
+    ok, found = judged(program, x, model)
+
+    assert not ok
+    assert found.sqnr_db != found.sqnr_db
+    assert not found.layers[0].ok
+
+
+def test_a_model_in_train_mode_is_refused() -> None:
+    model, x = nn.Sequential(nn.Linear(64, 64)).eval(), torch.randn(4, 64)
+    program = fxq.compress(model, x, w8a8.DYNAMIC)
+
+    with pytest.raises(ValueError, match=r"found train mode; call model\.eval\(\)"):
+        fxq.verify(program, x, model=model.train())
+
+
+def test_four_bits_are_above_the_floor(unbalanced: tuple[nn.Module, list[Tensor]]) -> None:
+    from fxq.passes.psaq_vit import everywhere
+    from fxq.spec import MinMax
+
+    model, (x, data) = Block().eval(), unbalanced[1]
+    program = fxq.compress(model, x, everywhere("w4a4", 4, 4, MinMax()), [x])
+
+    ok, found = judged(program, data, model)
+
+    assert ok
+    assert 10 < min(layer.alone_db for layer in found.worst if layer.alone_db) < 20
+
+
+@pytest.mark.parametrize("recipe", [w8a8.DYNAMIC, w8a8.STATIC], ids=lambda r: r.name)
+def test_compress_tells_how_far_the_example_is_from_the_model(
+    recipe: fxq.Recipe, tmp_path: Path
+) -> None:
+    model, x = Block().eval().requires_grad_(False), torch.randn(1, 5, 64)
+    said: list[str] = []
+
+    program = fxq.compress(model, x, recipe, [x], progress=said.append)
+
+    assert program.sqnr_db == pytest.approx(db(model(x), program(x)), abs=0.05)
+    line = f"outputs on the example: {program.sqnr_db:.1f} dB against float"
+    assert said[-1] == line
+    assert line in str(fxq.report(program))
+    fxq.save(program, tmp_path / "program.safetensors")
+    assert fxq.load(tmp_path / "program.safetensors").sqnr_db == program.sqnr_db
+
+
+def test_an_exact_program_has_no_error_and_is_saved(tmp_path: Path) -> None:
+    from fxq.passes.common import Convert, InsertObservers
+
+    nothing = fxq.Recipe("nothing", (InsertObservers(None), Convert()))
+    program = fxq.compress(nn.Linear(8, 8).eval(), torch.randn(2, 8), nothing)
+    fxq.save(program, tmp_path / "program.safetensors")
+
+    assert fxq.load(tmp_path / "program.safetensors").sqnr_db == float("inf")
