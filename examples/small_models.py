@@ -35,6 +35,17 @@ def deit() -> Example:
     return model, torch.randn(1, 3, 16, 16)
 
 
+def beit() -> Example:
+    """timm BEiT: a bias put together of query's, zeros and value's, relative positions."""
+    from timm.models.beit import Beit
+
+    model = Beit(
+        img_size=16, patch_size=4, embed_dim=32, depth=1, num_heads=2, num_classes=5,
+        use_abs_pos_emb=False, use_rel_pos_bias=True, init_values=0.5,
+    )  # fmt: skip
+    return model, torch.randn(1, 3, 16, 16)
+
+
 def swin() -> Example:
     """timm Swin: windows, shifted windows, hand-written attention with a relative position bias."""
     from timm.models.swin_transformer import SwinTransformer
@@ -77,6 +88,17 @@ def llama() -> Example:
         num_key_value_heads=2, vocab_size=50, use_cache=False,
     )  # fmt: skip
     return LlamaForCausalLM(config), {"input_ids": torch.randint(0, 50, (1, 7))}
+
+
+def gemma() -> Example:
+    """transformers Gemma: RMSNorm with 1 + weight, one head of keys and values, gated GELU."""
+    from transformers import GemmaConfig, GemmaForCausalLM
+
+    config = GemmaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=1, head_dim=8, vocab_size=50, use_cache=False,
+    )  # fmt: skip
+    return GemmaForCausalLM(config), {"input_ids": torch.randint(0, 50, (1, 7))}
 
 
 def opt() -> Example:
@@ -219,7 +241,7 @@ def seeded(build: Callable[[], Example]) -> Example:
 ZOO: dict[str, Callable[[], Example]] = {
     build.__name__: build
     for build in (
-        vit, deit, swin, gpt2, imagegpt, llama, opt, unet, unet_condition, dit, wan, hunyuan_video,
-        flux, cogvideox,
+        vit, deit, beit, swin, gpt2, imagegpt, llama, gemma, opt, unet, unet_condition, dit, wan,
+        hunyuan_video, flux, cogvideox,
     )
 }  # fmt: skip

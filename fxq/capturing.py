@@ -86,7 +86,7 @@ def capture(
             exported, notes = _export(model, values, dynamic_shapes)
     _check_finite(values)
     refuse_train_mode(exported.graph_module)
-    if any(map(writes, exported.graph.nodes)):
+    if any(writes(node) or _is_transform(node) for node in exported.graph.nodes):
         # A pass may put a read in front of a write to the same memory: leave no writes.
         exported = exported.run_decompositions({})
     gm = _unlift(exported)
@@ -132,6 +132,11 @@ def capture(
     module = _module_of(model) if isinstance(model, ExportedProgram) else model
     notes += Checked(gm, signature, state, module).compare(values)
     return Captured(gm, signature, state, notes)
+
+
+def _is_transform(node: Node) -> bool:
+    """Tell whether `node` enters or leaves a transform of torch.func, such as vmap."""
+    return str(getattr(node.target, "__module__", "")).startswith("torch._functorch")
 
 
 def _check_model(model: Any) -> None:

@@ -73,7 +73,12 @@ def is_constant(node: Any) -> bool:
     """Tell whether `node` is a parameter or buffer, possibly seen through views."""
     while is_op(node, *VIEWS):
         node = node.args[0]
-    return isinstance(node, Node) and node.op == "get_attr"
+    return isinstance(node, Node) and node.op == "get_attr" and not is_state(node)
+
+
+def is_state(node: Node) -> bool:
+    """Tell whether `node` reads what may change between calls."""
+    return node.op == "get_attr" and RUNTIME_STATE in str(node.target).split(".")
 
 
 def constant_of(node: Node) -> Tensor:
@@ -81,27 +86,6 @@ def constant_of(node: Node) -> Tensor:
     if node.op == "get_attr":
         return tensor_of(owning_module(node), node)
     return node.target(constant_of(node.args[0]), *node.args[1:], **node.kwargs)  # type: ignore
-
-
-def constant_value(node: Any) -> Tensor | None:
-    """Return the value of a node that depends on parameters and buffers only; None for any other.
-
-    A repetition along a symbolic size is left out: the value then broadcasts to the node's shape.
-    """
-    if not isinstance(node, Node):
-        return None
-    if node.op == "get_attr":
-        return tensor_of(owning_module(node), node)
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-        return None
-    if node.target is aten.expand.default and len(node.all_input_nodes) > 1:
-        return constant_value(node.args[0])
-    inputs = {n: constant_value(n) for n in node.all_input_nodes}
-    if any(value is None for value in inputs.values()):
-        return None
-    args, kwargs = map_arg((node.args, node.kwargs), inputs.__getitem__)
-    result = node.target(*args, **kwargs)
-    return result if isinstance(result, Tensor) else None
 
 
 def weight_of(layer: Node) -> Tensor:
@@ -265,12 +249,12 @@ def has_attribute(gm: nn.Module, name: str) -> bool:
 
 def add_buffer(gm: GraphModule, name: str, value: Tensor, *, like: Node) -> Node:
     """Register a buffer under a (dotted) name and return a get_attr node for it, first in the
-    graph.
+    graph. A parameter stays one.
 
     First, so that every node that comes to share it is behind it.
     """
     name = unique_name(gm, name)
-    register_buffer(gm, name, value)
+    register_tensor(gm, name, value)
     with gm.graph.inserting_before(next(iter(gm.graph.nodes))):
         node = gm.graph.get_attr(name)
     inherit(node, like)
@@ -279,15 +263,18 @@ def add_buffer(gm: GraphModule, name: str, value: Tensor, *, like: Node) -> Node
     return node
 
 
-def register_buffer(module: nn.Module, name: str, value: Tensor) -> None:
-    """Register a buffer under a dotted name, making the modules on the way; torch refuses a name
-    that hides another attribute."""
+def register_tensor(module: nn.Module, name: str, value: Tensor) -> None:
+    """Register a parameter or buffer under a dotted name, making the modules on the way; torch
+    refuses a name that hides another attribute."""
     *path, leaf = name.split(".")
     for part in path:
         if part not in module._modules:
             module.add_module(part, nn.Module())
         module = module._modules[part]  # type: ignore[assignment]
-    module.register_buffer(leaf, value)
+    if isinstance(value, nn.Parameter):
+        module.register_parameter(leaf, value)
+    else:
+        module.register_buffer(leaf, value)
 
 
 def erase_dead(gm: GraphModule) -> None:

@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from fxq.capturing import Captured
-from fxq.graph import copy_graph, mark_for_dynamo, register_buffer
+from fxq.graph import copy_graph, mark_for_dynamo, register_tensor
 from fxq.signature import Signature
 from fxq.writes import check_apart
 
@@ -51,8 +51,8 @@ class Program(nn.Module):
         super().__init__()
         self.initial_state, self.current_state = nn.Module(), nn.Module()
         for name, value in (state or {}).items():
-            register_buffer(self.initial_state, name, value)
-            register_buffer(self.current_state, name, value.clone())
+            register_tensor(self.initial_state, name, value)
+            register_tensor(self.current_state, name, value.clone())
         self.graph_module = graph_module
         self.signature = signature
         self.recipe = recipe

@@ -4,13 +4,16 @@ A rewrite says "this equals that, provided ..." and leaves alone what it cannot 
 the whole list, in order. How often each applied is in `gm.meta["fxq_canonicalized"]`.
 """
 
+from collections import Counter
 from collections.abc import Callable
 
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import GraphModule
 
 from fxq.canonicalize.activation import gelu_erf, gelu_tanh, silu
 from fxq.canonicalize.attention import scaled_dot_product_attention
 from fxq.canonicalize.cleanup import drop_no_ops
+from fxq.canonicalize.constants import materialize_constants
 from fxq.canonicalize.einsum import matmul_of_einsum
 from fxq.canonicalize.linear import (
     linear_of_addmm,
@@ -27,6 +30,7 @@ REWRITES: tuple[Callable[[GraphModule], int], ...] = (
     reshape_of_view,
     transpose_of_property,
     drop_no_ops,
+    materialize_constants,
     matmul_of_einsum,
     bmm_of_baddbmm,
     linear_of_addmm,
@@ -38,14 +42,16 @@ REWRITES: tuple[Callable[[GraphModule], int], ...] = (
     gelu_tanh,
     silu,
     scaled_dot_product_attention,
+    materialize_constants,  # once more: weights that an einsum joined the axes of
 )
 
 
+@unset_fake_temporarily()  # constants have values, also while Dynamo traces fake ones
 def canonicalize(gm: GraphModule) -> GraphModule:
     """Rewrite `gm` in place and return it."""
-    counts = {}
+    counts: Counter[str] = Counter()
     for rewrite in REWRITES:
-        counts[rewrite.__name__] = rewrite(gm)
+        counts[rewrite.__name__] += rewrite(gm)
         gm.graph.eliminate_dead_code()
     erase_dead(gm)
     gm.meta["fxq_canonicalized"] = {name: count for name, count in counts.items() if count}

@@ -13,7 +13,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from fxq.canonicalize.pattern import ADD, DIV, MUL
-from fxq.graph import args_of, constant_value, dtype_of, insert_call, is_op, shape_of, val_of
+from fxq.constants import constant_value
+from fxq.graph import args_of, dtype_of, insert_call, is_op, shape_of, val_of
 
 aten = torch.ops.aten
 SOFTMAX = (aten.softmax.int, aten._softmax.default)

@@ -40,7 +40,7 @@ def _does_nothing(node: Node) -> bool:
         return True
     if is_op(node, aten.lift_fresh_copy.default):  # of a constant; needed only to write to it
         return not any(writes(user) for user in node.users)
-    if is_op(node, aten.to.dtype, aten.to.dtype_layout):
+    if is_op(node, aten.to.dtype, aten.to.dtype_layout, aten.type_as.default):
         before, after = val_of(args_of(node)[0]), val_of(node)
         return bool(before.dtype == after.dtype and before.device == after.device)
     if is_op(node, aten._to_copy.default):

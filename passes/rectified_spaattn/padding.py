@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from fxq.account import Skip
-from fxq.graph import args_of, constant_value, dtype_of, insert_call, is_op, shape_of
+from fxq.constants import constant_value
+from fxq.graph import args_of, dtype_of, insert_call, is_op, shape_of
 from fxq.passes.common.scaling.rules import COPIES
 from fxq.passes.rectified_spaattn.layout import Segments
 

@@ -97,6 +97,9 @@ def rms(m: nn.Module, x: Tensor) -> Tensor:
 
 NORMS = {
     "rsqrt": rms,
+    "one plus weight": lambda m, x: (
+        x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6) * (1.0 + m.w)
+    ),
     "sqrt": lambda m, x: x / torch.sqrt(torch.mean(torch.square(x), -1, keepdim=True) + 1e-5) * m.w,
 }
 
@@ -107,6 +110,19 @@ def test_rms_norm_is_recognised(name: str) -> None:
 
     assert counts["rms_norm"] == 1
     assert targets == [ATEN.rms_norm.default]
+
+
+def test_rms_norm_in_fp32_between_casts_is_recognised() -> None:
+    def gemma(m: nn.Module, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return (wide * (1.0 + m.w.float())).to(x.dtype)
+
+    counts, targets = rewritten(One(gemma, w=torch.randn(6).bfloat16()), X.bfloat16())
+
+    assert counts["rms_norm"] == 1
+    assert targets.count(ATEN.rms_norm.default) == 1
+    assert len(targets) == 3  # a cast before, a cast behind
 
 
 def test_rms_norm_over_another_axis_or_in_half_precision_stays() -> None:

@@ -26,10 +26,12 @@ from fxq.signature import split_inputs
 FOUND = {
     "vit": (9, 1, 2, 0, 5),
     "deit": (6, 1, 1, 0, 3),
+    "beit": (5, 1, 1, 0, 3),
     "swin": (18, 1, 4, 0, 11),
     "gpt2": (5, 0, 1, 0, 3),
     "imagegpt": (5, 0, 1, 0, 3),
     "llama": (8, 0, 1, 0, 3),
+    "gemma": (8, 0, 1, 0, 3),
     "opt": (7, 0, 1, 0, 3),
     "unet": (26, 25, 4, 0, 0),
     "unet_condition": (50, 33, 8, 0, 12),

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from models import Block
+from models import Block, Computed
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.fx.passes.infra.pass_base import PassResult
@@ -112,6 +112,36 @@ def test_a_float_model_is_quantized_dynamically_by_default(decisions: Decisions)
     # The same codes; only what Inductor fuses around them rounds differently.
     assert sqnr_db(program(x), result) > 30.0
     assert sqnr_db(model(x), result) > 30.0
+
+
+def test_computed_weights_are_quantized_like_any_other(decisions: Decisions) -> None:
+    torch.manual_seed(0)
+    model, (x, y, _) = Computed().eval(), data(4, 7, 64)
+
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="fxq")
+        compiled(x)
+        expected, found = model(y), compiled(y)
+
+    assert len(decisions[0]) == 3
+    assert sqnr_db(expected, found) > 35.0
+
+
+class LiteralMask(nn.Module):
+    """Attention by hand, with a mask that is written out where it is added."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = torch.tensor([[0.0, -1e9], [0.0, 0.0]]) * 2
+        return torch.softmax(x @ x.transpose(-1, -2) + mask, -1) @ x
+
+
+def test_tensors_written_in_the_code_have_values_under_dynamo() -> None:
+    model, x = LiteralMask().eval(), torch.randn(3, 2, 8)
+
+    with torch.no_grad(), pytest.warns(FxqWarning):
+        found = torch.compile(model, backend="fxq")(x)
+
+    torch.testing.assert_close(found, model(x))
 
 
 def test_a_weight_changed_in_place_is_seen(decisions: Decisions) -> None:

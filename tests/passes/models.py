@@ -25,6 +25,28 @@ class Block(nn.Module):
         return x + self.down(nn.functional.gelu(self.up(x)))
 
 
+class Computed(nn.Module):
+    """Weights that are computed at each call: a norm with 1 + weight as Gemma's, a bias put
+    together as BEiT's, weights of an einsum `[H, C, D]`, a weight norm."""
+
+    def __init__(self, width: int = 64, heads: int = 2) -> None:
+        super().__init__()
+        self.norm_weight = nn.Parameter(torch.rand(width) - 0.5)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.q_bias, self.v_bias = (nn.Parameter(torch.randn(width)) for _ in range(2))
+        self.register_buffer("k_bias", torch.zeros(width))
+        self.rows = nn.Parameter(torch.randn(heads, 3 * width, width // heads) / width**0.5)
+        self.out = nn.utils.parametrizations.weight_norm(nn.Linear(width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+        h = (wide * (1.0 + self.norm_weight.float())).type_as(x)
+        bias = torch.cat([self.q_bias, self.k_bias, self.v_bias])
+        h = nn.functional.linear(h, self.qkv.weight, bias)
+        return x + self.out(torch.einsum("btc,hcd->bthd", h, self.rows).flatten(2))
+
+
 class Tied(nn.Module):
     """An embedding whose weight is the head's too."""
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from models import Block
+from models import Block, Computed
 from torch import nn
 
 import fxq
@@ -122,3 +122,14 @@ def test_half_precision_is_refused() -> None:
     model, x = Block().eval().bfloat16(), torch.randn(2, 3, 64, dtype=torch.bfloat16)
     with pytest.raises(UnsupportedError, match="expected float32 to train in"):
         student_of(observed(model, x, RECIPES["weights"]))
+
+
+def test_constants_made_of_parameters_train() -> None:
+    model, x = Computed().eval(), torch.randn(2, 3, 64)
+
+    student = student_of(observed(model, x, RECIPES["weights"]))
+
+    student(x)[0].square().mean().backward()
+    trained = {name for name, p in student.named_parameters() if p.grad.abs().sum() > 0}
+    made = {"norm_weight_constant", "q_bias_constant", "rows_constant", "out.weight_constant"}
+    assert trained == made | {"qkv.weight", "out.bias"}

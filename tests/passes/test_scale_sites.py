@@ -4,22 +4,29 @@ from collections import Counter
 
 import pytest
 import torch
+from models import Computed
+from scaling import random_scaling
 from small_models import ZOO, seeded
 from torch import Tensor, nn
 
 import fxq
 from fxq.graph import is_op, owner_name
-from fxq.passes.common.scaling import ScaleSite, ScaleSites, scale_sites
+from fxq.numerics import sqnr_db
+from fxq.passes import repq_vit, smoothquant
+from fxq.passes.common.scaling import ScaleSite, ScaleSites, fold_scaling, scale_sites
 from fxq.passes.common.scaling.labels import connected_components
+from fxq.pipeline import Recipe
 
 # kind -> how many, by family. A number that changes is a finder that sees more, or less.
 TABLE: dict[str, dict[str, int]] = {
     "vit": {"norm": 5, "value": 2, "query_key": 2, "quantizer": 3},
     "deit": {"norm": 3, "value": 1, "query_key": 1, "quantizer": 2},
+    "beit": {"norm": 3, "value": 1, "query_key": 1, "quantizer": 2},
     "swin": {"norm": 10, "value": 4, "query_key": 4, "quantizer": 5},
     "gpt2": {"norm": 2, "value": 1, "query_key": 1, "quantizer": 1},
     "imagegpt": {"norm": 3, "value": 1, "query_key": 1, "quantizer": 1},
     "llama": {"norm": 3, "value": 1, "gated": 1, "query_key": 1},
+    "gemma": {"norm": 2, "value": 1, "gated": 1, "query_key": 1},  # the head's weight is tied
     "opt": {"norm": 2, "value": 1, "relu": 1, "query_key": 1},
     "unet": {"norm": 4, "value": 4, "query_key": 4, "quantizer": 35},
     "unet_condition": {
@@ -298,3 +305,59 @@ def test_shift_needs_a_mask_that_hides_no_row() -> None:
 
     assert free.why_no_shift is None
     assert masked.why_no_shift == "the mask of attention may hide all keys of a row"
+
+
+def test_layers_with_computed_weights_are_in_sites() -> None:
+    torch.manual_seed(0)
+    model = Computed().eval()
+    gm = fxq.capture(model, torch.randn(2, 5, 64)).graph_module
+
+    found = scale_sites(gm)
+    fold_scaling(gm, [random_scaling(site, seed) for seed, site in enumerate(found.sites)])
+
+    assert found.count() == {"norm": 1, "linear": 2}
+    assert [consumers(site) for site in found.sites] == [{"qkv"}, {"linear_default"}, {"out"}]
+    x = torch.randn(3, 5, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(gm(x)[0], model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("recipe", [smoothquant.W8A8, repq_vit.W8A8], ids=lambda r: r.name)
+def test_recipes_keep_a_model_with_computed_weights_close_to_float(recipe: Recipe) -> None:
+    torch.manual_seed(0)
+    model = Computed().eval()
+    batches = [torch.randn(4, 7, 64) for _ in range(3)]
+
+    program = fxq.compress(model, batches[0], recipe, batches, strict=True)
+
+    x = torch.randn(4, 7, 64)
+    with torch.no_grad():
+        assert sqnr_db(model(x), program(x)) > 32.0  # measured 35.0 and 36 dB
+
+
+class AtRunTime(nn.Module):
+    """Layers whose weight or bias is no constant, and a transposed convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.first = nn.LayerNorm(8), nn.Linear(8, 8)
+        self.weight = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        h = self.norm(x)
+        bias = x.mean((0, 1))
+        return (
+            nn.functional.linear(h, self.weight * bias),
+            nn.functional.linear(h, self.weight, bias),
+            torch.convolution(
+                self.first(h).mT, self.weight[:, :, None], None, [1], [0], [1], True, [0], 1
+            ),
+        )
+
+
+def test_layers_whose_weight_is_not_constant_say_so() -> None:
+    found = find(AtRunTime(), torch.randn(2, 5, 8))
+
+    whys = Counter(found.refusals.values())
+    assert whys["its weight or bias is computed at run time"] == 2
+    assert whys["no factor passes through a transposed convolution"] == 1

@@ -15,7 +15,8 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from fxq.account import ATTENTION, CONV, LINEAR
-from fxq.graph import constant_of, constant_value, hint, is_constant, is_op
+from fxq.constants import constant_value
+from fxq.graph import constant_of, hint, is_constant, is_op
 from fxq.identity import TensorKey
 from fxq.passes.common.scaling.flow import ChannelFlow, Slot
 from fxq.passes.common.scaling.labels import UNIT, ZERO, compact, settle, sizes_of

@@ -108,7 +108,7 @@ def scale_sites(gm: GraphModule) -> ScaleSites:
         if site is not None:
             sites.append(shifts.complete(site))
     refusals = _refusals(gm, scales, sites)
-    sites.extend(_quantizer_sites(gm, refusals))
+    sites.extend(_quantizer_sites(gm, scales, refusals))
     order = {node: index for index, node in enumerate(gm.graph.nodes)}
     sites.sort(key=lambda site: order[(site.consumers or site.producers)[0].node])
     scaled = {part.node for site in sites for part in site.consumers}
@@ -217,7 +217,7 @@ class _Shifts:
         self.component = component[0::2]  # by variable; shifts have no inverses
         self.fixed = torch.zeros(len(component), dtype=torch.bool)
         self.fixed[list(self.reasons)] = True
-        self.columns = {slot.node: slot for slot in flow.slots if slot.side == "in"}
+        self.columns = _columns(flow)
         columns = _Entries([slot for slot in flow.slots if slot.side == "in"])
         self.n_columns = self.component[columns.variable].bincount(minlength=len(component))
         self.outputs = [slot for slot in flow.slots if slot.side != "in"]
@@ -269,10 +269,25 @@ def _refusals(gm: GraphModule, flow: ChannelFlow, sites: list[ScaleSite]) -> dic
             numbers = component[2 * slot.ids].tolist()
             whys = (reasons[number] for number in numbers if number in reasons)
             refusals[slot.node] = next(whys, "all its channels would share one factor")
+    columns = _columns(flow)
     for node in gm.graph.nodes:
+        if node.target in LAYERS and node not in columns:
+            refusals[node] = _layer_refusal(node)
         if node.target in ATTENTION and (why := _query_key_refusal(node, flow, component, reasons)):
             refusals[node] = why
     return refusals
+
+
+def _columns(flow: ChannelFlow) -> dict[Node, Slot]:
+    """Return the input channels of every layer whose input can be scaled, given a factor."""
+    return {slot.node: slot for slot in flow.slots if slot.side == "in"}
+
+
+def _layer_refusal(layer: Node) -> str:
+    operands = [arg for arg in layer.args[1:3] if isinstance(arg, Node)]
+    if all(map(is_constant, operands)):
+        return f"no factor passes through a transposed {op_name(layer)}"
+    return "its weight or bias is computed at run time"
 
 
 def _query_key_refusal(
@@ -293,15 +308,18 @@ def _query_key_refusal(
     return ""
 
 
-def _quantizer_sites(gm: GraphModule, refusals: dict[Node, str]) -> list[ScaleSite]:
+def _quantizer_sites(
+    gm: GraphModule, flow: ChannelFlow, refusals: dict[Node, str]
+) -> list[ScaleSite]:
     """Return a site for each value that layers without another site read.
 
     The factor goes into the weights of these layers only, so nobody else may read those.
     """
     readers: dict[Node, dict[int, list[Node]]] = defaultdict(lambda: defaultdict(list))
     weights = WeightReaders(gm)
+    columns = _columns(flow)
     for node in refusals:
-        if node.target in LAYERS and is_constant(node.args[1]):
+        if node in columns:
             if weights.others(node):
                 refusals[node] = f"{refusals[node]}, and its weight is shared"
             else:
