@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from fxq.graph import register_tensor
 from fxq.graph_json import PATH, decode, encode
 
 
@@ -66,7 +67,7 @@ def width_of(codes: Tensor) -> tuple[int, bool]:
     return max(bits, 2), signed
 
 
-def encode_tensors(gm: GraphModule) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+def encode_tensors(gm: nn.Module) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     """Return what is stored, and per buffer what it takes to make it again, as JSON."""
     stored: dict[str, Tensor] = {}
     table: list[dict[str, Any]] = []
@@ -139,10 +140,4 @@ def register(gm: GraphModule, name: str, value: Tensor) -> None:
     """Register a buffer under a dotted name; torch refuses one that hides an attribute."""
     if not PATH.fullmatch(name):
         raise ValueError(f"expected a dotted name for a tensor, found {name!r}")
-    *path, leaf = name.split(".")
-    owner: nn.Module = gm
-    for part in path:
-        if part not in owner._modules:
-            owner.add_module(part, nn.Module())
-        owner = owner._modules[part]  # type: ignore[assignment]
-    owner.register_buffer(leaf, value)
+    register_tensor(gm, name, value)

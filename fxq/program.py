@@ -49,10 +49,10 @@ class Program(nn.Module):
         state: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
-        self.initial_state, self.current_state = nn.Module(), nn.Module()
+        self.states = nn.Module()
         for name, value in (state or {}).items():
-            register_tensor(self.initial_state, name, value)
-            register_tensor(self.current_state, name, value.clone())
+            register_tensor(self.states, f"initial.{name}", value)
+            register_tensor(self.states, f"current.{name}", value.clone())
         self.graph_module = graph_module
         self.signature = signature
         self.recipe = recipe
@@ -120,12 +120,12 @@ class Program(nn.Module):
     @property
     def state(self) -> dict[str, Tensor]:
         """The buffers that calls write to, by their names in the model."""
-        return {name: self.current_state.get_buffer(name) for name in self.signature.state}
+        return {name: self.states.get_buffer(f"current.{name}") for name in self.signature.state}
 
     def reset(self) -> None:
         """Set the state back to what it was when the model was captured."""
         for name, value in self.state.items():
-            value.copy_(self.initial_state.get_buffer(name))
+            value.copy_(self.states.get_buffer(f"initial.{name}"))
 
     def __getattr__(self, name: str) -> Any:
         attributes = self.__dict__.get("attributes", {})

@@ -32,6 +32,7 @@ from fxq.program import PLAIN, Config, Program
 from fxq.signature import Leaf, Signature
 
 VERSION = 1
+STATE = "state:"  # before the names of a program's state; no name in a graph has a colon
 # Whose result types a file may cause to be imported: the two libraries whose models return a class
 # of their own, which is registered with torch's pytree as its module is imported.
 RESULT_PACKAGES = frozenset({"transformers", "diffusers"})
@@ -56,6 +57,8 @@ def save(program: Program, path: str | os.PathLike[str]) -> None:
     gm = program.graph_module
     QUANTIZED.check(gm)
     tensors, table = encode_tensors(gm)
+    state, state_table = encode_tensors(program.states)
+    tensors |= {f"{STATE}{name}": value for name, value in state.items()}
     attributes, config, dropped = _encode_attributes(program.attributes)
     content = {
         "version": VERSION,
@@ -66,6 +69,7 @@ def save(program: Program, path: str | os.PathLike[str]) -> None:
         "signature": _encode_signature(program.signature),
         "graph": encode_graph(gm),
         "tensors": table,
+        "state": state_table,
         "attributes": attributes,
         "config": config,
         "dropped": dropped,
@@ -136,7 +140,9 @@ def _decode_program(
     content: Mapping[str, Any], stored: Mapping[str, Tensor], device: torch.device
 ) -> Program:
     gm = GraphModule(nn.Module(), Graph())
-    for name, value in decode_tensors(content["tensors"], stored, device).items():
+    kept = {name[len(STATE) :]: value for name, value in stored.items() if name.startswith(STATE)}
+    of_graph = {name: value for name, value in stored.items() if not name.startswith(STATE)}
+    for name, value in decode_tensors(content["tensors"], of_graph, device).items():
         register(gm, name, value)
     graph = decode_graph(content["graph"], device)
     graph.lint()
@@ -150,19 +156,29 @@ def _decode_program(
         attributes["config"] = Config(**decode(content["config"], {}, device))
     sqnr_db = decode(content.get("sqnr_db"), {}, device)
     sqnr_db = None if sqnr_db is None else float(sqnr_db)
-    return Program(gm, signature, content["recipe"], tuple(content["notes"]), attributes, sqnr_db)
+    state = decode_tensors(content.get("state", []), kept, device)
+    initial = {name: state[f"initial.{name}"] for name in signature.state}
+    notes = tuple(content["notes"])
+    program = Program(gm, signature, content["recipe"], notes, attributes, sqnr_db, initial)
+    for name, value in program.state.items():
+        value.copy_(state[f"current.{name}"])
+    return program
 
 
 def _check_counts(gm: GraphModule, signature: Signature) -> None:
     inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
     results = gm.graph.output_node().args[0]
-    found = (len(signature.tensors), len(signature.leaves), signature.out_spec.num_leaves)
+    n_inputs = len(signature.tensors) + len(signature.state)
+    n_results = signature.out_spec.num_leaves + len(signature.writes)
+    found = (n_inputs, len(signature.leaves), n_results)
     expected = (len(inputs), signature.in_spec.num_leaves, len(results))  # type: ignore[arg-type]
     if found != expected:
         raise ValueError(
             f"expected a signature of {expected} tensors, arguments and results, as the graph has, "
             f"found {found}"
         )
+    if not all(type(i) is int and 0 <= i < n_inputs for i in signature.writes):
+        raise ValueError(f"expected writes to inputs of the graph, found {signature.writes}")
 
 
 def _encode_signature(signature: Signature) -> dict[str, Any]:
@@ -176,6 +192,9 @@ def _encode_signature(signature: Signature) -> dict[str, Any]:
         "out_spec": _encode_spec(signature.out_spec),
         "ranges": encode(dict(signature.ranges)),
         "example_sizes": encode(dict(signature.example_sizes)),
+        "excluded": encode(dict(signature.excluded)),
+        "state": signature.state,
+        "writes": signature.writes,
     }
 
 
@@ -190,6 +209,9 @@ def _decode_signature(data: Mapping[str, Any], device: torch.device) -> Signatur
         _decode_spec(data["out_spec"]),
         decode(data["ranges"], {}, device),
         decode(data["example_sizes"], {}, device),
+        decode(data.get("excluded", {"dict": []}), {}, device),
+        tuple(data.get("state", ())),
+        tuple(data.get("writes", ())),
     )
 
 

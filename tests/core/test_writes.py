@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -146,6 +147,22 @@ def test_a_program_is_reset_copied_and_read_by_its_state() -> None:
     assert copied.state["count"] == 0
     assert not copied.state["cache"].any()
     torch.testing.assert_close(run(copied, calls(Cache)), run(seeded(), calls(Cache)))
+
+
+def test_a_program_is_saved_with_its_state(tmp_path: Path) -> None:
+    program = fxq.compress(seeded(), calls(Cache)[0], "w8a8_dynamic")
+    run(program, calls(Cache)[:2])
+
+    fxq.save(program, tmp_path / "cache.fxq")
+    loaded = fxq.load(tmp_path / "cache.fxq")
+
+    assert loaded.signature == program.signature
+    torch.testing.assert_close(loaded.state, program.state, rtol=0, atol=0)
+    assert loaded.state["count"] == 2
+    torch.testing.assert_close(run(loaded, calls(Cache)), run(program, calls(Cache)))
+    loaded.reset()
+    assert loaded.state["count"] == 0
+    assert not loaded.state["cache"].any()
 
 
 def test_calibration_sees_the_state_the_model_would_have() -> None:
