@@ -23,7 +23,9 @@ import fxq.rectified_attention.op  # noqa: F401  like fxq.ops, registers operato
 from fxq.errors import PassError
 from fxq.observers import RangeObserver
 
-QUANTIZED_OPS = frozenset({"quantize", "dequantize", "choose_qparams", "rectified_attention"})
+QUANTIZED_OPS = frozenset({
+    "quantize", "dequantize", "choose_qparams", "guard_scale", "rectified_attention",
+})  # fmt: skip
 SYMBOLIC = {
     operator.getitem,
     torch.sym_max,
