@@ -25,7 +25,9 @@ from fxq.errors import PassError
 from fxq.graph import is_settled
 from fxq.observers import RangeObserver
 
-QUANTIZED_OPS = frozenset({"quantize", "dequantize", "choose_qparams", "rectified_attention"})
+QUANTIZED_OPS = frozenset({
+    "quantize", "dequantize", "choose_qparams", "guard_scale", "rectified_attention",
+})  # fmt: skip
 SYMBOLIC = {
     operator.getitem,
     torch.sym_max,

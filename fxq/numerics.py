@@ -8,6 +8,11 @@ dimensions as the tensor; along each, their size is 1, the tensor's, or a diviso
 neighbours shares the entry). Multiplying with the reciprocal instead of dividing is part of the
 definition: division is not correctly rounded in every compiled kernel, a product is, so every
 implementation gives the same code.
+
+NaN and Inf never become finite values, though no code stands for them: a scale that is computed
+from a block with one of them is NaN (`choose_qparams`), and one from calibration becomes NaN for
+each row that holds one (`guard_scale`). The row's values are then NaN, whatever their codes, which
+are unspecified. Other rows are untouched.
 """
 
 from collections.abc import Sequence
@@ -68,7 +73,8 @@ def choose_qparams(
     """Return the scale (fp32, > 0) and zero-point (int32, on the grid) for values in `[low, high]`.
 
     The range is first widened to contain zero, so that zero is always a code's exact value. A range
-    of zero width gets scale 1. The scale never underflows: its reciprocal is finite.
+    of zero width gets scale 1. The scale never underflows: its reciprocal is finite. A range that
+    is not finite has scale NaN.
 
     Args:
         low: smallest value `[...]`, fp32.
@@ -85,14 +91,31 @@ def choose_qparams(
         scale = high * (1.0 / (quant_max - quant_min)) - low * (1.0 / (quant_max - quant_min))
         scale = _positive(scale)
         zero_point = (
-            torch.round(quant_min - low * (1.0 / scale)).clamp(quant_min, quant_max).to(torch.int32)
+            torch.round(quant_min - low * (1.0 / scale))
+            .clamp(quant_min, quant_max)
+            .nan_to_num(quant_min)
+            .to(torch.int32)
         )
     return _positive(scale), zero_point
 
 
 def _positive(scale: Tensor) -> Tensor:
     tiny = torch.finfo(torch.float32).tiny
-    return torch.where(scale > 0, scale.clamp(min=tiny), torch.ones_like(scale))
+    scale = torch.where(scale == 0, 1.0, scale.clamp(min=tiny))
+    return torch.where(scale.isfinite(), scale, torch.nan)
+
+
+def guard_scale(x: Tensor, scale: Tensor) -> Tensor:
+    """Return `scale` for each row of `x`, NaN for rows that hold NaN or Inf.
+
+    Args:
+        x: what is quantized `[..., K]`, any float dtype; or anything else whose rows are not finite
+            where those are.
+        scale: fp32, broadcasts against `x`.
+    Returns:
+        fp32, `scale` broadcast against `[..., 1]`; bit-equal to it where the row is finite.
+    """
+    return scale + (x.float() * 0).sum(-1, keepdim=True)  # 0 * inf is NaN
 
 
 def quantize(

@@ -1,5 +1,5 @@
 """The operators of the QUANTIZED dialect: `fxq::quantize`, `fxq::dequantize`,
-`fxq::choose_qparams`.
+`fxq::choose_qparams`, `fxq::guard_scale`.
 
 Each is a `torch.library` custom op whose body is the function of the same name in `fxq.numerics`,
 so a QUANTIZED graph runs on any device as it stands. `decompositions` gives the same functions to a
@@ -77,10 +77,24 @@ def _(
     return x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.int32)
 
 
+@torch.library.custom_op("fxq::guard_scale", mutates_args=())
+def guard_scale(x: Tensor, scale: Tensor) -> Tensor:
+    """Return `scale` for each row of `x`, NaN for rows that hold NaN or Inf. Shapes and dtypes:
+    `fxq.numerics.guard_scale`."""
+    return numerics.guard_scale(x, scale)
+
+
+@guard_scale.register_fake
+def _(x: Tensor, scale: Tensor) -> Tensor:
+    shape = torch.broadcast_shapes(scale.shape, (*x.shape[:-1], 1))
+    return x.new_empty(shape, dtype=torch.float32)
+
+
 def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
     """Return each op's definition as a decomposition table for AOT tracing."""
     return {
         torch.ops.fxq.quantize.default: numerics.quantize,
         torch.ops.fxq.dequantize.default: numerics.dequantize,
         torch.ops.fxq.choose_qparams.default: _choose_qparams,
+        torch.ops.fxq.guard_scale.default: numerics.guard_scale,
     }

@@ -1,11 +1,12 @@
 """The rule that turns `linear(dequantize(x), dequantize(w), bias)` into `fxq::int8_linear`.
 
 On x86 the codes of the activations become uint8 (codes and zero-point plus 128: the same values).
-With one scale for the whole tensor the kernel does everything; with a scale per token it gives the
-integer accumulators, and scale, zero-point and bias become plain aten operators, which Inductor
-fuses with whatever follows; in int32 where a sum may not be exact in fp32, so that it is rounded
-once. On CUDA the kernel's epilogue takes the activation function and the
-next layer's quantize with it.
+With one scale for the whole tensor the kernel does everything; with a scale per token, or a static
+one that is guarded against NaN token by token, it gives the integer accumulators, and scale,
+zero-point and bias become plain aten operators, which Inductor fuses with whatever follows; in
+int32 where a sum may not be exact in fp32, so that it is rounded once. On CUDA the kernel's
+epilogue takes the activation function and the next layer's quantize with it, where nothing but a
+scale of NaN can make its result NaN or Inf: the next guard then reads that scale.
 """
 
 import math
@@ -18,7 +19,17 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 import fxq.lowering.int8_linear  # noqa: F401  registers the op
-from fxq.graph import add_buffer, args_of, dtype_of, hint, insert_call, is_op, shape_of, tensor_of
+from fxq.graph import (
+    add_buffer,
+    args_of,
+    constant_value,
+    dtype_of,
+    hint,
+    insert_call,
+    is_op,
+    shape_of,
+    tensor_of,
+)
 from fxq.lowering.cpu.profit import slower_than_float
 from fxq.lowering.decision import Decision
 from fxq.lowering.device import cpu_int8
@@ -67,10 +78,13 @@ class LowerLinear:
         return Decision(None, f"no int8 kernel for {self.device.type} ({platform.machine()})")
 
     def _for_cuda(self, layer: Node, o: Operands) -> Decision:
-        last, epilogue = fusible_epilogue(layer)
+        last, epilogue, guard = fusible_epilogue(layer, finite=_is_finite(o.bias))
         args = (o.codes, o.scale, o.zero_point, o.weight, o.w_scale, o.bias)
         result = insert_call(ops.int8_linear.default, (*args, *epilogue), before=last, like=layer)
         self._replace(last, result)
+        if guard is not None:
+            rows = (o.scale, args_of(guard)[1])
+            guard.replace_all_uses_with(insert_call(guard.target, rows, before=guard))
         return Decision("int8_linear (Triton)")
 
     def _for_x86(self, layer: Node, o: Operands) -> Decision:
@@ -84,7 +98,7 @@ class LowerLinear:
             args = (codes, o.scale, zero, o.weight, o.w_scale, o.bias, torch.float32)
             result = insert_call(ops.int8_linear.default, args, before=layer)
         else:
-            result = self._per_row(layer, o, codes)
+            result = self._per_row(layer, o, codes, zero)
         self._replace(layer, result)
         if exact:
             return Decision("int8_linear (oneDNN)")
@@ -119,9 +133,9 @@ class LowerLinear:
     def _constant(self, name: str, value: Tensor, like: Node) -> Node:
         return add_buffer(self.gm, name, value.to(self.device), like=like)
 
-    def _per_row(self, layer: Node, o: Operands, codes: Node) -> Node:
+    def _per_row(self, layer: Node, o: Operands, codes: Node, zero: Node | None) -> Node:
         """Return `(acc - zero_point * row_sums) * (scale * w_scale) + bias` as nodes before
-        `layer`.
+        `layer`; a zero-point of all rows is the kernel's to subtract.
 
         Where acc may not be exact in fp32 the difference is one of int32, rounded once.
         """
@@ -129,15 +143,17 @@ class LowerLinear:
         name = str(o.weight.target)
         unit = self._constant("unit_scale", torch.ones(1, 1), layer)
         w_row = self._constant(f"{name}_row_scale", w_scale.reshape(-1).expand(len(weight)), layer)
-        centre = None
-        if codes is not o.codes:
-            centre = self._constant("sign", torch.tensor([[SIGN]], dtype=torch.int32), layer)
-        exact = o.zero_point is None or largest_sum(weight) < EXACT_IN_FP32
+        centre = zero
+        single = zero is None or is_single(zero)
+        if not single:
+            value = torch.tensor([[SIGN]], dtype=torch.int32)
+            centre = None if codes is o.codes else self._constant("sign", value, layer)
+        exact = single or largest_sum(weight) < EXACT_IN_FP32
         dtype = torch.float32 if exact else torch.int32
         args = (codes, unit, centre, o.weight, unit, None, dtype)
         y = insert_call(ops.int8_linear.default, args, before=layer)
         y.meta["fxq_accumulates"] = True
-        if o.zero_point is not None:
+        if not single:
             sums = weight.sum(1, dtype=torch.int32).to(dtype)
             sums_node = self._constant(f"{name}_row_sums", sums, layer)
             shift = insert_call(aten.mul.Tensor, (o.zero_point, sums_node), before=layer)
@@ -183,11 +199,17 @@ def is_single_or_per_channel(scale: Node) -> bool:
     return all(isinstance(size, int) and size == 1 for size in shape_of(scale)[:-1])
 
 
-def fusible_epilogue(layer: Node) -> tuple[Node, tuple[object, ...]]:
+def fusible_epilogue(
+    layer: Node, *, finite: bool = True
+) -> tuple[Node, tuple[object, ...], Node | None]:
     """Follow the only users of `layer` as far as the kernel's epilogue can go.
 
+    Args:
+        layer: a linear.
+        finite: its result is where its input's scale is.
     Returns:
-        the last node taken in, and the op's arguments from `out_dtype` on.
+        the last node taken in, the op's arguments from `out_dtype` on, and the `guard_scale` that
+        reads what only exists inside the kernel then.
     """
     last, dtype, activation = layer, dtype_of(layer), "none"
     if (cast := _only_user(last, aten._to_copy.default)) and set(cast.kwargs) == {"dtype"}:
@@ -197,13 +219,25 @@ def fusible_epilogue(layer: Node) -> tuple[Node, tuple[object, ...]]:
         activation = "gelu" if gelu.kwargs.get("approximate", "none") == "none" else "gelu_tanh"
     elif silu := _only_user(last, aten.silu.default):
         last, activation = silu, "silu"
-    quantize = _only_user(last, ops.quantize.default)
+    if not finite or dtype == torch.float16:  # whose rounding makes Inf of large values
+        return last, (dtype, activation), None
+    guard = next((user for user in last.users if is_op(user, ops.guard_scale.default)), None)
+    quantize = _only_user(last, ops.quantize.default, apart_from=guard)
     if quantize and is_single_or_per_channel(args_of(quantize)[1]) and args_of(quantize)[4] <= 127:
         _, scale, zero, low, high = args_of(quantize)
-        return quantize, (dtype, activation, None, scale, zero, low, high)
-    return last, (dtype, activation)
+        return quantize, (dtype, activation, None, scale, zero, low, high), guard
+    return last, (dtype, activation), None
 
 
-def _only_user(node: Node, target: object) -> Node | None:
-    user = next(iter(node.users)) if len(node.users) == 1 else None
-    return user if user is not None and is_op(user, target) and user.args[0] is node else None
+def _is_finite(bias: Node | None) -> bool:
+    if bias is None:
+        return True
+    value = constant_value(bias)
+    return value is not None and bool(value.isfinite().all())
+
+
+def _only_user(node: Node, target: object, apart_from: Node | None = None) -> Node | None:
+    users = [user for user in node.users if user is not apart_from]
+    if len(users) != 1 or not is_op(users[0], target) or users[0].args[0] is not node:
+        return None
+    return users[0]

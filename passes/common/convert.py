@@ -4,7 +4,8 @@
 
 With activations quantized, the layer computes in fp32 whatever the model's dtype and its result is
 cast back: that is what an integer kernel does. A weight is quantized once per way of quantizing it,
-however many layers share it.
+however many layers share it. A static scale passes through `guard_scale`, so that NaN and Inf of
+the float values come back as NaN.
 """
 
 import operator
@@ -25,6 +26,7 @@ from fxq.graph import (
     dtype_of,
     erase_dead,
     insert_call,
+    is_constant,
     owner_name,
     shape_of,
     tensor_of,
@@ -129,7 +131,8 @@ class _Conversion:
         qparams = self.qparams(edge, name, scale, None if spec.symmetric else zero)
         grid = (spec.quant_min, spec.quant_max)
         codes = insert_call(ops.quantize.default, (source, *qparams, *grid), after=source)
-        value = insert_call(ops.dequantize.default, (codes, *qparams, dtype_of(edge)), after=codes)
+        guarded = (self.guarded(source, qparams[0]), qparams[1])
+        value = insert_call(ops.dequantize.default, (codes, *guarded, dtype_of(edge)), after=codes)
         edge.replace_all_uses_with(value)
 
     def weight(self, layer: Node, spec: QuantSpec, dtype: torch.dtype) -> Node:
@@ -167,6 +170,8 @@ class _Conversion:
                 after=source if not spec.dynamic else zero or scale,
                 like=layer,
             )
+            if not spec.dynamic:
+                scale = self.guarded(source, scale)
             self.inputs[edge, spec] = insert_call(
                 ops.dequantize.default, (codes, scale, zero, torch.float32), after=codes
             )
@@ -199,6 +204,12 @@ class _Conversion:
         if not spec.symmetric:
             zero = insert_call(operator.getitem, (pair, 1), after=pair)
         return edge, insert_call(operator.getitem, (pair, 0), after=pair), zero
+
+    def guarded(self, source: Node, scale: Node) -> Node:
+        """Return a static scale that is NaN where a row of `source` is not finite."""
+        if is_constant(source):  # finite, or no input could give a finite result
+            return scale
+        return insert_call(ops.guard_scale.default, (source, scale), after=source)
 
     def take_in_product(self, layer: Node, source: Node, scale: Node) -> tuple[Node, Node]:
         """Return what to quantize and with which scale: a product with a constant per channel that

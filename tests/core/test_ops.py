@@ -48,4 +48,4 @@ def test_codes_beyond_127_are_unsigned() -> None:
 def test_decompositions_cover_every_op() -> None:
     names = {op.name() for op in ops.decompositions()}
 
-    assert names == {"fxq::quantize", "fxq::dequantize", "fxq::choose_qparams"}
+    assert names == {"fxq::quantize", "fxq::dequantize", "fxq::choose_qparams", "fxq::guard_scale"}
