@@ -9,6 +9,8 @@ OLDEST := .venv-oldest
 RESOLVE := .venv-lock/bin/uv pip compile --quiet --upgrade --universal --python-version 3.11 --extra dev \
 	--annotation-style line --custom-compile-command "make lock" pyproject.toml
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+# A file's tests stay in one process and share what they compiled; a process is one thread.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile
 
 .PHONY: demo test test-all test-versions check format lock bench bench-gpu clean sz
 
@@ -26,10 +28,10 @@ demo: $(STAMP)  ## train, compress and compile a small ViT on handwriting
 	@$(BIN)/python -W ignore examples/digits_vit.py
 
 test: $(STAMP)  ## all tests but the slow and GPU ones
-	@$(BIN)/python -m pytest -m "not slow and not gpu" -q
+	@$(PYTEST) -m "not slow and not gpu"
 
 test-all: $(STAMP)  ## all tests this machine can run
-	@$(BIN)/python -m pytest -q
+	@$(PYTEST)
 
 test-versions:  ## the tests of `make test` with the oldest versions supported, then with the newest
 	@$(MAKE) test VENV=$(OLDEST) LOCK=requirements-oldest.lock
