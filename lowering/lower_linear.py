@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 import fxq.lowering.int8_linear  # noqa: F401  registers the op
+from fxq.constants import constant_value
 from fxq.graph import (
     add_buffer,
     args_of,
-    constant_value,
     dtype_of,
     hint,
     insert_call,
