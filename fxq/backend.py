@@ -26,7 +26,7 @@ from torch.fx import GraphModule, Node
 
 from fxq.account import SPARSE_ATTENTION, account, kind_of
 from fxq.canonicalize import canonicalize
-from fxq.capturing import from_dynamo, qualified_name
+from fxq.dynamo import from_dynamo, qualified_name
 from fxq.errors import FxqWarning, SkippedError, did_you_mean
 from fxq.first_call import FirstCall
 from fxq.graph import RUNTIME_STATE, bind, copy_graph, is_op, is_settled

@@ -3,35 +3,31 @@
 `capture` uses torch.export, or takes what it made. The graph it returns takes the tensors among the
 call's arguments, in order, and returns the tensors among the results; a `Signature` remembers how
 both hang together. Parameters and buffers are get_attr nodes that share the model's own tensors.
-`from_dynamo` brings the graph that `torch.compile` hands to a backend to the same form.
 """
 
 import inspect
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._guards import TracingContext, tracing
-from torch._subclasses import FakeTensor
 from torch.export import Dim, ExportedProgram
-from torch.fx import GraphModule, Interpreter, Node
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx import GraphModule, Node
 from torch.fx.graph import CodeGen
-from torch.fx.traceback import preserve_node_meta
 from torch.utils import _pytree as pytree
 
+from fxq.binding import bind, bind_exported, check_finite, check_model
 from fxq.canonicalize import canonicalize
 from fxq.canonicalize.cleanup import refuse_train_mode
 from fxq.checking import Checked
-from fxq.errors import UnsupportedError, did_you_mean
-from fxq.graph import settle_marked, shape_of, writes
+from fxq.errors import UnsupportedError
+from fxq.graph import shape_of, writes
 from fxq.module_state import restored
 from fxq.signature import Inputs, Leaf, Signature, free_sizes, split_inputs
-from fxq.writes import Functionalized, give_own_memory, lift_writes
+from fxq.writes import lift_writes
 
 
 @dataclass(frozen=True)
@@ -77,14 +73,14 @@ def capture(
             computes; the message has the reason.
     """
     if isinstance(model, ExportedProgram):
-        values, names, known, defaults = _bind_exported(model, example_inputs)
+        values, names, known, defaults = bind_exported(model, example_inputs)
         exported, notes = model, tuple[str, ...]()
     else:
-        _check_model(model)
-        values, names, known, defaults = _bind(model, example_inputs)
+        check_model(model)
+        values, names, known, defaults = bind(model, example_inputs)
         with restored(model):  # tracing leaves fake tensors in what the model keeps
             exported, notes = _export(model, values, dynamic_shapes)
-    _check_finite(values)
+    check_finite(values)
     refuse_train_mode(exported.graph_module)
     if any(writes(node) or _is_transform(node) for node in exported.graph.nodes):
         # A pass may put a read in front of a write to the same memory: leave no writes.
@@ -137,97 +133,6 @@ def capture(
 def _is_transform(node: Node) -> bool:
     """Tell whether `node` enters or leaves a transform of torch.func, such as vmap."""
     return str(getattr(node.target, "__module__", "")).startswith("torch._functorch")
-
-
-def _check_model(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, found {type(model).__name__}")
-    training = [name or "the model" for name, module in model.named_modules() if module.training]
-    if training:
-        raise ValueError(
-            f"model: expected eval mode, found {training[0]} in train mode; call model.eval() first"
-        )
-
-
-def _bind(
-    model: nn.Module, example: Inputs
-) -> tuple[dict[str, Any], tuple[str, ...], tuple[str, ...], dict[str, Any]]:
-    """Return the call's values by name, positional names, all names, and constant defaults."""
-    parameters = inspect.signature(model.forward).parameters
-    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    names = tuple(n for n, p in parameters.items() if p.kind in by_position)
-    known = tuple(
-        n for n, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-    )
-    args, kwargs = split_inputs(example)
-    variadic = [f"*{n}" for n, p in parameters.items() if p.kind is p.VAR_POSITIONAL]
-    if len(args) > len(names) and variadic:
-        raise UnsupportedError(
-            f"example_inputs: expected arguments with names, found {len(args)} positional ones for "
-            f"forward({variadic[0]}); wrap the model in a module whose forward has named arguments"
-        )
-    if len(args) > len(names):
-        raise TypeError(
-            f"example_inputs: the model takes {len(names)} positional arguments "
-            f"({', '.join(names)}), found {len(args)}"
-        )
-    values = dict(zip(names, args, strict=False))
-    for name, value in kwargs.items():
-        if name not in known:
-            raise TypeError(f"example_inputs: no argument {name!r}; {did_you_mean(name, known)}")
-        values[name] = value
-    missing = [
-        n for n in known if parameters[n].default is inspect.Parameter.empty and n not in values
-    ]
-    if missing:
-        raise TypeError(f"example_inputs: missing {', '.join(map(repr, missing))}")
-    plain = (type(None), bool, int, float, str)
-    defaults = {n: parameters[n].default for n in known if isinstance(parameters[n].default, plain)}
-    return (
-        {n: (defaults | values)[n] for n in known if n in defaults | values},
-        names,
-        known,
-        defaults,
-    )
-
-
-def _bind_exported(
-    program: ExportedProgram, example: Inputs
-) -> tuple[dict[str, Any], tuple[str, ...], tuple[str, ...], dict[str, Any]]:
-    """Return what `_bind` does for an exported program, which takes the arguments it was exported
-    with and no others."""
-    spec = program.call_spec.in_spec
-    assert spec is not None
-    positional, keyword = spec.children()
-    called = program.module_call_graph[0].signature
-    given = getattr(called, "forward_arg_names", None) or ()
-    names = tuple(given[: positional.num_children])
-    if len(names) < positional.num_children:  # older torch does not keep them
-        names = tuple(f"args_{i}" for i in range(positional.num_children))
-    known = (*names, *keyword.context)
-    args, kwargs = split_inputs(example)
-    values = dict(zip(names, args, strict=False)) | kwargs
-    if len(args) > len(names) or set(values) != set(known):
-        raise TypeError(
-            f"example_inputs: this exported program takes {len(names)} positional and the keyword "
-            f"arguments {list(keyword.context)}, found {len(args)} and {list(kwargs)}"
-        )
-    values = {name: values[name] for name in known}
-    if pytree.tree_structure(tuple(values.values())).children() != [
-        *positional.children(), *keyword.children()
-    ]:  # fmt: skip
-        raise TypeError(
-            f"example_inputs: expected arguments nested as they were exported, {spec}, found others"
-        )
-    return values, names, known, {}
-
-
-def _check_finite(values: Mapping[str, Any]) -> None:
-    for path, value in pytree.tree_flatten_with_path(dict(values))[0]:
-        if isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
-            raise ValueError(
-                f"example_inputs: expected finite values, found NaN or Inf in {pytree.keystr(path)}"
-            )
 
 
 def _export(
@@ -343,59 +248,3 @@ def _unlift(exported: ExportedProgram) -> GraphModule:
         if node.op == "call_module" and not node.users:  # guards of older torch
             graph.erase_node(node)
     return GraphModule(module, graph)
-
-
-def from_dynamo(gm: GraphModule) -> tuple[GraphModule, tuple[int, ...]]:
-    """Return the graph that Dynamo hands to a backend as canonical aten operators, and the indices
-    of the inputs it writes to, whose new values are its last results (`fxq.writes`).
-
-    Placeholders keep their order; symbolic sizes stay Dynamo's. `meta["source"]` of a placeholder
-    is the qualified name of the parameter it stands for, or the name of the model's argument. Nodes
-    that come from a `Program` are settled.
-    """
-    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    values = [n.meta["example_value"] for n in placeholders]
-    mode = next(v.fake_mode for v in values if isinstance(v, FakeTensor))
-    run = Interpreter(gm).run  # node by node: so the new nodes know the modules they come from
-    functionalized = Functionalized(run)
-    with tracing(TracingContext(mode)), mode, torch.no_grad(), preserve_node_meta():
-        flat = _trace(run, values)
-        refuse_train_mode(flat)  # before its operators are taken apart
-        if any(map(writes, flat.graph.nodes)):  # as in `capture`
-            flat = _trace(functionalized, values)
-            inputs = [node for node in flat.graph.nodes if node.op == "placeholder"]
-            give_own_memory(flat, [inputs[index] for index in functionalized.written])
-        for node, origin in zip(flat.graph.nodes, placeholders, strict=False):
-            node.meta["source"] = qualified_name(origin)
-        for node in flat.graph.nodes:
-            stack = node.meta.get("nn_module_stack", {})
-            node.meta["nn_module_stack"] = {
-                key: (_module_path(source), kind) for key, (source, kind) in stack.items()
-            }
-        settle_marked(flat)
-        return canonicalize(flat), functionalized.written
-
-
-def _trace(forward: Callable[..., Any], values: Sequence[Any]) -> GraphModule:
-    return make_fx(forward, pre_dispatch=True, _allow_non_fake_inputs=True)(*values)
-
-
-def qualified_name(placeholder: Node) -> str:
-    """Return `blocks.0.attn.qkv.weight` for a placeholder that stands for it in a Dynamo graph, and
-    `hidden_states` for one that stands for an argument."""
-    source = getattr(placeholder, "_dynamo_source", None)
-    text = source.name if source is not None else ""
-    text = text() if callable(text) else text
-    local, *names = _parts_of(text) or [placeholder.name]
-    return ".".join(names) or local  # of a parameter the local holds the model; an input is one
-
-
-def _module_path(source: str) -> str:
-    """Return `blocks.0.attn` for Dynamo's `L['self'].blocks.0.attn`."""
-    return ".".join(_parts_of(source)[1:])
-
-
-def _parts_of(source: str) -> list[str]:
-    parts = re.findall(r"\['([^']+)'\]|\.([A-Za-z]\w*)|[.\[](\d+)", source)
-    stores = ("_modules", "_parameters", "_buffers")
-    return [name for part in parts if (name := "".join(part)) not in stores]

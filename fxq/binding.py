@@ -1,0 +1,103 @@
+"""From a user's example to the arguments of a model, by name."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from fxq.errors import UnsupportedError, did_you_mean
+from fxq.signature import Inputs, split_inputs
+
+
+def check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, found {type(model).__name__}")
+    training = [name or "the model" for name, module in model.named_modules() if module.training]
+    if training:
+        raise ValueError(
+            f"model: expected eval mode, found {training[0]} in train mode; call model.eval() first"
+        )
+
+
+def bind(
+    model: nn.Module, example: Inputs
+) -> tuple[dict[str, Any], tuple[str, ...], tuple[str, ...], dict[str, Any]]:
+    """Return the call's values by name, positional names, all names, and constant defaults."""
+    parameters = inspect.signature(model.forward).parameters
+    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    names = tuple(n for n, p in parameters.items() if p.kind in by_position)
+    known = tuple(
+        n for n, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    )
+    args, kwargs = split_inputs(example)
+    variadic = [f"*{n}" for n, p in parameters.items() if p.kind is p.VAR_POSITIONAL]
+    if len(args) > len(names) and variadic:
+        raise UnsupportedError(
+            f"example_inputs: expected arguments with names, found {len(args)} positional ones for "
+            f"forward({variadic[0]}); wrap the model in a module whose forward has named arguments"
+        )
+    if len(args) > len(names):
+        raise TypeError(
+            f"example_inputs: the model takes {len(names)} positional arguments "
+            f"({', '.join(names)}), found {len(args)}"
+        )
+    values = dict(zip(names, args, strict=False))
+    for name, value in kwargs.items():
+        if name not in known:
+            raise TypeError(f"example_inputs: no argument {name!r}; {did_you_mean(name, known)}")
+        values[name] = value
+    missing = [
+        n for n in known if parameters[n].default is inspect.Parameter.empty and n not in values
+    ]
+    if missing:
+        raise TypeError(f"example_inputs: missing {', '.join(map(repr, missing))}")
+    plain = (type(None), bool, int, float, str)
+    defaults = {n: parameters[n].default for n in known if isinstance(parameters[n].default, plain)}
+    return (
+        {n: (defaults | values)[n] for n in known if n in defaults | values},
+        names,
+        known,
+        defaults,
+    )
+
+
+def bind_exported(
+    program: ExportedProgram, example: Inputs
+) -> tuple[dict[str, Any], tuple[str, ...], tuple[str, ...], dict[str, Any]]:
+    """Return what `bind` does for an exported program, which takes the arguments it was exported
+    with and no others."""
+    spec = program.call_spec.in_spec
+    assert spec is not None
+    positional, keyword = spec.children()
+    called = program.module_call_graph[0].signature
+    given = getattr(called, "forward_arg_names", None) or ()
+    names = tuple(given[: positional.num_children])
+    if len(names) < positional.num_children:  # older torch does not keep them
+        names = tuple(f"args_{i}" for i in range(positional.num_children))
+    known = (*names, *keyword.context)
+    args, kwargs = split_inputs(example)
+    values = dict(zip(names, args, strict=False)) | kwargs
+    if len(args) > len(names) or set(values) != set(known):
+        raise TypeError(
+            f"example_inputs: this exported program takes {len(names)} positional and the keyword "
+            f"arguments {list(keyword.context)}, found {len(args)} and {list(kwargs)}"
+        )
+    values = {name: values[name] for name in known}
+    if pytree.tree_structure(tuple(values.values())).children() != [
+        *positional.children(), *keyword.children()
+    ]:  # fmt: skip
+        raise TypeError(
+            f"example_inputs: expected arguments nested as they were exported, {spec}, found others"
+        )
+    return values, names, known, {}
+
+
+def check_finite(values: Mapping[str, Any]) -> None:
+    for path, value in pytree.tree_flatten_with_path(dict(values))[0]:
+        if isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
+            raise ValueError(
+                f"example_inputs: expected finite values, found NaN or Inf in {pytree.keystr(path)}"
+            )

@@ -1,0 +1,73 @@
+"""From the graph that `torch.compile` hands to a backend to canonical aten operators."""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch._guards import TracingContext, tracing
+from torch._subclasses import FakeTensor
+from torch.fx import GraphModule, Interpreter, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.traceback import preserve_node_meta
+
+from fxq.canonicalize import canonicalize
+from fxq.canonicalize.cleanup import refuse_train_mode
+from fxq.graph import settle_marked, writes
+from fxq.writes import Functionalized, give_own_memory
+
+
+def from_dynamo(gm: GraphModule) -> tuple[GraphModule, tuple[int, ...]]:
+    """Return the graph that Dynamo hands to a backend as canonical aten operators, and the indices
+    of the inputs it writes to, whose new values are its last results (`fxq.writes`).
+
+    Placeholders keep their order; symbolic sizes stay Dynamo's. `meta["source"]` of a placeholder
+    is the qualified name of the parameter it stands for, or the name of the model's argument. Nodes
+    that come from a `Program` are settled.
+    """
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    values = [n.meta["example_value"] for n in placeholders]
+    mode = next(v.fake_mode for v in values if isinstance(v, FakeTensor))
+    run = Interpreter(gm).run  # node by node: so the new nodes know the modules they come from
+    functionalized = Functionalized(run)
+    with tracing(TracingContext(mode)), mode, torch.no_grad(), preserve_node_meta():
+        flat = _trace(run, values)
+        refuse_train_mode(flat)  # before its operators are taken apart
+        if any(map(writes, flat.graph.nodes)):  # as in `capture`
+            flat = _trace(functionalized, values)
+            inputs = [node for node in flat.graph.nodes if node.op == "placeholder"]
+            give_own_memory(flat, [inputs[index] for index in functionalized.written])
+        for node, origin in zip(flat.graph.nodes, placeholders, strict=False):
+            node.meta["source"] = qualified_name(origin)
+        for node in flat.graph.nodes:
+            stack = node.meta.get("nn_module_stack", {})
+            node.meta["nn_module_stack"] = {
+                key: (_module_path(source), kind) for key, (source, kind) in stack.items()
+            }
+        settle_marked(flat)
+        return canonicalize(flat), functionalized.written
+
+
+def _trace(forward: Callable[..., Any], values: Sequence[Any]) -> GraphModule:
+    return make_fx(forward, pre_dispatch=True, _allow_non_fake_inputs=True)(*values)
+
+
+def qualified_name(placeholder: Node) -> str:
+    """Return `blocks.0.attn.qkv.weight` for a placeholder that stands for it in a Dynamo graph, and
+    `hidden_states` for one that stands for an argument."""
+    source = getattr(placeholder, "_dynamo_source", None)
+    text = source.name if source is not None else ""
+    text = text() if callable(text) else text
+    local, *names = _parts_of(text) or [placeholder.name]
+    return ".".join(names) or local  # of a parameter the local holds the model; an input is one
+
+
+def _module_path(source: str) -> str:
+    """Return `blocks.0.attn` for Dynamo's `L['self'].blocks.0.attn`."""
+    return ".".join(_parts_of(source)[1:])
+
+
+def _parts_of(source: str) -> list[str]:
+    parts = re.findall(r"\['([^']+)'\]|\.([A-Za-z]\w*)|[.\[](\d+)", source)
+    stores = ("_modules", "_parameters", "_buffers")
+    return [name for part in parts if (name := "".join(part)) not in stores]
