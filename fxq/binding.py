@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,6 +11,23 @@ from torch.utils import _pytree as pytree
 
 from fxq.errors import UnsupportedError, did_you_mean
 from fxq.signature import Inputs, split_inputs
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The arguments of an example.
+
+    Args:
+        values: by name, in the model's order, defaults among them.
+        names: parameters that can be given by position, in order.
+        known: every parameter the model takes.
+        defaults: values of parameters that a call may leave out.
+    """
+
+    values: dict[str, Any]
+    names: tuple[str, ...]
+    known: tuple[str, ...]
+    defaults: dict[str, Any]
 
 
 def check_model(model: Any) -> None:
@@ -22,10 +40,8 @@ def check_model(model: Any) -> None:
         )
 
 
-def bind(
-    model: nn.Module, example: Inputs
-) -> tuple[dict[str, Any], tuple[str, ...], tuple[str, ...], dict[str, Any]]:
-    """Return the call's values by name, positional names, all names, and constant defaults."""
+def bind(model: nn.Module, example: Inputs) -> Bound:
+    """Return the arguments that an example stands for."""
     parameters = inspect.signature(model.forward).parameters
     by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     names = tuple(n for n, p in parameters.items() if p.kind in by_position)
@@ -56,17 +72,11 @@ def bind(
         raise TypeError(f"example_inputs: missing {', '.join(map(repr, missing))}")
     plain = (type(None), bool, int, float, str)
     defaults = {n: parameters[n].default for n in known if isinstance(parameters[n].default, plain)}
-    return (
-        {n: (defaults | values)[n] for n in known if n in defaults | values},
-        names,
-        known,
-        defaults,
-    )
+    given = {n: (defaults | values)[n] for n in known if n in defaults | values}
+    return Bound(given, names, known, defaults)
 
 
-def bind_exported(
-    program: ExportedProgram, example: Inputs
-) -> tuple[dict[str, Any], tuple[str, ...], tuple[str, ...], dict[str, Any]]:
+def bind_exported(program: ExportedProgram, example: Inputs) -> Bound:
     """Return what `bind` does for an exported program, which takes the arguments it was exported
     with and no others."""
     spec = program.call_spec.in_spec
@@ -92,7 +102,7 @@ def bind_exported(
         raise TypeError(
             f"example_inputs: expected arguments nested as they were exported, {spec}, found others"
         )
-    return values, names, known, {}
+    return Bound(values, names, known, {})
 
 
 def check_finite(values: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
-from fxq.binding import bind, bind_exported, check_finite, check_model
+from fxq.binding import Bound, bind, bind_exported, check_finite, check_model
 from fxq.canonicalize import canonicalize
 from fxq.canonicalize.cleanup import refuse_train_mode
 from fxq.checking import Checked
@@ -73,23 +73,38 @@ def capture(
             computes; the message has the reason.
     """
     if isinstance(model, ExportedProgram):
-        values, names, known, defaults = bind_exported(model, example_inputs)
+        bound = bind_exported(model, example_inputs)
+        module: nn.Module = _module_of(model)
         exported, notes = model, tuple[str, ...]()
     else:
         check_model(model)
-        values, names, known, defaults = bind(model, example_inputs)
+        bound = bind(model, example_inputs)
+        module = model
         with restored(model):  # tracing leaves fake tensors in what the model keeps
-            exported, notes = _export(model, values, dynamic_shapes)
-    check_finite(values)
+            exported, notes = _export(model, bound.values, dynamic_shapes)
+    check_finite(bound.values)
     refuse_train_mode(exported.graph_module)
     if any(writes(node) or _is_transform(node) for node in exported.graph.nodes):
         # A pass may put a read in front of a write to the same memory: leave no writes.
         exported = exported.run_decompositions({})
     gm = _unlift(exported)
-    flat, in_spec = pytree.tree_flatten(list(values.values()))
+    signature, state, conditions = _sign(gm, exported, bound)
+    if dynamic_shapes == "batch" and not notes:
+        notes = _fixed_batches(signature, bound.values)
+    gm = canonicalize(gm)
+    notes += conditions + Checked(gm, signature, state, module).compare(bound.values)
+    return Captured(gm, signature, state, notes)
+
+
+def _sign(
+    gm: GraphModule, exported: ExportedProgram, bound: Bound
+) -> tuple[Signature, dict[str, Tensor], tuple[str, ...]]:
+    """Return the signature, copies of the buffers that the model writes to, and what to say; `gm`
+    loses inputs that are no tensors, and its writes become results."""
+    flat, in_spec = pytree.tree_flatten(list(bound.values.values()))
     paths = [
         name + pytree.keystr(path)
-        for name, value in values.items()
+        for name, value in bound.values.items()
         for path, _ in pytree.tree_flatten_with_path(value)[0]
     ]
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
@@ -101,33 +116,27 @@ def capture(
         else:
             leaves.append(value)
             gm.graph.erase_node(node)
+    state, written = lift_writes(gm)
+    gm.recompile()
+    excluded, conditions = _excluded(exported, leaves)
     out_spec = exported.call_spec.out_spec
     assert out_spec is not None
-    state, written = lift_writes(gm)
-    excluded, conditions = _excluded(exported, leaves)
     signature = Signature(
-        names,
-        known,
-        tuple(values),
-        defaults,
-        in_spec,
-        tuple(leaves),
-        out_spec,
-        _ranges(exported),
-        free_sizes(leaves, flat),
-        excluded,
-        tuple(state),
-        written,
+        names=bound.names,
+        known=bound.known,
+        given=tuple(bound.values),
+        defaults=bound.defaults,
+        in_spec=in_spec,
+        leaves=tuple(leaves),
+        out_spec=out_spec,
+        ranges=_ranges(exported),
+        example_sizes=free_sizes(leaves, flat),
+        excluded=excluded,
+        state=tuple(state),
+        writes=written,
     )
-    if dynamic_shapes == "batch" and not notes:
-        notes = _fixed_batches([leaf for leaf in signature.tensors if leaf.shape], flat)
-    notes += conditions
-    gm.recompile()
-    gm = canonicalize(gm)
-    state = {name: value.detach().clone() for name, value in state.items()}
-    module = _module_of(model) if isinstance(model, ExportedProgram) else model
-    notes += Checked(gm, signature, state, module).compare(values)
-    return Captured(gm, signature, state, notes)
+    copies = {name: value.detach().clone() for name, value in state.items()}
+    return signature, copies, conditions
 
 
 def _is_transform(node: Node) -> bool:
@@ -175,12 +184,14 @@ def _free_batches(exported: ExportedProgram, wanted: Sequence[bool]) -> list[boo
     ]
 
 
-def _fixed_batches(leaves: Sequence[Leaf], values: Sequence[Any]) -> tuple[str, ...]:
+def _fixed_batches(signature: Signature, values: Mapping[str, Any]) -> tuple[str, ...]:
     """Return what to say where the model fixes sizes that `_export` wanted to be free."""
+    leaves = [leaf for leaf in signature.tensors if leaf.shape]
     fixed = [leaf for leaf in leaves if isinstance(leaf.shape[0], int)]
     if fixed and len(fixed) == len(leaves):
         return (f"the model fixes its batch at {fixed[0].shape[0]}",)
-    batch = next((len(v) for v in values if isinstance(v, Tensor) and v.ndim), None)
+    tensors = (v for v in pytree.tree_leaves(dict(values)) if isinstance(v, Tensor) and v.ndim)
+    batch = next((len(value) for value in tensors), None)
     names = [leaf.name for leaf in fixed if leaf.shape[0] == batch]
     return (f"the model fixes the first size of {', '.join(names)} at {batch}",) if names else ()
 
