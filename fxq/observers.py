@@ -96,6 +96,11 @@ class RangeObserver(nn.Module):
         """Number of values seen."""
         return int(self.n_values)
 
+    @property
+    def saw_only_zeros(self) -> bool:
+        """Whether values were seen and all of them were zero, which says nothing of the range."""
+        return self.count > 0 and not bool(self.low.any()) and not bool(self.high.any())
+
     def reset(self) -> None:
         """Forget everything seen, and what training made of it."""
         self.trained_scale = None

@@ -1,5 +1,6 @@
 """Calibrate: run the batches through an observed graph, so that every observer knows its range."""
 
+import warnings
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -8,6 +9,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from fxq.calibrate import calibrate
 from fxq.dialect import OBSERVED, Dialect
+from fxq.errors import FxqWarning
 from fxq.observers import RangeObserver
 from fxq.pipeline import Batches, DataPass
 
@@ -24,4 +26,11 @@ class Calibrate(DataPass):
         """Run every batch once. The graph is unchanged, the observers in it are not."""
         observers = [m for m in gm.modules() if isinstance(m, RangeObserver)]
         seen = calibrate(gm, data, observers=observers)
+        if zeros := [observer.name for observer in observers if observer.saw_only_zeros]:
+            warnings.warn(
+                f"calibration saw only zeros at {', '.join(zeros)}: their range is not known and "
+                "their scale is 1; give data that reaches them, or leave them float with overrides",
+                FxqWarning,
+                stacklevel=2,
+            )
         return PassResult(gm, modified=bool(observers) and seen > 0)

@@ -25,6 +25,7 @@ from fxq.spec import LayerSpec, PerTensor, PerToken, QuantSpec, block_of, scale_
 FIRST = "<first>"  # override key: layers that no other layer comes before, by data flow
 LAST = "<last>"  # override key: layers that no other layer comes after, by data flow
 
+TARGETS = ("linear", "conv")
 # Kinds of operators whose constants are no matrix that multiplies rows.
 NO_LINEAR = frozenset({
     None, "linear", "conv", "transposed conv", "attention", "_convolution", "conv_tbc",
@@ -49,12 +50,26 @@ class InsertObservers(Pass):
     targets: tuple[Literal["linear", "conv"], ...] = ("linear",)
     overrides: tuple[Override, ...] = ()
 
+    def __post_init__(self) -> None:
+        if type(self.targets) is not tuple:
+            raise TypeError(f"targets: expected a tuple of kinds, found {self.targets!r}")
+        for kind in self.targets:
+            if kind not in TARGETS:
+                raise ValueError(f"targets: no kind {kind!r}; {did_you_mean(kind, TARGETS)}")
+        for entry in (("default", self.default), *self.overrides):
+            pair = entry if isinstance(entry, tuple) and len(entry) == 2 else (entry, entry)
+            if not isinstance(pair[0], str) or not isinstance(pair[1], LayerSpec | None):
+                raise TypeError(
+                    "InsertObservers: expected a LayerSpec or None as default and (pattern, "
+                    f"LayerSpec or None) pairs as overrides, found {entry!r}"
+                )
+
     reads: ClassVar[Dialect] = ATEN
     writes: ClassVar[Dialect] = OBSERVED
 
     def run(self, gm: GraphModule) -> PassResult:
         """Mark layers and insert observers."""
-        layers = [n for n in gm.graph.nodes if kind_of(n) in ("linear", "conv")]
+        layers = [n for n in gm.graph.nodes if kind_of(n) in TARGETS]
         selected = self._overridden(layers)
         layers = [n for n in layers if not is_settled(n)]
         observers: dict[tuple[Node, QuantSpec], Node] = {}
@@ -88,7 +103,7 @@ class InsertObservers(Pass):
             if kind not in NO_LINEAR and _has_weight(node) and "linear" in self.targets:
                 why = f"its weight multiplies as {kind}, in a form that is not a linear"
                 mark_skip(node, Skip(why, intended=False))
-            elif kind is not None and kind not in ("linear", "conv"):
+            elif kind is not None and kind not in TARGETS:
                 mark_skip(node, Skip(f"this recipe does not quantize {kind}", intended=True))
         return PassResult(gm, modified)
 

@@ -87,6 +87,30 @@ def test_affine_range_is_widened_to_hold_zero(low: float, high: float, zero_poin
     assert scale.item() == pytest.approx(2 / 255, rel=2**-22)
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_range_that_is_not_finite_has_scale_nan(bad: float, symmetric: bool) -> None:
+    low, high = torch.tensor([-bad, -1.0, -1.0]), torch.tensor([1.0, bad, 1.0])
+
+    scale, zero_point = numerics.choose_qparams(low, high, -127, 127, symmetric=symmetric)
+
+    assert scale.isnan().tolist() == [True, True, False]
+    assert bool(((zero_point >= -127) & (zero_point <= 127)).all())
+
+
+def test_guard_scale_by_hand() -> None:
+    x = torch.tensor(
+        [[[1.0, -3e38], [torch.inf, 0.0]], [[torch.nan, 1.0], [-torch.inf, torch.inf]]]
+    )
+    scale = torch.tensor([[[0.1], [0.3]]])
+
+    found = numerics.guard_scale(x, scale)
+
+    assert found.shape == (2, 2, 1)
+    assert torch.equal(found[0, 0], scale[0, 0])
+    assert found.isnan().flatten().tolist() == [False, True, True, True]
+
+
 @pytest.mark.parametrize("bits", BITS)
 def test_quantize_by_hand_rounds_half_to_even_and_clamps(bits: int) -> None:
     spec = QuantSpec(bits, symmetric=True)

@@ -33,6 +33,7 @@ def test_ops_pass_opcheck_and_equal_their_definitions(
     opcheck(QUANTIZED.choose_qparams, (x, block, low, high, symmetric))
     opcheck(QUANTIZED.quantize, (x, scale, zero, low, high))
     opcheck(QUANTIZED.dequantize, (codes, scale, zero, dtype))
+    opcheck(QUANTIZED.guard_scale, (x, scale[:1]))
 
 
 def test_codes_beyond_127_are_unsigned() -> None:

@@ -38,6 +38,8 @@ def test_gelu_and_the_next_quantizer_go_into_the_epilogue() -> None:
     assert {d.kernel for d in decisions.values() if d.kernel} == {"int8_linear (Triton)"}
     (up,) = [n for n in kernels if "gelu" in n.args]
     assert up.args[9].meta["val"].numel() == 1  # out_scale
+    left = (torch.ops.aten.linear.default, torch.ops.aten.gelu.default)
+    assert not [n for n in lowered.graph.nodes if is_op(n, *left)]
     assert sqnr_db(program(data[1]), lowered(data[1])[0]) > 60
 
 

@@ -1,5 +1,7 @@
 """Convert: codes where weights were, one quantize per edge, every dtype, nothing shared twice."""
 
+import warnings
+
 import pytest
 import torch
 from models import Block, Tied, Twice
@@ -7,6 +9,7 @@ from torch import Tensor, nn
 
 import fxq
 from fxq import numerics
+from fxq.errors import FxqWarning
 from fxq.graph import is_op
 from fxq.passes import w8a8, weight_only
 from fxq.passes.common import Calibrate, Convert, InsertObservers
@@ -185,9 +188,22 @@ def test_zero_and_constant_channels_give_finite_results() -> None:
         model[1].weight[1] = 0.5
     data = [torch.zeros(3, 8), torch.zeros(3, 8)]
 
-    program = fxq.compress(model, data[0], w8a8.STATIC, data)
+    with pytest.warns(FxqWarning, match="calibration saw only zeros at 0: "):
+        program = fxq.compress(model, data[0], w8a8.STATIC, data)
 
     assert bool(program(torch.zeros(3, 8)).isfinite().all())
+
+
+def test_ranges_calibrated_on_zeros_are_one_warning() -> None:
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8), nn.Linear(8, 4)).eval()
+    data = [torch.zeros(3, 8), torch.zeros(5, 8)]
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fxq.compress(model, data[0], w8a8.STATIC, data)
+
+    (said,) = [str(w.message) for w in caught if issubclass(w.category, FxqWarning)]
+    assert "saw only zeros at 0, 1: their range is not known" in said  # 2 sees the bias of 1
 
 
 def test_the_same_data_gives_the_same_bytes() -> None:

@@ -1,6 +1,7 @@
 """InsertObservers: which layers, which edges, and a reason for everything left alone."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -97,6 +98,24 @@ def test_an_override_that_matches_nothing_is_an_error() -> None:
 
     with pytest.raises(ValueError, match=r"override 'aa' matches no layer; did you mean 'a'"):
         InsertObservers(STATIC, overrides=(("aa", None),)).run(gm)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"targets": ("linaer",)}, ValueError, "no kind 'linaer'; did you mean 'linear'"),
+        ({"targets": "linear"}, TypeError, "expected a tuple of kinds, found 'linear'"),
+        ({"overrides": (("head", "w8"),)}, TypeError, r"found \('head', 'w8'\)"),
+        ({"overrides": ("head", None)}, TypeError, "found 'head'"),
+        ({"overrides": ((0, None),)}, TypeError, r"found \(0, None\)"),
+        ({"default": WEIGHT}, TypeError, r"found \('default', QuantSpec"),
+    ],
+)
+def test_a_misspelt_choice_is_an_error_when_it_is_made(
+    arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        InsertObservers(**{"default": STATIC} | arguments)
 
 
 def test_what_is_not_a_target_says_so() -> None:
