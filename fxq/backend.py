@@ -24,14 +24,14 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses import FakeTensor
 from torch.fx import GraphModule, Node
 
-from fxq.account import SPARSE_ATTENTION, account, kind_of
+from fxq.account import account, kind_of
 from fxq.canonicalize import canonicalize
 from fxq.dynamo import from_dynamo, qualified_name
 from fxq.errors import FxqWarning, SkippedError, did_you_mean
 from fxq.first_call import FirstCall
-from fxq.graph import RUNTIME_STATE, bind, copy_graph, is_op, is_settled
+from fxq.graph import RUNTIME_STATE, bind, copy_graph, is_settled
+from fxq.lowering.apply_where_it_pays import Applied, apply_where_it_pays, summary
 from fxq.lowering.derived import version_of
-from fxq.lowering.lower import lower
 from fxq.ops import decompositions
 from fxq.pipeline import Recipe, resolve_recipe
 from fxq.writes import check_apart, write_back
@@ -194,24 +194,11 @@ class Compiled:
                 # Once more: a product with a weight is a linear only where the weight is constant.
                 bound = canonicalize(bound)
             float_graph = copy_graph(bound)
-            if not self.is_program:
-                bound = self.recipe.apply(bound)
-                self._tell_of_skips(bound)
-            lowered, decisions = lower(bound, _device_of(weights))
-            declined = {name: d.reason for name, d in decisions.items() if d.kernel is None}
-            for name, why in declined.items():
-                logger.info("no kernel here for %s: %s", name, why)
-            attentions = {n.name for n in bound.graph.nodes if is_op(n, SPARSE_ATTENTION)}
-            if slow := sorted(attentions & set(declined)):
-                warnings.warn(
-                    f"no kernel here for {len(slow)} sparse attentions, which will be slower "
-                    f"than dense ones; {slow[0]}: {declined[slow[0]]}",
-                    FxqWarning,
-                    stacklevel=2,
-                )
-            if self.strict and declined:
-                listing = "\n  ".join(f"{name}: {why}" for name, why in declined.items())
-                raise SkippedError(f"strict=True, and no kernel here for\n  {listing}")
+            recipe = None if self.is_program else self.recipe
+            applied = apply_where_it_pays(bound, recipe, _device_of(weights))
+            self._tell_of_missing_kernels(applied)
+            self._tell_of_skips(applied)
+            simulated, lowered = applied.quantized, applied.lowered
             written = {nodes[i].name for i in self.written}
             write_back(lowered, [n for n in lowered.graph.nodes if n.name in written])
             table = select_decomp_table() | decompositions()
@@ -219,30 +206,62 @@ class Compiled:
         versions = tuple(map(version_of, weights))
         judge = None
         if self.eager is not None:
-            graphs = (self.eager, float_graph, bound)
+            graphs = (self.eager, float_graph, simulated)
             judge = FirstCall(*graphs, self.live, self.written, self.names)
         build = Build(versions, weights, run, judge)
         self.builds[tuple(map(id, weights))] = build
         return build
 
-    def _tell_of_skips(self, gm: GraphModule) -> None:
-        """Log what the recipe left as it was; raise, or warn, where it could not do what it is for
-        or found nothing to do."""
-        settled = {node.name for node in gm.graph.nodes if is_settled(node)}
+    def _tell_of_skips(self, applied: Applied) -> None:
+        """Log what the recipe left as it was; raise, or warn, where it could not do what it is for,
+        where no kernel would gain by it, or where it found nothing to do."""
+        gm, declined = applied.quantized, applied.left
+        settled = {n.name for n in gm.graph.nodes if is_settled(n)} - set(declined)
         rows = [row for row in account(gm) if row.node not in settled]
         left = {row.node: f"{row.module}: {row.skip.reason}" for row in rows if row.skip}
         for line in left.values():
             logger.info("recipe %r left as it was %s", self.recipe.name, line)
         meant = [left[row.node] for row in rows if row.skip and not row.skip.intended]
-        if not self.recipe.passes or (not meant and len(left) < len(rows)):
+        if not self.recipe.passes:
             return
-        listing = "".join(f"\n  {line}" for line in dict.fromkeys(meant or left.values()))
-        if not listing:
-            return
+        others = [line for name, line in left.items() if name not in declined]
+        n_changed = len(rows) - len(left)
+        told = []
+        if declined:
+            nothing = "" if n_changed else "changed nothing and "
+            share = f"{len(declined)} of {len(declined) + n_changed}"
+            told.append(
+                f"{nothing}left {share} layers as they were, because no kernel would gain by it "
+                f"here: {summary(declined.values())}"
+            )
+        listing = "".join(f"\n  {line}" for line in dict.fromkeys(meant or others))
         if meant and self.strict:
             raise SkippedError(f"strict=True, and {self.recipe.name!r} left as it was{listing}")
-        what = "left as it was" if meant else "changed nothing, and left as it was"
-        warnings.warn(f"recipe {self.recipe.name!r} {what}{listing}", FxqWarning, stacklevel=2)
+        if meant:
+            told.append(f"left as it was{listing}")
+        elif listing and not n_changed and not declined:
+            told.append(f"changed nothing, and left as it was{listing}")
+        if told:
+            text = f"recipe {self.recipe.name!r} " + "; ".join(told)
+            warnings.warn(text, FxqWarning, stacklevel=2)
+
+    def _tell_of_missing_kernels(self, applied: Applied) -> None:
+        """Raise where `strict` and a layer has no kernel; warn, once, where one that has none, of a
+        program, computes what was simulated all the same."""
+        declined = applied.declined
+        for name, why in declined.items():
+            logger.info("no kernel here for %s: %s", name, why)
+        if self.strict and (missing := {**applied.left, **declined}):
+            listing = "\n  ".join(f"{name}: {why}" for name, why in missing.items())
+            raise SkippedError(f"strict=True, and no kernel here for\n  {listing}")
+        if declined and not self.builds:
+            warnings.warn(
+                f"no kernel here for {len(declined)} of {len(applied.decisions)} layers, which "
+                "compute what was simulated all the same: slower than in float, or no faster where "
+                f"weights alone are quantized: {summary(declined.values())}",
+                FxqWarning,
+                stacklevel=2,
+            )
 
 
 def _is_all_settled(gm: GraphModule) -> bool:

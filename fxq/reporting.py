@@ -67,10 +67,16 @@ class Report:
 
     @property
     def caption(self) -> str:
-        """What stands below the table."""
-        if self.sqnr_db is None:
-            return ""
-        return f"outputs on the example: {self.sqnr_db:.1f} dB against float"
+        """What stands below the table: the error, and what makes the program slower than float."""
+        lines = []
+        if self.sqnr_db is not None:
+            lines.append(f"outputs on the example: {self.sqnr_db:.1f} dB against float")
+        if count := sum(r.status == "simulated" for r in self.rows):
+            lines.append(
+                f"no kernel on {self.device} for {count} layers, which compute what was simulated: "
+                "slower than in float, or no faster where weights alone are quantized"
+            )
+        return "\n".join(lines)
 
     def table(self) -> Table:
         """Return a table with one line per (kind, format, status, reason), largest share first."""

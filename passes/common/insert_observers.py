@@ -108,14 +108,14 @@ class InsertObservers(Pass):
         return PassResult(gm, modified)
 
     def _overridden(self, layers: Sequence[Node]) -> dict[Node, Override]:
-        names = {layer: owner_name(layer) for layer in layers if not is_settled(layer)}
+        names = {layer: owner_name(layer) for layer in layers}
         ends = {FIRST: first_layers(layers), LAST: last_layers(layers)}
         chosen: dict[Node, Override] = {}
         for pattern, spec in self.overrides:
             if pattern in ends:
                 matched: Iterable[Node] = ends[pattern]
             else:
-                matched = [n for n, name in names.items() if fnmatch.fnmatchcase(name, pattern)]
+                matched = [n for n in layers if fnmatch.fnmatchcase(names[n], pattern)]
                 if not matched:
                     raise ValueError(
                         f"override {pattern!r} matches no layer; "

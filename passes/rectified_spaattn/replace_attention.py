@@ -121,7 +121,7 @@ class ReplaceAttention(Pass):
         """Replace what can be replaced and mark the rest."""
         positions = find_positions(gm)
         attentions = [node for node in positions.attention if not is_settled(node)]
-        overridden = self._overridden(attentions)
+        overridden = self._overridden(list(positions.attention))
         masks = {option(node, 3, "attn_mask", None) for node in attentions}
         causal = {mask for mask in masks if is_causal(mask)}
         sites, lengths = [], dict[Masked, Node | Skip | None]()
@@ -199,6 +199,7 @@ class ReplaceAttention(Pass):
                 self.center_keys, False, node.kwargs.get("scale"),
             )  # fmt: skip
             sparse = insert_call(SPARSE_ATTENTION, args, before=node)
+            sparse.meta["fxq_origin"] = node.name
             sparse.meta["fxq_format"] = self._format(site.density)
             add_note(sparse, self._note(site))
             _keep_name(sparse, owner_name(node))

@@ -17,6 +17,7 @@ from fxq.capturing import capture
 from fxq.dialect import ATEN
 from fxq.errors import UnsupportedError
 from fxq.graph import shape_of, writes
+from fxq.lowering.cpu import profit
 from fxq.numerics import sqnr_db
 from fxq.passes import w8a8
 from fxq.signature import split_inputs
@@ -310,7 +311,9 @@ def test_writes_in_place_are_captured_as_values(how: str) -> None:
         assert sqnr_db(model(x), fxq.compress(model, x, recipe, [x])(x)) > 33
 
 
-def test_writes_in_place_are_compiled_as_values() -> None:
+def test_writes_in_place_are_compiled_as_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profit, "WITH_VNNI", profit.Thresholds(0, 0))
+    monkeypatch.setattr(profit, "WITHOUT_VNNI", profit.Thresholds(0, 0))
     torch.manual_seed(0)
     model, x = Writes("slice").eval(), torch.randn(256, 64)
     expected = model(x)

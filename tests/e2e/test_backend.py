@@ -15,14 +15,15 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch.fx.passes.infra.pass_base import PassResult
 
 import fxq
-from fxq import backend
 from fxq.dialect import ATEN, Dialect
 from fxq.errors import FxqWarning
+from fxq.lowering import apply_where_it_pays, lower_linear
 from fxq.lowering.cpu import profit
 from fxq.lowering.decision import Decision
+from fxq.lowering.device import CpuInt8
 from fxq.numerics import sqnr_db
-from fxq.passes import w8a8, weight_only
-from fxq.passes.common import Convert, InsertObservers
+from fxq.passes import w8a8
+from fxq.passes.common import FIRST, Convert, InsertObservers
 from fxq.pipeline import Pass, Recipe
 from fxq.spec import LayerSpec, PerChannel, QuantSpec
 
@@ -33,7 +34,7 @@ Decisions = list[dict[str, Decision]]
 def decisions(monkeypatch: pytest.MonkeyPatch) -> Decisions:
     """Let tiny products be lowered, and record what each compilation decided."""
     made: Decisions = []
-    lower = backend.lower
+    lower = apply_where_it_pays.lower
 
     def recording(*args: object) -> object:
         result = lower(*args)  # type: ignore[arg-type]
@@ -42,7 +43,7 @@ def decisions(monkeypatch: pytest.MonkeyPatch) -> Decisions:
 
     monkeypatch.setattr(profit, "WITH_VNNI", profit.Thresholds(0, 0))
     monkeypatch.setattr(profit, "WITHOUT_VNNI", profit.Thresholds(0, 0))
-    monkeypatch.setattr(backend, "lower", recording)
+    monkeypatch.setattr(apply_where_it_pays, "lower", recording)
     return made
 
 
@@ -200,7 +201,7 @@ def test_one_graph_serves_modules_with_different_weights(decisions: Decisions) -
             assert sqnr_db(expected, block(x)) > 30.0
 
 
-def test_the_users_model_is_left_as_it_was() -> None:
+def test_the_users_model_is_left_as_it_was(decisions: Decisions) -> None:
     model, x = Block().eval(), torch.randn(2, 5, 64)
     before = {
         name: (p.clone(), p._version, p.requires_grad) for name, p in model.named_parameters()
@@ -215,7 +216,7 @@ def test_the_users_model_is_left_as_it_was() -> None:
         assert (p._version, p.requires_grad) == (version, requires_grad)
 
 
-def test_outputs_without_a_gradient_are_warned_of() -> None:
+def test_outputs_without_a_gradient_are_warned_of(decisions: Decisions) -> None:
     with pytest.warns(FxqWarning, match="outputs carry no gradient"):
         torch.compile(nn.Linear(8, 8).eval(), backend="fxq")(torch.randn(2, 8))
 
@@ -252,13 +253,13 @@ def test_wrong_options_are_refused_with_what_to_do(
         compiled(torch.randn(2, 8))
 
 
-def test_a_recipe_can_be_chosen_by_value() -> None:
+def test_a_recipe_can_be_chosen_by_value(decisions: Decisions) -> None:
     model, x = nn.Linear(64, 32).eval(), torch.randn(4, 64)
-    compiled = torch.compile(model, backend="fxq", options={"recipe": weight_only.W8})
+    recipe = Recipe("w4a8", (InsertObservers(W4A8), Convert()))
+    compiled = torch.compile(model, backend="fxq", options={"recipe": recipe})
 
     with torch.no_grad():
-        # 8-bit weights alone: measured 42 dB, against 37 dB with activations quantized too.
-        assert sqnr_db(model(x), compiled(x)) > 40.0
+        assert sqnr_db(by_hand(x, model, bits=4), compiled(x)) > 60.0
 
 
 def test_strict_raises_where_there_is_no_kernel() -> None:
@@ -267,6 +268,82 @@ def test_strict_raises_where_there_is_no_kernel() -> None:
 
     with pytest.raises(BackendCompilerFailed, match=r"no kernel here for[\s\S]*too small"):
         compiled(torch.randn(2, 8))
+
+
+def test_a_layer_that_would_not_gain_stays_float(
+    decisions: Decisions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = profit.Thresholds(16 * 64 * 128, 1 << 30)  # multiply-adds of the second layer
+    monkeypatch.setattr(profit, "WITH_VNNI", limits)
+    monkeypatch.setattr(profit, "WITHOUT_VNNI", limits)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 128), nn.Linear(128, 32)).eval()
+    x = torch.randn(16, 64)
+
+    told = r"'w8a8_dynamic' left 2 of 3 layers as they were.*too small for int8 to pay"
+    with pytest.warns(FxqWarning, match=told), torch.no_grad():
+        found = torch.compile(model, backend="fxq")(x)
+
+    with torch.no_grad():
+        expected = model[2](by_hand(model[0](x), model[1]))
+    assert sqnr_db(expected, found) > 60  # measured 130 dB; 38 dB with the others quantized too
+
+
+@pytest.fixture
+def without_int8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor for which there are no kernels, as ARM's are."""
+    nothing = CpuInt8(available=False, saturates=False)
+    monkeypatch.setattr(lower_linear, "cpu_int8", lambda: nothing)
+
+
+@pytest.mark.parametrize("recipe", ["w8a8_dynamic", "w8"])
+def test_where_nothing_gains_a_model_stays_float(recipe: str, without_int8: None) -> None:
+    model, x = Block().eval(), torch.randn(2, 5, 64)
+    compiled = torch.compile(model, backend="fxq", options={"recipe": recipe})
+
+    why = "weight-only" if recipe == "w8" else "no int8 kernel for cpu"
+    told = rf"'{recipe}' changed nothing and left 6 of 6 layers .*: {why}.* \(6\)$"
+    with pytest.warns(FxqWarning, match=told) as warned, torch.no_grad():
+        found = compiled(x)
+
+    assert len([w for w in warned if w.category is FxqWarning]) == 1
+    torch.testing.assert_close(found, model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_an_override_may_name_layers_that_stay_float(without_int8: None) -> None:
+    model, x = Block().eval(), torch.randn(2, 5, 64)
+    overrides = (("up", W4A8), (FIRST, None))
+    recipe = Recipe("named", (InsertObservers(W4A8, overrides=overrides), Convert()))
+
+    with pytest.warns(FxqWarning, match="changed nothing and left 3 of 3 layers"), torch.no_grad():
+        found = torch.compile(model, backend="fxq", options={"recipe": recipe})(x)
+
+    torch.testing.assert_close(found, model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_strict_raises_where_a_layer_of_a_model_would_stay_float(without_int8: None) -> None:
+    compiled = torch.compile(nn.Linear(64, 64).eval(), backend="fxq", options={"strict": True})
+
+    refused = pytest.raises(BackendCompilerFailed, match=r"no kernel here for\n.*no int8")
+    with refused, torch.no_grad():
+        compiled(torch.randn(2, 64))
+
+
+def test_a_program_without_kernels_computes_what_was_simulated_and_says_so(
+    without_int8: None,
+) -> None:
+    model, x = Block().eval(), torch.randn(2, 5, 64)
+    program = fxq.compress(model, x, w8a8.DYNAMIC)
+    compiled = torch.compile(program, backend="fxq")
+
+    with pytest.warns(FxqWarning, match=r"no kernel here for 6 of 6 layers.* slower than in float"):
+        found = compiled(x)
+
+    assert sqnr_db(program(x), found) > sqnr_db(model(x), found) + 3  # rounding may flip codes
+    assert "no kernel on cpu for 6 layers" in " ".join(str(fxq.report(program)).split())
+    program.get_buffer("graph_module.norm.weight").mul_(1.0)
+    with pytest.warns(FxqWarning) as again:
+        compiled(x)
+    assert ["changed in place" in str(w.message) for w in again] == [True]  # told once
 
 
 FRESH = """
@@ -328,7 +405,7 @@ class Stateful(Pass):
         return PassResult(gm, modified=False)
 
 
-def test_a_recipe_with_state_needs_a_program() -> None:
+def test_a_recipe_with_state_needs_a_program(decisions: Decisions) -> None:
     recipe = Recipe("stateful", (Stateful(), *w8a8.DYNAMIC.passes))
     model, x = nn.Linear(64, 64).eval(), torch.randn(4, 64)
     with pytest.raises(BackendCompilerFailed, match=r"call fxq\.compress"), torch.no_grad():

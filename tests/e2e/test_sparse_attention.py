@@ -14,6 +14,8 @@ from torch.utils._pytree import tree_leaves
 import fxq
 from fxq import backend
 from fxq.errors import FxqWarning
+from fxq.lowering import apply_where_it_pays
+from fxq.lowering.cpu import profit
 from fxq.lowering.decision import Decision
 from fxq.passes import w8a8
 from fxq.passes.rectified_spaattn import (
@@ -112,7 +114,11 @@ def test_a_step_counter_and_new_densities_do_not_compile_again(compilations: lis
     assert len(compilations) == 1
 
 
-def test_quantized_linears_and_sparse_attention_compile_together(compilations: list[Any]) -> None:
+def test_quantized_linears_and_sparse_attention_compile_together(
+    compilations: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(profit, "WITH_VNNI", profit.Thresholds(0, 0))
+    monkeypatch.setattr(profit, "WITHOUT_VNNI", profit.Thresholds(0, 0))
     model, example = JointAttention(head_dim=32).eval(), joint_inputs()
     attention = replace(SMALL, density=0.3)
     recipe = Recipe("both", (*w8a8.DYNAMIC.passes, attention))
@@ -146,18 +152,22 @@ def test_overrides_name_layers_as_in_the_model(compilations: list[Any]) -> None:
     assert len(compilations) == 1
 
 
-def test_sparse_attention_without_a_kernel_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    lower = backend.lower
+def test_sparse_attention_without_a_kernel_stays_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    lower = apply_where_it_pays.lower
 
     def declining(*args: Any) -> Any:
         lowered, decisions = lower(*args)
         return lowered, {name: Decision(None, "the reference: too odd") for name in decisions}
 
-    monkeypatch.setattr(backend, "lower", declining)
+    monkeypatch.setattr(apply_where_it_pays, "lower", declining)
     model, example = JointAttention().eval(), joint_inputs()
     attention = replace(SMALL, density=0.3)
-    with pytest.warns(FxqWarning, match="no kernel here for 1 sparse attentions.* too odd"):
-        outputs(compiled(model, attention), example)
+    with pytest.warns(FxqWarning, match=r"changed nothing and left 1 of 1 layers.* too odd \(1\)"):
+        found = outputs(compiled(model, attention), example)
+
+    torch.testing.assert_close(found, outputs(model, example), atol=5e-6, rtol=1e-4)
+    sparse = outputs(fxq.compress(model, example, Recipe("sparse", (attention,))), example)
+    assert float((found - sparse).abs().max()) > 1e-3
 
 
 def test_what_the_recipe_could_not_do_is_a_warning_or_an_error() -> None:
