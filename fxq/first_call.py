@@ -70,7 +70,7 @@ class FirstCall:
             in_float, simulated = self.float_graph(*inputs), self.simulated(*inputs)
         results = run()
         found = [*results, *(args[i] for i in self.written)]
-        self._check(expected, in_float, "the float graph", in_float)
+        self._check(expected, in_float, "the float graph", expected)  # to rounding
         self._check(expected, found, "what was compiled", simulated)
         return results
 
@@ -80,7 +80,8 @@ class FirstCall:
     def _check(
         self, expected: Sequence[Any], found: Sequence[Any], what: str, simulated: Sequence[Any]
     ) -> None:
-        """Raise where a value is further from the expected one than the simulated value is."""
+        """Raise where a value is further from the expected one than rounding and the simulated
+        value explain."""
         n_results = len(expected) - len(self.written)
         names = [f"result {i}" for i in range(n_results)]
         names += [f"the value written to {self.names[i]!r}" for i in self.written]

@@ -8,10 +8,13 @@ import torch
 from test_writes import Assigned, Cache, Masked, Swap, calls, run, seeded
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
+from torch.fx import GraphModule
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 import fxq
+from fxq import backend
 from fxq.errors import PassError, UnsupportedError
+from fxq.numerics import sqnr_db
 from fxq.pipeline import FLOAT
 
 OPTIONS = {"recipe": FLOAT, "check": True}
@@ -125,29 +128,47 @@ def test_a_cache_in_a_plain_attribute_works_under_torch_compile() -> None:
         torch.testing.assert_close([compiled(x), compiled(x), compiled(x)], expected)
 
 
+def broken(gm: GraphModule) -> GraphModule:
+    """Make sums of the products in a graph."""
+    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.mul.Tensor):
+        node.target = torch.ops.aten.add.Tensor
+    gm.recompile()
+    return gm
+
+
+@pytest.mark.parametrize("step", ["capture", "lowering"])
+@pytest.mark.parametrize("recipe", ["float", "w8a8_dynamic"])
 def test_check_raises_where_compiled_code_departs_from_eager(
-    monkeypatch: pytest.MonkeyPatch,
+    step: str, recipe: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fxq import backend
+    canonicalize, apply = backend.canonicalize, backend.apply_where_it_pays
+    if step == "capture":
+        monkeypatch.setattr(backend, "canonicalize", lambda gm: broken(canonicalize(gm)))
+    else:
 
-    lower = backend.lower
+        def apply_and_break(*args: Any) -> Any:
+            applied = apply(*args)
+            broken(applied.lowered)
+            return applied
 
-    def breaking(gm: Any, *args: Any) -> Any:
-        lowered, decisions = lower(gm, *args)
-        for node in lowered.graph.find_nodes(op="call_function", target=torch.ops.aten.mul.Tensor):
-            node.target = torch.ops.aten.add.Tensor
-        lowered.recompile()
-        return lowered, decisions
-
-    monkeypatch.setattr(backend, "lower", breaking)
+        monkeypatch.setattr(backend, "apply_where_it_pays", apply_and_break)
+    layer = nn.Linear(512, 512)
 
     def scale(x: Tensor) -> Tensor:
-        return x * 3
+        return layer(x) * 3
 
-    with pytest.raises(PassError, match="found that result 0 is another"):
-        torch.compile(scale, backend="fxq", options=OPTIONS)(torch.ones(3))
-    torch._dynamo.reset()
-    torch.compile(scale, backend="fxq", options={"recipe": FLOAT})(torch.ones(3))
+    x = torch.randn(64, 512)
+    with torch.no_grad():
+        checked = torch.compile(scale, backend="fxq", options={"recipe": recipe, "check": True})
+        with pytest.raises(PassError, match="found that result 0 is another"):
+            checked(x)
+
+
+def test_check_accepts_what_quantization_costs() -> None:
+    layer, x = nn.Linear(512, 512), torch.randn(64, 512)
+    with torch.no_grad():
+        checked = torch.compile(layer, backend="fxq", options={"check": True})
+        assert 20 < sqnr_db(layer(x), checked(x)) < 60
 
 
 SIZES = {
