@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_writes import Assigned, Cache, Masked, Swap, calls, run, seeded
+from stateful_models import Assigned, Cache, Masked, Swap, calls, run, seeded
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.fx import GraphModule
