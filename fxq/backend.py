@@ -26,8 +26,8 @@ from torch.fx import GraphModule, Node
 
 from fxq.account import account, kind_of
 from fxq.canonicalize import canonicalize
-from fxq.dynamo import from_dynamo, qualified_name
-from fxq.errors import FxqWarning, SkippedError, did_you_mean
+from fxq.dynamo import from_dynamo, qualified_name, why_unreadable
+from fxq.errors import FxqWarning, SkippedError, UnsupportedError, did_you_mean
 from fxq.first_call import FirstCall
 from fxq.graph import RUNTIME_STATE, bind, copy_graph, is_settled
 from fxq.lowering.apply_where_it_pays import Applied, apply_where_it_pays, summary
@@ -90,6 +90,8 @@ def fxq(
             train mode, an input that requires grad.
         SkippedError: `strict` and a quantized layer has no kernel here, or the recipe could not do
             to an operator what it is for.
+        UnsupportedError: `strict`, and the graph is one that fxq cannot read; otherwise Inductor
+            compiles it as it is, with a warning.
         PassError: `check`, at the first call, and the result is not that of eager code.
     """
     settings = Options.parse(options)
@@ -103,6 +105,11 @@ def fxq(
     config = dict(settings.inductor or {})
     if mode is not None:
         config |= torch._inductor.list_mode_options(mode)
+    if why := why_unreadable(gm):
+        if settings.strict:
+            raise UnsupportedError(f"strict=True, and a graph stays as it is: {why}")
+        warnings.warn(f"Inductor compiles a graph as it is: {why}", FxqWarning, stacklevel=2)
+        return compile_fx(gm, example_inputs, config_patches=config)
     return Compiled(gm, example_inputs, recipe, settings.strict, config, settings.check)
 
 

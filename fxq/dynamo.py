@@ -17,6 +17,14 @@ from fxq.graph import settle_marked, writes
 from fxq.writes import Functionalized, give_own_memory
 
 
+def why_unreadable(gm: GraphModule) -> str | None:
+    """Return why `from_dynamo` cannot read a graph, None where it can."""
+    for node in gm.graph.nodes:
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            return f"expected operators on tensors, found {node.target}, which calls other graphs"
+    return None
+
+
 def from_dynamo(gm: GraphModule) -> tuple[GraphModule, tuple[int, ...]]:
     """Return the graph that Dynamo hands to a backend as canonical aten operators, and the indices
     of the inputs it writes to, whose new values are its last results (`fxq.writes`).
@@ -24,6 +32,9 @@ def from_dynamo(gm: GraphModule) -> tuple[GraphModule, tuple[int, ...]]:
     Placeholders keep their order; symbolic sizes stay Dynamo's. `meta["source"]` of a placeholder
     is the qualified name of the parameter it stands for, or the name of the model's argument. Nodes
     that come from a `Program` are settled.
+
+    Raises:
+        ValueError: an operator is in train mode.
     """
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     values = [n.meta["example_value"] for n in placeholders]

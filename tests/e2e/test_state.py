@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 import fxq
 from fxq import backend
-from fxq.errors import PassError, UnsupportedError
+from fxq.errors import FxqWarning, PassError, UnsupportedError
 from fxq.numerics import sqnr_db
 from fxq.pipeline import FLOAT
 
@@ -126,6 +126,30 @@ def test_a_cache_in_a_plain_attribute_works_under_torch_compile() -> None:
         model.past = None
         compiled = torch.compile(model, backend="fxq", options=OPTIONS)
         torch.testing.assert_close([compiled(x), compiled(x), compiled(x)], expected)
+
+
+def test_a_graph_that_calls_others_is_left_to_inductor() -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+            self.register_buffer("count", torch.zeros(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.count += 1
+            return torch.cond(x.sum() > 0, lambda y: self.layer(y), lambda y: y * 2, (x,))
+
+    model, judge = Branches().eval(), Branches().eval()
+    judge.load_state_dict(model.state_dict())
+    inputs = [(torch.ones(2, 4),), (-torch.ones(2, 4),)]
+
+    with pytest.warns(FxqWarning, match="Inductor compiles a graph as it is: .* found cond"):
+        found = run(torch.compile(model, backend="fxq"), inputs)
+    torch.testing.assert_close(found, run(judge, inputs))
+    assert model.count == 2
+    torch._dynamo.reset()
+    with pytest.raises(BackendCompilerFailed, match="found cond"):
+        torch.compile(model, backend="fxq", options={"strict": True})(*inputs[0])
 
 
 def broken(gm: GraphModule) -> GraphModule:
