@@ -194,11 +194,10 @@ def _shrunk(case: Case, verdict: Verdict) -> Failure:
                 return True
         return False
 
-    return (
-        Failure(verdict.check, reason, shrunk(case, fails))
-        if fails(case)
-        else Failure(verdict.check, f"only in company: {reason}", case)
-    )
+    if not fails(case):
+        return Failure(verdict.check, f"only after other cases: {reason}", case)
+    small = shrunk(case, fails)  # which sets the reason
+    return Failure(verdict.check, reason, small)
 
 
 def chunks(n: int, first: int, progress: Progress) -> Iterator[int]:
