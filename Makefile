@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 # A file's tests stay in one process and share what they compiled; a process is one thread.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile
 
-.PHONY: demo test test-all test-versions check format lock bench bench-gpu clean sz
+.PHONY: demo test test-all test-versions fuzz check format lock bench bench-gpu clean sz
 
 # Exact versions, so that no release of anybody else's changes what happens here. The stamp comes last: a half-finished
 # install does not count, and one that is older than the lock is brought up to date.
@@ -36,6 +36,10 @@ test-all: $(STAMP)  ## all tests this machine can run
 test-versions:  ## the tests of `make test` with the oldest versions supported, then with the newest
 	@$(MAKE) test VENV=$(OLDEST) LOCK=requirements-oldest.lock
 	@$(MAKE) test
+
+N ?= 1000
+fuzz: $(STAMP)  ## N random modules through everything; each failure becomes a test in tests/fuzz/found
+	@$(BIN)/python -W ignore tests/fuzz/campaign.py $(N)
 
 check: $(STAMP)  ## style, types and layers
 	@$(BIN)/ruff check .

@@ -5,33 +5,35 @@ function of a `Subject` and put it in `CHECKS`.
 """
 
 import copy
+import importlib.metadata
+import math
+import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from judges import Judge, outcome
 from modules import Case
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
 
 import fxq
-from fxq.pipeline import Recipe
+from fxq import backend
+from fxq.lowering.cpu import profit
+from fxq.pipeline import FLOAT, Recipe
 
 ROOT = str(Path(fxq.__file__).resolve().parent)
-FLOAT = Recipe("float", ())
-
-# What is not supported yet: feature of a case -> checks that it is left out of. Empty is the goal.
-KNOWN_GAPS: dict[str, tuple[str, ...]] = {
-    "assigns buffers anew": ("float", "compiled"),
-    "map over samples": ("float",),
-    "writes to buffers": ("compiled",),
-    "writes to arguments": ("float", "compiled"),
-    "family recurrent": ("flops",),
-}
+# What is not supported yet: feature of a case -> the checks it is left out of. Empty is the goal.
+KNOWN_GAPS: dict[str, tuple[str, ...]] = {}
+# What fxq says where it found out by itself that it was about to compute something else.
+OUTSIDE = "outside fxq"
+COMPILED = ("compiled", "inductor")  # how checks on the compile path are called
+SELF_CAUGHT = ("expected the captured graph to compute", "check: expected")
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,6 @@ class Verdict:
     status: str
     reason: str = ""
 
-    @property
-    def key(self) -> str:
-        """What verdicts of the same kind share: numbers, names and sizes apart."""
-        return f"{self.check}: {self.status}"
-
 
 class Subject:
     """A case with its judge, and the float program, made once."""
@@ -60,24 +57,41 @@ class Subject:
     def __init__(self, case: Case) -> None:
         self.case = case
         self.judge = Judge(case)
+        self.programs: dict[str, fxq.Program] = {}
 
-    def error(self, function: Callable[..., Any]) -> str | None:
+    def error(
+        self,
+        function: Callable[..., Any],
+        *,
+        quantized: bool = False,
+        state: nn.Module | None = None,
+    ) -> str | None:
         """Return how calls of `function` differ from eager's beyond rounding.
 
         A batch size that the program refuses is left out.
+
+        Args:
+            function: takes the model's arguments.
+            quantized: rounding is that of 8 bits.
+            state: the module whose buffers are compared with the model's.
         """
         try:
-            return self.judge.error(outcome(function, self.judge.calls))
+            return self.judge.error(outcome(function, self.judge.calls, state), quantized=quantized)
         except ValueError as error:
             if " in dimension " not in str(error) and "expected shape" not in str(error):
                 raise
+        if isinstance(function, fxq.Program):
+            function.reset()
         self.judge = Judge(self.case, other_size=False)
-        return self.judge.error(outcome(function, self.judge.calls))
+        return self.judge.error(outcome(function, self.judge.calls, state), quantized=quantized)
 
-    @cached_property
-    def program(self) -> fxq.Program:
-        """The float program, which must leave the model and the example as they are."""
-        return self.compressed(FLOAT)
+    def program(self, recipe: Recipe | str = "w8a8_dynamic") -> fxq.Program:
+        """Return a program made by a recipe, with its state as the model has it."""
+        name = recipe if isinstance(recipe, str) else recipe.name
+        if name not in self.programs:
+            self.programs[name] = self.compressed(recipe)
+        self.programs[name].reset()
+        return self.programs[name]
 
     def compressed(self, recipe: Recipe | str) -> fxq.Program:
         """Return the model after `recipe`, having checked that the model is as it was."""
@@ -99,38 +113,164 @@ def _same(a: object, b: object) -> bool:
     return a == b
 
 
+Check = Callable[[Subject], str | None]
+
+
 def check_float(subject: Subject) -> str | None:
     """The float program equals eager, call after call."""
-    return subject.error(subject.program)
+    return subject.error(subject.program(FLOAT))
 
 
-CHECKS: dict[str, Callable[[Subject], str | None]] = {
+def _recipe_check(name: str) -> Check:
+    quantized = "w8" in name
+
+    def check(subject: Subject) -> str | None:
+        """The program is as close to eager as 8 bits allow; sparse attention of a single block, as
+        short sequences have it, is dense."""
+        return subject.error(subject.program(name), quantized=quantized)
+
+    return check
+
+
+def check_flops(subject: Subject) -> str | None:
+    """The report accounts for as many operations as torch counts in eager.
+
+    Counted here and not by torch: products with a vector, and recurrent layers in oneDNN. Products
+    of two parameters are made once, when the model is captured.
+    """
+    if PRODUCTS_OF_PARAMETERS & subject.judge.features:
+        return None
+    model, example = subject.case.model(), subject.case.inputs()
+    counter = FlopCounterMode(display=False, custom_mapping=VECTOR_PRODUCTS)
+    with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False), counter:
+        model(*copy.deepcopy(example))
+    found = fxq.report(subject.program(FLOAT), example).flops
+    if found == counter.get_total_flops():
+        return None
+    return f"{counter.get_total_flops()} operations expected, {found} found"
+
+
+def check_saved(subject: Subject) -> str | None:
+    """What was saved and loaded computes the same bits."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "program.fxq"
+        fxq.save(subject.program(), path)
+        try:
+            loaded = fxq.load(path)
+        except ValueError as error:
+            return f"what was saved cannot be loaded: {error}"
+    calls = [subject.case.inputs(0), subject.case.inputs(2)]
+    before, after = (outcome(program, calls) for program in (subject.program(), loaded))
+    if before.specs != after.specs or not all(map(_same, before.leaves, after.leaves)):
+        return "a loaded program computes something else"
+    return None
+
+
+def check_verified(subject: Subject) -> str | None:
+    """Every kernel computes what was simulated, and every layer what the model's does."""
+    model, example = subject.case.model(), subject.case.inputs()
+    verification = fxq.verify(subject.program(), example, model=model)
+    kernels_ok = all(check.ok for check in verification.checks)
+    if verification.ok or (kernels_ok and not subject.judge.is_bounded_in_8_bits):
+        return None
+    return str(verification)
+
+
+def check_compiled(subject: Subject) -> str | None:
+    """The float model compiled equals eager, state included."""
+    model = subject.case.model()
+    return subject.error(compiled(model, recipe=FLOAT), state=model)
+
+
+def check_compiled_dynamic(subject: Subject) -> str | None:
+    """The model compiled as it is by default is as close to eager as 8 bits allow."""
+    return subject.error(compiled(subject.case.model(), check=True), quantized=True)
+
+
+def check_compiled_program(subject: Subject) -> str | None:
+    """A compiled program is as close to eager as 8 bits allow."""
+    return subject.error(compiled(subject.program()), quantized=True)
+
+
+def check_inductor(subject: Subject) -> str | None:
+    """As `check_compiled`, through Inductor."""
+    torch._dynamo.reset()
+    model = subject.case.model()
+    options = {"recipe": FLOAT, "check": True}
+    return subject.error(torch.compile(model, backend="fxq", options=options), state=model)
+
+
+def compiled(model: nn.Module, **options: Any) -> Callable[..., Any]:
+    """Return `model` compiled by fxq with an interpreter in the place of Inductor: all that fxq
+    does to the graph is done, and nothing waits for a C++ compiler."""
+    torch._dynamo.reset()
+    function = torch.compile(model, backend="fxq", options=options)
+
+    def call(*args: Any) -> Any:
+        with mock.patch.object(backend, "compile_fx", lambda gm, inputs, **kwargs: gm):
+            return function(*args)
+
+    return call
+
+
+def _vector_flops(matrix: Sequence[int], *rest: Any, **kwargs: Any) -> int:
+    return 2 * math.prod(matrix)
+
+
+VECTOR_PRODUCTS = {torch.ops.aten.mv: _vector_flops, torch.ops.aten.dot: _vector_flops}
+PRODUCTS_OF_PARAMETERS = {"h @ (square @ square)"}
+DATA_FREE = sorted(
+    point.name
+    for point in importlib.metadata.entry_points(group="fxq.recipes")
+    if not point.load().needs_data
+)
+CHECKS: dict[str, Check] = {
     "float": check_float,
+    **{name: _recipe_check(name) for name in DATA_FREE},
+    "flops": check_flops,
+    "saved": check_saved,
+    "verified": check_verified,
+    "compiled": check_compiled,
+    "compiled w8a8_dynamic": check_compiled_dynamic,
+    "compiled program": check_compiled_program,
+    "inductor": check_inductor,
 }
+# In `make test` each case gets a few checks only, chosen by its seed.
+SLOW = ("inductor",)
 
 
-def verdicts(case: Case, only: str | None = None) -> Iterator[Verdict]:
-    """Run the checks on a case, or only one of them."""
-    subject = Subject(case)
-    for name, check in CHECKS.items():
-        if only not in (None, name):
-            continue
-        gaps = [gap for gap, left_out in KNOWN_GAPS.items() if name in left_out]
-        if found := sorted(subject.judge.features.intersection(gaps)):
-            yield Verdict(name, "gap", found[0])
-        else:
-            yield run_check(name, check, subject)
+def verdicts(case: Case, names: Iterable[str] = ()) -> Iterator[Verdict]:
+    """Run checks on a case: those named, or all that are not slow."""
+    every_product = profit.Thresholds(0, 0)  # is lowered, however small
+    with (
+        mock.patch.object(profit, "WITH_VNNI", every_product),
+        mock.patch.object(profit, "WITHOUT_VNNI", every_product),
+    ):
+        subject = Subject(case)
+        for name in names or [name for name in CHECKS if name not in SLOW]:
+            gaps = [gap for gap, left_out in KNOWN_GAPS.items() if name in left_out]
+            if found := sorted(subject.judge.features.intersection(gaps)):
+                yield Verdict(name, "gap", found[0])
+            else:
+                yield run_check(name, CHECKS[name], subject)
 
 
-def run_check(name: str, check: Callable[[Subject], str | None], subject: Subject) -> Verdict:
+def run_check(name: str, check: Check, subject: Subject) -> Verdict:
     """Return the verdict of one check."""
     torch.manual_seed(0)
     try:
         why = check(subject)
-    except Exception as error:
-        if _is_refusal(error):
+    except Exception as raised:
+        error: Any = getattr(raised, "inner_exception", raised)  # Dynamo wraps a backend's
+        text = str(error)
+        if text.startswith(SELF_CAUGHT) and not subject.judge.is_bounded:
+            return Verdict(name, "refused", "rounding alone changes the result")
+        if _is_refusal(error) and not text.startswith(SELF_CAUGHT):
             return Verdict(name, "refused", _first_line(error))
-        return Verdict(name, "finding", f"{type(error).__name__} at {_place(error)}: {error}"[:400])
+        place = _place(error)
+        if place == OUTSIDE and name.startswith(COMPILED) and _dynamo_fails(subject):
+            return Verdict(name, "refused", "torch.compile cannot trace it with any backend")
+        return Verdict(name, "finding", f"{type(error).__name__} at {place}: {text}"[:400])
     return Verdict(name, "finding", why) if why else Verdict(name, "ok")
 
 
@@ -144,7 +284,18 @@ def _is_refusal(error: Exception) -> bool:
 def _place(error: Exception) -> str:
     """Return the last line of fxq that an error went through."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename.startswith(ROOT)]
-    return f"{frames[-1].filename[len(ROOT) :]}:{frames[-1].lineno}" if frames else "outside fxq"
+    return f"{frames[-1].filename[len(ROOT) :]}:{frames[-1].lineno}" if frames else OUTSIDE
+
+
+def _dynamo_fails(subject: Subject) -> bool:
+    """Tell whether torch.compile fails without fxq."""
+    torch._dynamo.reset()
+    function = torch.compile(subject.case.model(), backend="eager")
+    try:
+        outcome(function, subject.judge.calls)
+    except Exception:
+        return True
+    return False
 
 
 def _first_line(error: Exception) -> str:

@@ -8,9 +8,11 @@ away have no bound, and are not compared.
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
+from eight_bits import EightBits
 from modules import Case
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -18,6 +20,9 @@ from torch.utils import _pytree as pytree
 FACTOR = 16.0  # of the largest error that rounding is seen to make: another order of sums
 ULPS = 32.0  # of the largest value: where eager happens to be exact
 ILL_CONDITIONED = 0.05  # an error by rounding of this share of the largest value decides nothing
+
+QUANTIZED_FACTOR = 4.0  # of the largest of seven errors by 8 bits, each rounded otherwise
+HOPELESS = 0.5  # an error by 8 bits of this share of the largest value says nothing about more
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,7 @@ class Judge:
         calls = pytree.tree_map_only(Tensor, change, [tuple(call) for call in self.calls])
         try:
             return outcome(model, calls, model)
-        except RuntimeError:  # of a model that names its dtype
+        except (RuntimeError, ValueError, TypeError):  # of a model that names its dtype
             return None
 
     def _writes_to_arguments(self) -> bool:
@@ -129,64 +134,100 @@ class Judge:
         tensors = [leaf for leaf in outcome.leaves if isinstance(leaf, Tensor)]
         return [leaf for leaf in tensors if leaf.is_floating_point()]
 
-    def error(self, found: Outcome) -> str | None:
-        """Return how `found` differs from eager beyond rounding, None where it does not."""
-        if found.specs != self.eager.specs[: len(found.specs)]:
+    def error(self, found: Outcome, *, quantized: bool = False) -> str | None:
+        """Return how `found` differs from eager beyond rounding, None where it does not.
+
+        Args:
+            found: of the same calls.
+            quantized: rounding is that of 8 bits in every product.
+        """
+        if found.specs != self.eager.specs:
             return f"structure: {self.eager.specs} expected, {found.specs} found"
         leaves = dict(zip(found.names, found.leaves, strict=True))
         for index, name in enumerate(self.eager.names):
-            if name in leaves and (why := self._leaf_error(index, leaves[name])):
+            if name not in leaves:
+                continue  # a buffer, which a program calls otherwise
+            bound = self.quantized_bound(index) if quantized else self.bound(index)
+            if why := leaf_error(self.eager.leaves[index], leaves[name], bound):
                 return f"{name}: {why}"
         return None
 
-    def _leaf_error(self, index: int, found: Any) -> str | None:
-        expected = self.eager.leaves[index]
-        if not isinstance(expected, Tensor) or not isinstance(found, Tensor):
-            return None if found is expected or found == expected else f"{expected}, {found}"
-        if (expected.dtype, expected.shape) != (found.dtype, found.shape):
-            return f"{expected.dtype} {expected.shape}, found {found.dtype} {found.shape}"
-        bound = self.bound(index)
-        if bound is None:
-            return None
-        if not expected.is_floating_point():
-            return None if torch.equal(expected, found) else "other integers"
-        return differs(expected, found, bound)
+    @cached_property
+    def is_bounded(self) -> bool:
+        """Whether rounding has a bound in everything that the case computes."""
+        return all(self.bound(i) is not None for i in range(len(self.eager.leaves)))
+
+    @cached_property
+    def is_bounded_in_8_bits(self) -> bool:
+        """Likewise with 8-bit products."""
+        return all(self.quantized_bound(i) is not None for i in range(len(self.eager.leaves)))
+
+    @cached_property
+    def eight_bits(self) -> list[Outcome]:
+        """Outcomes with 8-bit products, rounded in several ways."""
+        found = []
+        for seed in (None, *range(6)):
+            with EightBits(seed):
+                found.append(self._outcome(lambda x: x, self.case.model()))
+        return [outcome for outcome in found if outcome is not None]
+
+    def quantized_bound(self, index: int) -> float | None:
+        """Return what `bound` does, for 8-bit arithmetic."""
+        others = [found.leaves[index] for found in self.eight_bits]
+        bound, expected = self.bound(index), self.eager.leaves[index]
+        if bound is None or not isinstance(expected, Tensor):
+            return bound
+        seen = largest_error(expected, others)
+        if seen is None or not expected.is_floating_point():
+            return bound if seen == 0.0 else None
+        return bound + QUANTIZED_FACTOR * seen if seen <= HOPELESS * _largest(expected) else None
 
     def bound(self, index: int) -> float | None:
-        """Return the largest error that rounding explains in a leaf; None where it explains all."""
+        """Return the largest error that rounding explains in a leaf; None if any."""
         expected = self.eager.leaves[index]
-        others = [o.leaves[index] for o in (self.exact, self.moved) if o is not None]
-        if any(other.shape != expected.shape for other in others):
-            return None
-        if not expected.is_floating_point():
-            return 0.0 if all(torch.equal(expected, other) for other in others) else None
-        expected = expected.double()
-        finite = expected.isfinite()
-        if any(not torch.equal(finite, other.isfinite()) for other in others):
-            return None  # on the edge of the dtype's range
-        if not finite.any():
+        if not isinstance(expected, Tensor):
             return 0.0
-        largest = float(expected[finite].abs().max())
-        seen = max(float((expected - o.double())[finite].abs().max()) for o in others)
-        if seen > ILL_CONDITIONED * largest:
+        others = [o.leaves[index] for o in (self.exact, self.moved) if o is not None]
+        seen = largest_error(expected, others)
+        if seen is None or not expected.is_floating_point():
+            return 0.0 if seen == 0.0 else None
+        if seen > ILL_CONDITIONED * _largest(expected):
             return None
-        eps = torch.finfo(self.eager.leaves[index].dtype).eps
-        return FACTOR * seen + ULPS * eps * largest
+        return FACTOR * seen + ULPS * torch.finfo(expected.dtype).eps * _largest(expected)
 
 
-def differs(expected: Tensor, found: Tensor, bound: float) -> str | None:
-    """Return how far two tensors are apart where it is more than `bound`."""
-    expected, found = expected.double(), found.double()
-    finite = expected.isfinite()
-    if not torch.equal(finite, found.isfinite()):
-        n_expected, n_found = int((~finite).sum()), int((~found.isfinite()).sum())
-        return f"{n_expected} values that are not finite expected, {n_found} found"
-    if not torch.equal(expected.isnan(), found.isnan()):
-        return "NaN and Inf exchanged"
-    error = (expected - found)[finite].abs().max() if finite.any() else torch.zeros(())
-    if float(error) <= bound:
+def _largest(x: Tensor) -> float:
+    """Return the largest finite magnitude."""
+    finite = x[x.isfinite()]
+    return float(finite.double().abs().max()) if finite.numel() else 0.0
+
+
+def largest_error(expected: Tensor, others: Sequence[Tensor]) -> float | None:
+    """Return how far `others` are from `expected`; None where not by numbers: sizes, NaN, Inf."""
+    if any(other.shape != expected.shape for other in others):
         return None
-    return f"largest error {float(error):.3g} where rounding explains {bound:.3g}"
+    finite = expected.isfinite()
+    if any(not torch.equal(finite, other.isfinite()) for other in others):
+        return None
+    errors = [(expected.double() - other.double())[finite].abs() for other in others]
+    return max((float(error.max()) for error in errors if error.numel()), default=0.0)
+
+
+def leaf_error(expected: Any, found: Any, bound: float | None) -> str | None:
+    """Return how a leaf differs by more than `bound`; None as a bound allows any numbers."""
+    if not isinstance(expected, Tensor) or not isinstance(found, Tensor):
+        return None if found is expected or found == expected else f"{expected}, found {found}"
+    if (expected.dtype, expected.shape) != (found.dtype, found.shape):
+        return f"{expected.dtype} {expected.shape}, found {found.dtype} {found.shape}"
+    if bound is None:
+        return None
+    error = largest_error(expected, [found])
+    if error is None or not torch.equal(expected.isnan(), found.isnan()):
+        n_expected, n_found = (int((~x.isfinite()).sum()) for x in (expected, found))
+        return f"NaN or Inf: {n_expected} expected, {n_found} found"
+    if error <= bound:
+        return None
+    return f"largest error {error:.3g} where rounding explains {bound:.3g}"
 
 
 def _moved(x: Tensor) -> Tensor:

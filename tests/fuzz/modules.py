@@ -127,11 +127,11 @@ class Machine(nn.Module):
         self.output = case.output
         fitting = []
         x, y, n = case.inputs()
-        past = [x.float()] if y is None else [x.float(), y.float()]
+        past = [x] if y is None else [x, y]
         h = past[0]
         for step in case.steps:
             layer = _built(FAMILIES[step.family], step, past, h, draw, list(self.parameters()))
-            value = None if layer is None else _tried(layer, h, past, n)
+            value = None if layer is None else _tried(layer.to(dtype), h, past, n)
             if value is None:
                 continue
             fitting.append(step)
@@ -139,8 +139,6 @@ class Machine(nn.Module):
             past.append(h)
             h = value
         self.fitting = tuple(fitting)
-        for layer in self.layers:
-            layer.to(dtype)
 
     def forward(self, x: Tensor, y: Tensor | None = None, n: int = 1) -> Any:
         h = x
@@ -219,7 +217,7 @@ def _tried(layer: Layer, h: Tensor, past: Sequence[Tensor], n: int) -> Tensor | 
     except (RuntimeError, ValueError, IndexError, TypeError):
         return None
     layer.load_state_dict(state)
-    if value.dtype != torch.float32 or value.numel() > MAX_ELEMENTS or not value.numel():
+    if value.dtype != h.dtype or value.numel() > MAX_ELEMENTS or not value.numel():
         return None
     return value if value.ndim else None
 

@@ -123,7 +123,6 @@ CONTROL: dict[str, Spelling] = {
     "h * h.shape[1]": lambda m, h, o, n: h * h.shape[1],
     "if h.is_contiguous()": lambda m, h, o, n: h * 2 if h.is_contiguous() else h - 1,
     "if dtype": lambda m, h, o, n: h * 2 if h.dtype == torch.float32 else h - 1,
-    "with no_grad": lambda m, h, o, n: torch.no_grad()(torch.sin)(h),
     "map over samples": lambda m, h, o, n: torch.vmap(torch.sin)(h),
 }
 
