@@ -109,7 +109,8 @@ def fxq(
         if settings.strict:
             raise UnsupportedError(f"strict=True, and a graph stays as it is: {why}")
         warnings.warn(f"Inductor compiles a graph as it is: {why}", FxqWarning, stacklevel=2)
-        return compile_fx(gm, example_inputs, config_patches=config)
+        as_it_is: Any = compile_fx(gm, example_inputs, config_patches=config)
+        return as_it_is
     return Compiled(gm, example_inputs, recipe, settings.strict, config, settings.check)
 
 

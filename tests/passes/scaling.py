@@ -29,7 +29,8 @@ def family(name: str, dtype: torch.dtype = torch.float32) -> tuple[GraphModule, 
         for node in gm.graph.nodes:
             same = (node.args, node.kwargs)
             node.args, node.kwargs = tree_map(lambda a: dtype if a is torch.float32 else a, same)
-        gm.to(dtype)  # constants that the model casts to fp32
+        # Constants that the model casts to fp32.
+        gm.load_state_dict(tree_map(cast, dict(gm.state_dict())), assign=True)
         propagate(gm)
         gm.recompile()
     args, kwargs = split_inputs(example)

@@ -332,7 +332,7 @@ def test_recipes_keep_a_model_with_computed_weights_close_to_float(recipe: Recip
 
     x = torch.randn(4, 7, 64)
     with torch.no_grad():
-        assert sqnr_db(model(x), program(x)) > 32.0  # measured 35.0 and 36 dB
+        assert sqnr_db(model(x), program(x)) > 32.0  # measured 35.0 and 35.8 dB
 
 
 class AtRunTime(nn.Module):
