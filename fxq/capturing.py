@@ -118,6 +118,11 @@ def _sign(
             gm.graph.erase_node(node)
     state, written = lift_writes(gm)
     gm.recompile()
+    if trained := [name for name, value in state.items() if isinstance(value, nn.Parameter)]:
+        raise UnsupportedError(
+            f"expected a model that writes to buffers, found that it writes to the parameters "
+            f"{trained[:3]}; make them buffers, or compress the model after it has been trained"
+        )
     excluded, conditions = _excluded(exported, leaves)
     out_spec = exported.call_spec.out_spec
     assert out_spec is not None

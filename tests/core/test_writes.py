@@ -98,6 +98,21 @@ def test_calibration_sees_the_state_the_model_would_have() -> None:
     assert program.state["total"].sum() == 0
 
 
+def test_a_model_that_writes_to_a_parameter_is_refused() -> None:
+    class Decays(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                self.weight.mul_(0.5)
+            return super().forward(x)
+
+    model = Decays(4, 4).eval()
+    before = model.weight.clone()
+
+    with pytest.raises(UnsupportedError, match=r"writes to the parameters \['weight'\]"):
+        fxq.capture(model, torch.randn(2, 4))
+    assert torch.equal(model.weight, before)
+
+
 def test_an_argument_that_shares_written_memory_is_refused() -> None:
     class Both(nn.Module):
         def forward(self, a: Tensor, b: Tensor) -> Tensor:
