@@ -1,7 +1,7 @@
 """The words passes use to speak about FX graphs."""
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -293,8 +293,13 @@ def erase_dead(gm: GraphModule) -> None:
     gm.recompile()
 
 
-def propagate(gm: GraphModule) -> None:
-    """Recompute every node's fake value from the placeholders'. Symbolic sizes stay symbolic."""
+def propagate(gm: GraphModule, before: Callable[[Node], None] | None = None) -> None:
+    """Recompute every node's fake value from the placeholders'. Symbolic sizes stay symbolic.
+
+    Args:
+        gm: a graph whose placeholders have values.
+        before: called with each node before it runs.
+    """
     inputs = [n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"]
     mode = detect_fake_mode(inputs)
     if mode is None:
@@ -302,15 +307,19 @@ def propagate(gm: GraphModule) -> None:
         inputs = [mode.from_tensor(v) if isinstance(v, Tensor) else v for v in inputs]
     # As torch.export traces: without the Python dispatcher C++ kernels take free sizes for numbers.
     with torch.no_grad(), mode, enable_python_dispatcher():
-        _Propagate(gm, mode).run(*inputs)
+        _Propagate(gm, mode, before).run(*inputs)
 
 
 class _Propagate(Interpreter):
-    def __init__(self, gm: GraphModule, mode: FakeTensorMode) -> None:
+    def __init__(
+        self, gm: GraphModule, mode: FakeTensorMode, before: Callable[[Node], None] | None
+    ) -> None:
         super().__init__(gm)
-        self.mode = mode
+        self.mode, self.before = mode, before
 
     def run_node(self, n: Node) -> Any:
+        if self.before is not None:
+            self.before(n)
         result = super().run_node(n)
         if n.op == "get_attr" and isinstance(result, Tensor):
             result = self.mode.from_tensor(result, static_shapes=True)

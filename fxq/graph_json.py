@@ -252,7 +252,8 @@ def decode_graph(data: Mapping[str, Any], device: torch.device) -> Graph:
     graph = Graph()
     nodes: dict[str, Node] = {}
     env, symbols = decode_symbols(data["symbols"])
-    mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
+    # No fallback: an operator without a fake version would run on real memory.
+    mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True, allow_fallback_kernels=False)
     for entry in data["nodes"]:
         name, op = entry["name"], entry["op"]
         if not NAME.fullmatch(name) or name in nodes:

@@ -1,10 +1,15 @@
-"""Tensors as a file holds them: shared ones once, in memory order, codes packed.
+"""Tensors as a file holds them: shared ones once, in memory order, codes packed, all under a
+checksum.
 
 A code of a 4-bit weight is a byte in memory and half of one in a file. How many bits codes need is
 read off their values, so that nothing else has to remember it and the round trip is exact for any.
 """
 
+import hashlib
+import json
 import math
+import os
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from fxq.errors import FxqWarning
 from fxq.graph import register_tensor
 from fxq.graph_json import PATH, decode, encode
 
@@ -97,6 +103,48 @@ def encode_tensors(gm: nn.Module) -> tuple[dict[str, Tensor], list[dict[str, Any
     return stored, table
 
 
+def seal(content: Mapping[str, Any], stored: Mapping[str, Tensor]) -> str:
+    """Return `content` as JSON with the SHA-256 of itself and of the tensors."""
+    return _text({**content, "sha256": _checksum(content, stored)})
+
+
+def check_seal(
+    path: str | os.PathLike[str], content: dict[str, Any], stored: Mapping[str, Tensor]
+) -> None:
+    """Take the checksum out of `content` and compare it with what the file holds.
+
+    Raises:
+        ValueError: they differ. A file of version 1 had none: that is a warning.
+    """
+    expected = content.pop("sha256", None)
+    if expected is None and content["version"] == 1:
+        warnings.warn(
+            f"{path}: a file of format version 1 has no checksum, so damage to its numbers stays "
+            "unseen; save it again",
+            FxqWarning,
+            stacklevel=3,
+        )
+        return
+    found = _checksum(content, stored)
+    if found != expected:
+        raise ValueError(
+            f"{path}: expected contents with the checksum {expected}, found {found}; the file is "
+            "damaged: copy or save it again"
+        )
+
+
+def _text(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, sort_keys=True, allow_nan=False, separators=(",", ":"))
+
+
+def _checksum(content: Mapping[str, Any], stored: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(_text(content).encode())
+    for name in sorted(stored):
+        digest.update(name.encode())
+        digest.update(stored[name].contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def decode_tensors(
     table: Sequence[Mapping[str, Any]], stored: Mapping[str, Tensor], device: torch.device
 ) -> dict[str, Tensor]:
@@ -120,6 +168,8 @@ def decode_tensors(
         value, shape, dtype = stored[name], entry["shape"], decode(entry["dtype"], {}, device)
         if "bits" in entry:
             numel, bits = math.prod(shape), entry["bits"]
+            if bits not in range(2, 8):
+                raise ValueError(f"tensor {name!r}: expected codes of 2 to 7 bits, found {bits}")
             if value.shape != (math.ceil(numel * bits / 8),) or value.dtype != torch.uint8:
                 raise ValueError(
                     f"tensor {name!r}: expected {numel} codes of {bits} bits, found "

@@ -2,8 +2,9 @@
 
 Tensors are the file's tensors; everything else is one JSON text in its metadata, under "fxq" (one
 entry, because safetensors writes several in random order). Codes that fit fewer than 8 bits are
-packed. Loading executes nothing that the file names: `fxq.graph_json` resolves operators, and
-`_resolve` the types of results.
+packed. Loading executes nothing that the file names: `fxq.graph_json` resolves operators,
+`fxq.vetting` bounds what they compute, and `_resolve` finds the types of results. A checksum over
+all of it finds damage; it is no signature, and who made a file is for its reader to know.
 """
 
 import contextlib
@@ -25,17 +26,18 @@ from torch.utils import _pytree as pytree
 
 from fxq.dialect import QUANTIZED
 from fxq.errors import FxqWarning, UnsupportedError
-from fxq.graph import propagate
-from fxq.graph_json import PATH, decode, decode_graph, encode, encode_graph
-from fxq.packing import decode_tensors, encode_tensors, register
+from fxq.graph import propagate, val_of
+from fxq.graph_json import decode, decode_graph, encode, encode_graph
+from fxq.packing import check_seal, decode_tensors, encode_tensors, register, seal
 from fxq.program import PLAIN, Config, Program
 from fxq.signature import Leaf, Signature
+from fxq.vetting import check_arithmetic, check_graph, check_values
 
-VERSION = 1
+VERSION = 2  # 1 had no checksum
 STATE = "state:"  # before the names of a program's state; no name in a graph has a colon
-# Whose result types a file may cause to be imported: the two libraries whose models return a class
-# of their own, which is registered with torch's pytree as its module is imported.
-RESULT_PACKAGES = frozenset({"transformers", "diffusers"})
+# What a file may cause to be imported: the modules in which two libraries keep the classes that
+# their models return, and which register them with torch's pytree and do nothing else.
+RESULT_MODULES = frozenset({"transformers.modeling_outputs", "diffusers.models.modeling_outputs"})
 NATIVE_TYPES = {"tuple": tuple, "list": list, "dict": dict, "OrderedDict": OrderedDict}
 
 
@@ -74,7 +76,7 @@ def save(program: Program, path: str | os.PathLike[str]) -> None:
         "config": config,
         "dropped": dropped,
     }
-    text = json.dumps(content, sort_keys=True, allow_nan=False, separators=(",", ":"))
+    text = seal(content, tensors)
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -108,6 +110,7 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Pr
             f"{path}: expected a complete safetensors file, found none ({error}); save it again"
         ) from error
     content = _content(path, metadata)
+    check_seal(path, content, stored)
     try:
         return _decode_program(content, stored, device)
     except Exception as error:  # a damaged file can break anything, operators of torch among it
@@ -146,8 +149,10 @@ def _decode_program(
         register(gm, name, value)
     graph = decode_graph(content["graph"], device)
     graph.lint()
+    check_graph(graph, dict(gm.named_buffers(remove_duplicate=False)))
     gm.graph = graph
-    propagate(gm)
+    propagate(gm, before=check_arithmetic)
+    check_values(graph)
     QUANTIZED.check(gm)
     signature = _decode_signature(content["signature"], device)
     _check_counts(gm, signature)
@@ -158,6 +163,7 @@ def _decode_program(
     sqnr_db = None if sqnr_db is None else float(sqnr_db)
     state = decode_tensors(content.get("state", []), kept, device)
     initial = {name: state[f"initial.{name}"] for name in signature.state}
+    _check_state(gm, initial)
     notes = tuple(content["notes"])
     program = Program(gm, signature, content["recipe"], notes, attributes, sqnr_db, initial)
     for name, value in program.state.items():
@@ -179,6 +185,16 @@ def _check_counts(gm: GraphModule, signature: Signature) -> None:
         )
     if not all(type(i) is int and 0 <= i < n_inputs for i in signature.writes):
         raise ValueError(f"expected writes to inputs of the graph, found {signature.writes}")
+
+
+def _check_state(gm: GraphModule, state: Mapping[str, Tensor]) -> None:
+    inputs = [n for n in gm.graph.nodes if n.op == "placeholder"][-len(state) or None :]
+    for node, (name, value) in zip(inputs, state.items(), strict=False):
+        if (value.shape, value.dtype) != (val_of(node).shape, val_of(node).dtype):
+            raise ValueError(
+                f"state {name!r}: expected {val_of(node).dtype} {list(val_of(node).shape)}, as the "
+                f"graph has, found {value.dtype} {list(value.shape)}"
+            )
 
 
 def _encode_signature(signature: Signature) -> dict[str, Any]:
@@ -272,8 +288,8 @@ def _resolve(name: str) -> type:
     if name in NATIVE_TYPES:
         return NATIVE_TYPES[name]
     known = pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE
-    package, module = name.partition(".")[0], name.rpartition(".")[0]
-    if name not in known and package in RESULT_PACKAGES and PATH.fullmatch(name):
+    module = name.rpartition(".")[0]
+    if name not in known and module in RESULT_MODULES:
         with contextlib.suppress(ImportError):
             importlib.import_module(module)
     if name not in known:
