@@ -133,6 +133,24 @@ def test_a_module_called_twice_is_compared_call_by_call() -> None:
     assert found.layers[0].alone_db != found.layers[1].alone_db
 
 
+def test_a_call_whose_result_is_not_used_is_not_taken_for_another() -> None:
+    class Spare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.inner(x * 7)
+            return self.inner(x)
+
+    model, x = Spare().eval(), torch.randn(4, 64)
+
+    ok, found = judged(fxq.compress(model, x, w8a8.DYNAMIC), x, model)
+
+    assert ok
+    assert found.layers[0].reason == "called 2 times, and 1 operators came from it"
+
+
 class Gated(nn.Linear):
     """A leaf that computes more than its linear, beside one whose bias is added outside."""
 
