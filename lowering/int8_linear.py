@@ -9,7 +9,8 @@
 (`fxq.lowering.kernels.int8_linear`), on x86 it is oneDNN (`fxq.lowering.cpu.int8_linear`),
 elsewhere the reference itself.
 
-x `[..., K]` int8 or uint8; x_scale fp32 and x_zero_point int32 `[..., 1]`, broadcast against x;
+x `[..., K]` int8 or uint8; x_scale fp32 and x_zero_point int32 `[..., 1]`, broadcast against x,
+one element in any number of axes;
 weight `[N, K]` int8; w_scale `[N, 1]` or `[1, 1]` fp32; bias `[N]`; residual and out `[..., N]`;
 out_scale one element or `[1, ..., N]`, out_zero_point one element.
 """
@@ -49,7 +50,8 @@ def accumulate(x: Tensor, x_zero_point: Tensor | None, weight: Tensor) -> Tensor
     Computed in float64, whose 53 bits hold every sum of up to 2^37 products of codes.
     """
     centred = x.double() if x_zero_point is None else x.double() - x_zero_point.double()
-    return (centred @ weight.double().mT).to(torch.int32)
+    product = (centred @ weight.double().mT).to(torch.int32)
+    return product.reshape(*x.shape[:-1], weight.shape[0])  # a zero-point may have an axis more
 
 
 def scaled(
@@ -61,7 +63,8 @@ def scaled(
     bias: Tensor | None,
 ) -> Tensor:
     """Return the product in real units, before the epilogue, as fp32 `[..., N]`."""
-    y = accumulate(x, x_zero_point, weight).float() * (x_scale * w_scale.mT)
+    y = accumulate(x, x_zero_point, weight).float()
+    y = (y * (x_scale * w_scale.mT)).reshape(y.shape)
     return y if bias is None else y + bias.float()
 
 

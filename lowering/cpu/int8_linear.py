@@ -126,7 +126,8 @@ def _unsigned(x: Tensor, x_zero_point: Tensor | None) -> tuple[Tensor, int, Tens
     """Return x as uint8 codes `[M, K]`, the zero-point that oneDNN subtracts, and what is left to
     subtract of zero-points that differ from row to row."""
     shift = 0 if x.dtype == torch.uint8 else SIGN
-    codes = x.flatten(0, -2) if x.dtype == torch.uint8 else to_unsigned(x.flatten(0, -2))
+    rows = x.reshape(-1, x.shape[-1])  # a single vector is one row
+    codes = rows if x.dtype == torch.uint8 else to_unsigned(rows)
     if x_zero_point is None or x_zero_point.numel() == 1:
         return codes, (0 if x_zero_point is None else int(x_zero_point)) + shift, None
     return codes, SIGN, x_zero_point + (shift - SIGN)
@@ -156,7 +157,8 @@ def launch(
             None if bias is None else bias.float(), 1.0, 0, torch.float32, "none", [], "",
         )  # fmt: skip
         return y.reshape(*x.shape[:-1], n_out)
-    y = accumulators(x, x_zero_point, weight).float() * (x_scale * w_scale.mT)
+    y = accumulators(x, x_zero_point, weight).float()
+    y = (y * (x_scale * w_scale.mT)).reshape(y.shape)  # scales of a vector have an axis more
     return y if bias is None else y + bias.float()
 
 

@@ -5,10 +5,11 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.library import opcheck
 
 import fxq
@@ -232,3 +233,32 @@ def test_small_products_stay_float_and_say_so(
     why = slower_than_float(*shape, exact=exact)
 
     assert (why is None) if reason is None else reason in str(why)
+
+
+@pytest.mark.parametrize("compute", [reference, torch.ops.fxq.int8_linear])
+def test_a_vector_is_one_row(compute: Callable[..., Tensor]) -> None:
+    x = torch.randint(-128, 128, (65,)).to(torch.int8)
+    weight = torch.randint(-127, 128, (33, 65)).to(torch.int8)
+    zero = torch.tensor([[7]], dtype=torch.int32)  # as what is lowered has it
+    expected = (x.double() - 7) @ weight.double().T
+
+    for scale in (torch.full((1,), 0.5), torch.full((1, 1), 0.5)):
+        for w_scale in (torch.full((33, 1), 0.25), torch.full((1, 1), 0.25)):
+            found = compute(x, scale, zero, weight, w_scale, None, torch.float32)
+
+            torch.testing.assert_close(found, (expected / 8).float(), rtol=0, atol=0)
+
+
+@needs_x86
+def test_a_model_of_one_vector_is_lowered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profit, "WITH_VNNI", profit.Thresholds(0, 0))
+    monkeypatch.setattr(profit, "WITHOUT_VNNI", profit.Thresholds(0, 0))
+    layer, x = nn.Linear(65, 33).eval(), torch.randn(65)
+    program = fxq.compress(layer, x, w8a8.DYNAMIC, dynamic_shapes=None)
+
+    lowered, decisions = lower(program.graph_module, torch.device("cpu"))
+    (result,) = lowered(x)
+
+    assert [decision.kernel for decision in decisions.values()] == ["int8_linear (oneDNN)"]
+    assert result.shape == (33,)
+    assert sqnr_db(layer(x), result) > 30.0
