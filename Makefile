@@ -15,7 +15,8 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --max
 .PHONY: demo test test-all test-versions fuzz check format lock bench bench-gpu clean sz
 
 # Exact versions, so that no release of anybody else's changes what happens here. The stamp comes last: a half-finished
-# install does not count, and one that is older than the lock is brought up to date.
+# install does not count, and one that is older than the lock, or whose Python is gone, is made anew.
+$(shell test -x $(BIN)/python || rm -f $(STAMP))
 $(STAMP): $(LOCK) pyproject.toml
 	@rm -f $@
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)

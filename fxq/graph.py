@@ -173,7 +173,8 @@ def insert_call(
     inherit(node, like or neighbour)
     fake_args, fake_kwargs = map_arg((args, dict(kwargs or {})), val_of)
     mode = detect_fake_mode(tree_leaves((fake_args, fake_kwargs)))
-    with torch.no_grad(), mode or contextlib.nullcontext():
+    # Without Python's dispatcher linear and matmul of torch 2.11 make constants of free sizes.
+    with torch.no_grad(), mode or contextlib.nullcontext(), enable_python_dispatcher():
         node.meta["val"] = target(*fake_args, **fake_kwargs)
     return node
 
