@@ -413,3 +413,13 @@ def test_dynamic_token_dimension_raises_only_where_the_scale_needs_it() -> None:
     RangeObserver(QuantSpec(granularity=PerChannel(-1)), shape, "x")
     with pytest.raises(ValueError, match=r"PerToken\(\) needs a fixed shape"):
         RangeObserver(QuantSpec(granularity=PerToken()), shape, "x")
+
+
+@pytest.mark.parametrize(("values", "zeros"), [([0.0, -0.0], True), ([0.0, -1.0], False)])
+def test_an_observer_knows_that_it_saw_only_zeros(values: list[float], zeros: bool) -> None:
+    observer = RangeObserver(QuantSpec(), (2,), "edge")
+    assert not observer.saw_only_zeros
+
+    observer(torch.tensor(values))
+
+    assert observer.saw_only_zeros is zeros
