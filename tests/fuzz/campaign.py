@@ -64,7 +64,7 @@ class Failure:
     def write(self) -> Path:
         """Write a test that fails until this is mended."""
         name = hashlib.sha256(repr((self.check, self.case)).encode()).hexdigest()[:10]
-        reason = " ".join(self.reason.replace("\\", "/").replace('"', "'").split())[:60]
+        reason = " ".join(self.reason.replace("\\", "/").replace('"', "'").split())[:50]
         text = TEST.format(check=self.check, reason=reason, name=name, code=_code(self.case))
         FOUND.mkdir(exist_ok=True)
         path = FOUND / f"test_{name}.py"
