@@ -9,18 +9,20 @@ import hashlib
 import json
 import logging
 import multiprocessing
+import os
 import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
 from cases import cases
-from checks import CHECKS, SLOW, Verdict, verdicts
+from checks import CHECKS, Verdict, checks_for, verdicts
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from modules import Case, Step, trimmed
 from rich.console import Console
@@ -30,8 +32,7 @@ from shrinking import shrunk
 ROOT = Path(__file__).parents[2]
 FOUND = Path(__file__).parent / "found"
 PROGRESS = ROOT / "out" / "fuzz.json"
-CHUNK = 20  # cases that a worker runs at a time
-SLOW_EVERY = 20  # of so many cases one runs the slow checks too
+CHUNK = 10  # cases that a worker runs at a time
 
 TEST = '''"""Found by `make fuzz`: {check}, {reason}."""
 
@@ -63,7 +64,7 @@ class Failure:
     def write(self) -> Path:
         """Write a test that fails until this is mended."""
         name = hashlib.sha256(repr((self.check, self.case)).encode()).hexdigest()[:10]
-        reason = " ".join(self.reason.replace("\\", "/").replace('"', "'").split())[:60]
+        reason = " ".join(self.reason.replace("\\", "/").replace('"', "'").split())[:50]
         text = TEST.format(check=self.check, reason=reason, name=name, code=_code(self.case))
         FOUND.mkdir(exist_ok=True)
         path = FOUND / f"test_{name}.py"
@@ -165,14 +166,14 @@ def run_chunk(chunk: int, known: Sequence[Failure]) -> Progress:
     logging.disable(logging.CRITICAL)
     torch.set_num_threads(1)
     progress = Progress(failures=list(known))
-    for index, case in enumerate(drawn(chunk)):
-        slow = (chunk * CHUNK + index) % SLOW_EVERY == 0
-        for verdict in verdicts(case, [c for c in CHECKS if slow or c not in SLOW]):
-            progress.counts[verdict.check, verdict.status, _kind(verdict)] += 1
-            if verdict.status == "finding" and not any(
-                failure.explains(verdict.check, case) for failure in progress.failures
-            ):
-                progress.failures.append(_shrunk(case, verdict))
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        for index, case in enumerate(drawn(chunk)):
+            for verdict in verdicts(case, checks_for(case, chunk * CHUNK + index)):
+                progress.counts[verdict.check, verdict.status, _kind(verdict)] += 1
+                if verdict.status == "finding" and not any(
+                    failure.explains(verdict.check, case) for failure in progress.failures
+                ):
+                    progress.failures.append(_shrunk(case, verdict))
     progress.failures = progress.failures[len(known) :]
     return progress
 
