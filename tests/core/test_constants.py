@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fxq.canonicalize import canonicalize
 from fxq.capturing import capture
 from fxq.constants import constant_value
+from fxq.graph import is_constant
 
 ATEN = torch.ops.aten
 
@@ -102,20 +103,20 @@ def test_what_is_made_of_buffers_becomes_a_buffer() -> None:
 
 
 @pytest.mark.parametrize(
-    "function",
+    ("function", "made"),
     [
-        lambda m, x: m.normed(m.normed(x)),
-        lambda m, x: F.linear(F.linear(x, m.w + 1), m.w + 1),
-        lambda m, x: (lambda w: F.linear(F.linear(x, w), w * w))(m.w + 1),
+        (lambda m, x: m.normed(m.normed(x)), 1),
+        (lambda m, x: F.linear(F.linear(x, m.w + 1), m.w + 1), 1),
+        (lambda m, x: (lambda w: F.linear(F.linear(x, w), w * w))(m.w + 1), 2),
     ],
     ids=["a module called twice", "written twice", "part of another"],
 )
-def test_what_is_shared_is_made_once(function: Callable[[Part, Tensor], Tensor]) -> None:
+def test_what_is_shared_is_made_once(function: Callable[[Part, Tensor], Tensor], made: int) -> None:
     gm, _ = captured(function)
 
     first, second = gm.graph.find_nodes(op="call_function", target=ATEN.linear.default)
-    names = {str(n.args[1].target) for n in (first, second)}
-    assert len(constants(gm)) == len(names)
+    assert len({str(n.args[1].target) for n in (first, second)}) == made
+    assert len(constants(gm)) == made
     assert not gm.graph.find_nodes(op="call_function", target=ATEN.add.Tensor)
 
 
@@ -160,9 +161,10 @@ def test_plain_views_stay_in_the_graph() -> None:
     [
         (lambda m, x: x[:, :1] + (m.table[:, None] * m.table).flatten(), ATEN.mul.Tensor),
         (lambda m, x: x + torch.arange(8.0) * 2, ATEN.arange.default),
+        (lambda m, x: torch.cat([x, torch.zeros(0, 8)]), ATEN.zeros.default),
         (lambda m, x: F.pad(m.b, (0, 72)) + x[:, :1], ATEN.pad.default),
     ],
-    ids=["outer product", "no parameter", "padding"],
+    ids=["outer product", "no parameter", "no element", "padding"],
 )
 def test_what_is_large_or_made_of_nothing_stays(
     function: Callable[[Part, Tensor], Tensor], left: object
@@ -232,10 +234,27 @@ def test_what_changes_between_calls_is_no_constant(write: bool, name: str, made:
         assert [gm(torch.ones(4)).tolist()[0] for _ in range(2)] == [3.0, 4.0]
 
 
+def test_what_is_written_to_after_it_is_computed_is_no_constant() -> None:
+    root, graph = nn.Module(), Graph()
+    root.register_buffer("w", torch.ones(4))
+    x = graph.placeholder("x")
+    total = graph.call_function(ATEN.add.Tensor, (graph.get_attr("w"), 1))
+    graph.call_function(ATEN.add_.Tensor, (total, x))
+    graph.output(graph.call_function(ATEN.mul.Tensor, (x, total)))
+    for node in graph.nodes:
+        node.meta["val"] = torch.empty(4)
+
+    gm = canonicalize(GraphModule(root, graph))
+
+    assert [gm(torch.ones(4)).tolist()[0] for _ in range(2)] == [3.0, 3.0]
+
+
 def test_a_runtime_state_has_no_constant_value() -> None:
     gm = by_hand(False, "runtime_state.counter")
 
     assert all(constant_value(node) is None for node in gm.graph.nodes)
+    assert not any(map(is_constant, gm.graph.nodes))
+    assert any(map(is_constant, by_hand(False, "counter").graph.nodes))
 
 
 class Additions(TorchDispatchMode):
