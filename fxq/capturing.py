@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
@@ -24,7 +24,7 @@ from fxq.canonicalize import canonicalize
 from fxq.canonicalize.cleanup import refuse_train_mode
 from fxq.checking import Checked
 from fxq.errors import UnsupportedError
-from fxq.graph import shape_of, writes
+from fxq.graph import is_transform, shape_of, writes
 from fxq.module_state import restored
 from fxq.signature import Inputs, Leaf, Signature, free_sizes, split_inputs
 from fxq.writes import lift_writes
@@ -84,7 +84,7 @@ def capture(
             exported, notes = _export(model, bound.values, dynamic_shapes)
     check_finite(bound.values)
     refuse_train_mode(exported.graph_module)
-    if any(writes(node) or _is_transform(node) for node in exported.graph.nodes):
+    if any(writes(node) or is_transform(node) for node in exported.graph.nodes):
         # A pass may put a read in front of a write to the same memory: leave no writes.
         exported = exported.run_decompositions({})
     gm = _unlift(exported)
@@ -142,11 +142,6 @@ def _sign(
     )
     copies = {name: value.detach().clone() for name, value in state.items()}
     return signature, copies, conditions
-
-
-def _is_transform(node: Node) -> bool:
-    """Tell whether `node` enters or leaves a transform of torch.func, such as vmap."""
-    return str(getattr(node.target, "__module__", "")).startswith("torch._functorch")
 
 
 def _export(

@@ -13,7 +13,7 @@ from torch.fx.traceback import preserve_node_meta
 
 from fxq.canonicalize import canonicalize
 from fxq.canonicalize.cleanup import refuse_train_mode
-from fxq.graph import settle_marked, writes
+from fxq.graph import is_transform, settle_marked, writes
 from fxq.writes import Functionalized, give_own_memory
 
 
@@ -40,8 +40,11 @@ def from_dynamo(gm: GraphModule) -> tuple[GraphModule, tuple[int, ...]]:
     values = [n.meta["example_value"] for n in placeholders]
     mode = next(v.fake_mode for v in values if isinstance(v, FakeTensor))
     run = Interpreter(gm).run  # node by node: so the new nodes know the modules they come from
-    functionalized = Functionalized(run)
     with tracing(TracingContext(mode)), mode, torch.no_grad(), preserve_node_meta():
+        if any(map(is_transform, gm.graph.nodes)):
+            # Below their dispatch transforms are operators like any other; composites come apart.
+            run = Interpreter(make_fx(run, _allow_non_fake_inputs=True)(*values)).run
+        functionalized = Functionalized(run)
         flat = _trace(run, values)
         refuse_train_mode(flat)  # before its operators are taken apart
         if any(map(writes, flat.graph.nodes)):  # as in `capture`

@@ -49,6 +49,11 @@ def writes(node: Node) -> bool:
     return isinstance(target, torch._ops.OpOverload) and bool(target._schema.is_mutable)
 
 
+def is_transform(node: Node) -> bool:
+    """Tell whether `node` enters or leaves a transform of torch.func, such as vmap."""
+    return str(getattr(node.target, "__module__", "")).startswith("torch._functorch")
+
+
 def args_of(node: Any) -> tuple[Any, ...]:
     """Return a node's arguments. FX's own type for them is too wide to be of use."""
     return tuple(node.args)

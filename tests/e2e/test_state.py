@@ -128,6 +128,30 @@ def test_a_cache_in_a_plain_attribute_works_under_torch_compile() -> None:
         torch.testing.assert_close([compiled(x), compiled(x), compiled(x)], expected)
 
 
+def test_vmap_is_traced_through_on_both_paths() -> None:
+    class Mapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+            self.register_buffer("count", torch.zeros(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.count += 1
+            y = torch.vmap(lambda row: row.sin() * row.sum())(self.layer(x))
+            return y + torch.arange(4.0) * self.count
+
+    model, judge = Mapped().eval(), Mapped().eval()
+    judge.load_state_dict(model.state_dict())
+    inputs = [(torch.randn(3, 4),), (torch.randn(3, 4),)]
+    program = fxq.compress(model, inputs[0], FLOAT)
+
+    expected = run(judge, inputs)
+    torch.testing.assert_close(run(program, inputs), expected)
+    torch.testing.assert_close(
+        run(torch.compile(model, backend="fxq", options=OPTIONS), inputs), expected
+    )
+
+
 def test_a_graph_that_calls_others_is_left_to_inductor() -> None:
     class Branches(nn.Module):
         def __init__(self) -> None:
