@@ -177,7 +177,8 @@ def check_verified(subject: Subject) -> str | None:
     model, example = subject.case.model(), subject.case.inputs()
     verification = fxq.verify(subject.program(), example, model=model)
     kernels_ok = all(check.ok for check in verification.checks)
-    if verification.ok or (kernels_ok and not subject.judge.is_bounded_in_8_bits):
+    no_floor = not subject.judge.is_bounded_in_8_bits or "NaN or Inf" in subject.judge.features
+    if verification.ok or (kernels_ok and no_floor):
         return None
     return str(verification)
 
