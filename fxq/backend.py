@@ -12,7 +12,7 @@ it without `import fxq`.
 
 import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses import FakeTensor
 from torch.fx import GraphModule, Node
 
-from fxq.account import account, kind_of
+from fxq.account import account, flops_of, kind_of
 from fxq.canonicalize import canonicalize
 from fxq.dynamo import from_dynamo, qualified_name, why_unreadable
 from fxq.errors import FxqWarning, SkippedError, UnsupportedError, did_you_mean
@@ -37,6 +37,7 @@ from fxq.pipeline import Recipe, resolve_recipe
 from fxq.writes import check_apart, write_back
 
 DEFAULT_RECIPE = "w8a8_dynamic"
+MAX_SLOW_SHARE = 0.02  # of a program's operations, in layers without a kernel: a classifier's head
 logger = logging.getLogger(__name__)
 
 
@@ -262,14 +263,23 @@ class Compiled:
         if self.strict and (missing := {**applied.left, **declined}):
             listing = "\n  ".join(f"{name}: {why}" for name, why in missing.items())
             raise SkippedError(f"strict=True, and no kernel here for\n  {listing}")
-        if declined and not self.builds:
+        share = _share_of(applied.quantized, declined)
+        if share > MAX_SLOW_SHARE and not self.builds:
             warnings.warn(
-                f"no kernel here for {len(declined)} of {len(applied.decisions)} layers, which "
-                "compute what was simulated all the same: slower than in float, or no faster where "
-                f"weights alone are quantized: {summary(declined.values())}",
+                f"no kernel here for {len(declined)} of {len(applied.decisions)} layers, "
+                f"{share:.0%} of the operations, which compute what was simulated all the same: "
+                "slower than in float, or no faster where weights alone are quantized: "
+                f"{summary(declined.values())}",
                 FxqWarning,
                 stacklevel=2,
             )
+
+
+def _share_of(gm: GraphModule, names: Container[str]) -> float:
+    """Return which share of the operations of `gm` the named nodes have, 0 to 1."""
+    flops = {node.name: flops_of(node) for node in gm.graph.nodes}
+    part = sum(count for name, count in flops.items() if name in names)
+    return part / max(sum(flops.values()), 1)
 
 
 def _is_all_settled(gm: GraphModule) -> bool:

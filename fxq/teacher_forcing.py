@@ -20,7 +20,8 @@ from fxq.numerics import sqnr_db
 
 ops = torch.ops.fxq
 QUANTIZING = (
-    ops.quantize.default, ops.dequantize.default, ops.choose_qparams.default, operator.getitem,
+    ops.quantize.default, ops.dequantize.default, ops.choose_qparams.default,
+    ops.guard_scale.default, operator.getitem,
 )  # fmt: skip
 SAME_DB = 40.0  # a module that computes the operator and nothing else, up to rounding in bfloat16
 
@@ -98,6 +99,8 @@ def _quantizer_input(layer: Node, recorded: Mapping[str, Any]) -> tuple[Node, Te
         return x, None
     source, divisor = args_of(args_of(x)[0])[:2]
     step = args_of(x)[1]
+    if is_op(step, ops.guard_scale.default):
+        step = args_of(step)[1]
     if divisor is step:
         return source, None
     return source, (recorded[divisor.name] / recorded[step.name]).flatten()

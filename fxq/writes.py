@@ -18,9 +18,11 @@ from torch._subclasses.functional_tensor import (
 )
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from fxq.errors import UnsupportedError
 from fxq.graph import args_of, insert_call, is_op, tensor_of, writes
+from fxq.identity import TensorKey
 
 aten = torch.ops.aten
 
@@ -183,15 +185,15 @@ def check_apart(named: Sequence[tuple[str, Any]], written: Sequence[int], where:
                 )
 
 
-def _span(value: Any) -> tuple[int, int, int] | None:
+def _span(value: Any) -> tuple[StorageWeakRef, int, int] | None:
     """Return a tensor's storage, and the first byte and the end of what it reaches there."""
     if not isinstance(value, Tensor) or not value.numel():
         return None
     steps = zip(value.shape, value.stride(), strict=True)
     last = sum((size - 1) * step for size, step in steps)
-    first, width = int(value.storage_offset()), value.element_size()
-    return value.untyped_storage()._cdata, first * width, (first + int(last) + 1) * width
+    key, width = TensorKey.of(value), value.element_size()
+    return key.storage, key.offset * width, (key.offset + int(last) + 1) * width
 
 
-def _meet(a: tuple[int, int, int], b: tuple[int, int, int]) -> bool:
+def _meet(a: tuple[Any, int, int], b: tuple[Any, int, int]) -> bool:
     return a[1] < b[2] and b[1] < a[2]
