@@ -14,12 +14,10 @@ from torch.fx import GraphModule, Node
 
 from fxq.constants import constant_value, is_pure
 from fxq.graph import (
-    VIEWS,
     add_buffer,
     args_of,
     constant_of,
     is_constant,
-    is_op,
     is_state,
     shape_of,
     tensor_of,
@@ -40,9 +38,9 @@ def materialize_constants(gm: GraphModule) -> int:
     _merge_equal(made_of)
     returned = _memory_of(gm, [gm.graph.output_node()])  # the caller may write to it
     folded = {n for n, roots in made_of.items() if n not in returned and _fits(n, roots)}
-    needed = _needed(made_of, folded)
+    last = [n for n in made_of if n in folded and any(user not in folded for user in n.users)]
     count = 0
-    for node in [n for n in made_of if n in folded and n in needed]:
+    for node in last:
         if not _is_view(node):
             _materialize(gm, node, made_of[node])
             count += 1
@@ -121,16 +119,6 @@ def _fits(node: Node, roots: Sequence[Node]) -> bool:
 
 def _numel(node: Node) -> int:
     return int(node.meta["val"].numel())
-
-
-def _needed(made_of: dict[Node, tuple[Node, ...]], folded: set[Node]) -> set[Node]:
-    """Return the constants that something reads, perhaps behind views, that is none."""
-    needed: set[Node] = set()
-    for node in reversed(made_of):
-        seen_through = {n for n in node.users if n in folded and is_op(n, *VIEWS)}
-        if any(n in needed if n in seen_through else n not in folded for n in node.users):
-            needed.add(node)
-    return needed
 
 
 def _is_view(node: Node) -> bool:

@@ -99,7 +99,7 @@ NORMS = {
     "rsqrt": rms,
     "one plus weight": lambda m, x: (
         x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6) * (1.0 + m.w)
-    ),
+    ).type_as(x),
     "sqrt": lambda m, x: x / torch.sqrt(torch.mean(torch.square(x), -1, keepdim=True) + 1e-5) * m.w,
 }
 

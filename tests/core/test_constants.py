@@ -67,6 +67,7 @@ MADE = {
         "part.b_constant",
     ),
     "one plus weight": (lambda m, x: x * (1.0 + m.w[0]), "part.w_constant"),
+    "buffer and weight": (lambda m, x: x + m.table[1:] * m.w[0], "part.w_constant"),
     "weight norm": (lambda m, x: m.normed(x), "part.normed.weight_constant"),
     "cast": (lambda m, x: F.linear(x, m.h.float()), "part.h_constant"),
     "part of a weight": (lambda m, x: F.linear(x, m.w.chunk(2)[1]), "part.w_constant"),
@@ -90,9 +91,11 @@ def test_what_is_made_of_parameters_becomes_a_named_parameter(name: str) -> None
     gm, _ = captured(function)
 
     assert constants(gm) == [constant]
-    assert isinstance(gm.get_parameter(constant), nn.Parameter)
-    left = {"linear", "mul", "reshape", "sym_size", "permute", "t"}
-    assert {n.target._opname for n in gm.graph.nodes if n.op == "call_function"} <= left
+    assert constant in dict(gm.named_parameters())
+    left = {"linear", "mul", "add", "reshape", "sym_size"}
+    operators = [n.target._opname for n in gm.graph.nodes if n.op == "call_function"]
+    assert set(operators) <= left
+    assert sum(name in ("linear", "mul", "add") for name in operators) == 1
 
 
 def test_what_is_made_of_buffers_becomes_a_buffer() -> None:
@@ -271,7 +274,8 @@ def test_a_value_is_computed_once_however_many_read_it() -> None:
     graph = Graph()
     value = graph.get_attr("w")
     for _ in range(12):
-        value = graph.call_function(ATEN.add.Tensor, (value, value))
+        same = graph.call_function(ATEN.clone.default, (value,))
+        value = graph.call_function(ATEN.add.Tensor, (value, same))
     root = nn.Module()
     root.register_buffer("w", torch.ones(2))
     GraphModule(root, graph)

@@ -1,6 +1,7 @@
 """One answer to "the same values?", and nobody who asks an address instead."""
 
 import ast
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -85,6 +86,17 @@ def test_what_is_derived_is_kept_until_the_weight_is_written_to() -> None:
     weight.add_(1)
     assert cache.get(weight, "total", total) == 8.0
     assert len(seen) == 2
+
+
+def test_what_is_derived_goes_with_the_weight() -> None:
+    weight, cache = torch.ones(2, 2), Derived()
+    packed = weakref.ref(cache.get(weight, "packed", lambda w: w.clone()))
+    assert packed() is not None
+
+    del weight
+    cache.get(torch.ones(3), "packed", lambda w: w.clone())
+
+    assert packed() is None
 
 
 def asked(tree: ast.AST) -> Iterator[str]:

@@ -361,3 +361,44 @@ def test_layers_whose_weight_is_not_constant_say_so() -> None:
     whys = Counter(found.refusals.values())
     assert whys["its weight or bias is computed at run time"] == 2
     assert whys["no factor passes through a transposed convolution"] == 1
+
+
+class Parts(nn.Module):
+    """Two layers that read parts of one weight, the second from row `start`."""
+
+    def __init__(self, start: int) -> None:
+        super().__init__()
+        self.start, self.norm = start, nn.LayerNorm(8)
+        self.weight = nn.Parameter(torch.randn(16, 8))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        h = self.norm(x)
+        linear = nn.functional.linear
+        return linear(h, self.weight[:8]), linear(h, self.weight[self.start :])
+
+
+def test_parts_of_a_weight_share_a_site_unless_they_overlap() -> None:
+    apart, overlapping = (find(Parts(start), torch.randn(2, 5, 8)) for start in (8, 7))
+
+    assert len(only(apart, "norm").consumers) == 2
+    assert not overlapping.sites
+    whys = list(overlapping.refusals.values())
+    assert whys == ["linear reads its weight in another way, and its weight is shared"] * 2
+
+
+class WeightAsBias(nn.Module):
+    """A layer whose bias is a row of another's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.a, self.b = nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 8, bias=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        h = self.norm(x)
+        return self.a(h), nn.functional.linear(x, self.b.weight, self.a.weight[0])
+
+
+def test_a_weight_that_is_also_a_bias_stays() -> None:
+    found = find(WeightAsBias(), torch.randn(2, 5, 8))
+
+    assert refusals(found)["a"] == "linear also reads its weight, and its weight is shared"
