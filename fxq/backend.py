@@ -26,10 +26,10 @@ from torch.fx import GraphModule, Node
 
 from fxq.account import account, flops_of, kind_of
 from fxq.canonicalize import canonicalize
-from fxq.dynamo import from_dynamo, qualified_name, why_unreadable
+from fxq.dynamo import from_dynamo, qualified_name
 from fxq.errors import FxqWarning, SkippedError, UnsupportedError, did_you_mean
 from fxq.first_call import FirstCall
-from fxq.graph import RUNTIME_STATE, bind, copy_graph, is_settled
+from fxq.graph import RUNTIME_STATE, bind, copy_graph, is_settled, why_unreadable
 from fxq.lowering.apply_where_it_pays import Applied, apply_where_it_pays, summary
 from fxq.lowering.derived import version_of
 from fxq.ops import decompositions
@@ -106,7 +106,7 @@ def fxq(
     config = dict(settings.inductor or {})
     if mode is not None:
         config |= torch._inductor.list_mode_options(mode)
-    if why := why_unreadable(gm):
+    if why := why_unreadable(gm.graph):
         if settings.strict:
             raise UnsupportedError(f"strict=True, and a graph stays as it is: {why}")
         warnings.warn(f"Inductor compiles a graph as it is: {why}", FxqWarning, stacklevel=2)

@@ -24,7 +24,7 @@ from fxq.canonicalize import canonicalize
 from fxq.canonicalize.cleanup import refuse_train_mode
 from fxq.checking import Checked
 from fxq.errors import UnsupportedError
-from fxq.graph import is_transform, shape_of, writes
+from fxq.graph import is_transform, shape_of, why_unreadable, writes
 from fxq.module_state import restored
 from fxq.signature import Inputs, Leaf, Signature, free_sizes, split_inputs
 from fxq.writes import lift_writes
@@ -84,6 +84,10 @@ def capture(
             exported, notes = _export(model, bound.values, dynamic_shapes)
     check_finite(bound.values)
     refuse_train_mode(exported.graph_module)
+    if why := why_unreadable(exported.graph):
+        raise UnsupportedError(
+            f"{why}; compute both branches and choose with torch.where, or compress the parts"
+        )
     if any(writes(node) or is_transform(node) for node in exported.graph.nodes):
         # A pass may put a read in front of a write to the same memory: leave no writes.
         exported = exported.run_decompositions({})

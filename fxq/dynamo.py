@@ -17,14 +17,6 @@ from fxq.graph import is_transform, settle_marked, writes
 from fxq.writes import Functionalized, give_own_memory
 
 
-def why_unreadable(gm: GraphModule) -> str | None:
-    """Return why `from_dynamo` cannot read a graph, None where it can."""
-    for node in gm.graph.nodes:
-        if isinstance(node.target, torch._ops.HigherOrderOperator):
-            return f"expected operators on tensors, found {node.target}, which calls other graphs"
-    return None
-
-
 def from_dynamo(gm: GraphModule) -> tuple[GraphModule, tuple[int, ...]]:
     """Return the graph that Dynamo hands to a backend as canonical aten operators, and the indices
     of the inputs it writes to, whose new values are its last results (`fxq.writes`).

@@ -49,6 +49,14 @@ def writes(node: Node) -> bool:
     return isinstance(target, torch._ops.OpOverload) and bool(target._schema.is_mutable)
 
 
+def why_unreadable(graph: Graph) -> str | None:
+    """Return why a graph cannot be brought to operators on tensors, None where it can."""
+    for node in graph.nodes:
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            return f"expected operators on tensors, found {node.target}, which calls other graphs"
+    return None
+
+
 def is_transform(node: Node) -> bool:
     """Tell whether `node` enters or leaves a transform of torch.func, such as vmap."""
     return str(getattr(node.target, "__module__", "")).startswith("torch._functorch")

@@ -197,9 +197,12 @@ def largest_sum(codes: Tensor) -> int:
 
 def sqnr_db(reference: Tensor, other: Tensor) -> float:
     """Return the signal-to-quantization-noise ratio in dB: 10 log10(|ref|^2 / |ref - other|^2), inf
-    where equal."""
+    where equal. NaN and infinities that both have at the same places are equal; others give NaN or
+    -inf."""
     reference, other = reference.detach().double(), other.detach().double()
-    noise = (reference - other).square().sum()
+    same = (reference == other) | (reference.isnan() & other.isnan())
+    noise = torch.where(same, 0.0, reference - other).square().sum()
     if noise == 0:
         return float("inf")
-    return float(10 * torch.log10(reference.square().sum() / noise))
+    signal = torch.where(reference.isfinite(), reference, 0.0).square().sum()
+    return float(10 * torch.log10(signal / noise))

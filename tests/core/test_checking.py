@@ -112,6 +112,15 @@ def test_a_call_that_changes_something_else_is_refused() -> None:
         fxq.capture(Changes().eval(), torch.randn(2, 4))
 
 
+def test_a_branch_on_values_is_refused() -> None:
+    class Branches(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cond(x.sum() > 0, lambda y: y.sin(), lambda y: y * 2, (x,))
+
+    with pytest.raises(UnsupportedError, match=r"found cond, which calls other graphs"):
+        fxq.capture(Branches().eval(), torch.randn(2, 4))
+
+
 @pytest.mark.parametrize(
     ("expected", "found", "relative"),
     [

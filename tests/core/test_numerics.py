@@ -335,3 +335,23 @@ def test_sqnr_by_hand() -> None:
 
     assert numerics.sqnr_db(reference, reference) == float("inf")
     assert numerics.sqnr_db(reference, torch.tensor([3.0, 3.5])) == pytest.approx(20.0)  # 25 / .25
+
+
+@pytest.mark.parametrize(
+    ("reference", "other", "db"),
+    [
+        ([3.0, 4.0], [3.0, 4.5], 20.0),  # 25 / 0.25
+        ([float("nan"), 3.0, 4.0], [float("nan"), 3.0, 4.5], 20.0),
+        ([float("inf"), 3.0, 4.0], [float("inf"), 3.0, 4.5], 20.0),
+        ([float("nan"), 3.0], [float("nan"), 3.0], float("inf")),
+        ([3.0, 4.0], [3.0, float("nan")], float("nan")),
+        ([float("nan"), 4.0], [3.0, 4.0], float("nan")),
+        ([3.0, 4.0], [float("inf"), 4.0], -float("inf")),
+    ],
+)
+def test_sqnr_takes_equal_nan_and_infinities_as_equal(
+    reference: list[float], other: list[float], db: float
+) -> None:
+    found = numerics.sqnr_db(torch.tensor(reference), torch.tensor(other))
+
+    assert found == pytest.approx(db, nan_ok=True)
