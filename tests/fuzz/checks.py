@@ -29,10 +29,7 @@ from fxq.pipeline import FLOAT, Recipe
 
 ROOT = str(Path(fxq.__file__).resolve().parent)
 # What is not supported yet: feature of a case -> the checks it is left out of. Empty is the goal.
-KNOWN_GAPS: dict[str, tuple[str, ...]] = {
-    # A constant made in the forward is not fake where the graph enters a transform of torch.func.
-    "map over samples": ("compiled", "compiled w8a8_dynamic", "inductor"),
-}
+KNOWN_GAPS: dict[str, tuple[str, ...]] = {}
 # What fxq says where it found out by itself that it was about to compute something else.
 OUTSIDE = "outside fxq"
 COMPILED = ("compiled", "inductor")  # how checks on the compile path are called
