@@ -116,10 +116,9 @@ def flops_of(node: Node, sizes: Mapping[str, int] | None = None) -> int:
         sizes: values of the graph's free sizes by name; those at capture where left out.
     """
     kind = kind_of(node)
-    if kind not in KINDS:
+    if kind not in KINDS or kind == "einsum":
         return counted_flops(node, sizes)
-    operands: Any = args_of(node)[1] if kind == "einsum" else node.args
-    shapes = [[hint(size, sizes) for size in shape_of(n)] for n in operands if isinstance(n, Node)]
+    shapes = [[hint(size, sizes) for size in shape_of(n)] for n in node.args if isinstance(n, Node)]
     result = val_of(node)
     result = result[0] if isinstance(result, tuple | list) else result
     out = math.prod(hint(size, sizes) for size in result.shape)
@@ -130,8 +129,6 @@ def flops_of(node: Node, sizes: Mapping[str, int] | None = None) -> int:
             return 2 * out * math.prod(shapes[1][1:])
         case "transposed conv":
             return 2 * math.prod(shapes[0]) * math.prod(shapes[1][1:])
-        case "einsum":
-            return 2 * math.prod(Equation.of(node).sizes(shapes).values())
         case "attention":
             return 2 * (math.prod(shapes[0]) + out) * shapes[1][-2]
     adds = is_op(node, aten.addmm.default, aten.baddbmm.default)

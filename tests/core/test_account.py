@@ -97,6 +97,13 @@ def int_mm(x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("kind", "function", "shape", "flops"),
     [
+        # Pairwise, as torch does it: [4, 5] first, then [4, 3].
+        (
+            "einsum",
+            lambda x: torch.einsum("tc,sc,sd->td", x, x.new_ones(5, 8), x.new_ones(5, 3)),
+            (4, 8),
+            4 * 5 * 8 + 4 * 5 * 3,
+        ),
         ("bilinear", lambda x: F.bilinear(x, x[:, :3], x.new_ones(5, 8, 3)), (4, 8), 4 * 8 * 3 * 5),
         ("matmul", lambda x: torch.mv(x, x[0]), (4, 8), 4 * 8),
         ("_int_mm", int_mm, (24, 32), 24 * 24 * 32),
