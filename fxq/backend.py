@@ -12,6 +12,7 @@ it without `import fxq`.
 
 import logging
 import warnings
+import weakref
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -121,13 +122,14 @@ class Build:
 
     Args:
         versions: how often each weight had been written to.
-        weights: keep their ids from being given to others.
+        weights: as long as they live their ids are not given to others; with the first that dies
+            the build goes.
         run: what was compiled.
         judge: what to compare its first call with, where that is asked for.
     """
 
     versions: tuple[int, ...]
-    weights: list[Tensor]
+    weights: list[weakref.ref[Tensor]]
     run: Callable[..., Any]
     judge: FirstCall | None = None
 
@@ -217,9 +219,10 @@ class Compiled:
         if self.eager is not None:
             graphs = (self.eager, float_graph, simulated)
             judge = FirstCall(*graphs, self.live, self.written, self.names)
-        build = Build(versions, weights, run, judge)
-        self.builds[tuple(map(id, weights))] = build
-        return build
+        key, builds = tuple(map(id, weights)), self.builds
+        kept = [weakref.ref(weight, lambda _: builds.pop(key, None)) for weight in weights]
+        builds[key] = Build(versions, kept, run, judge)
+        return builds[key]
 
     def _tell_of_skips(self, applied: Applied) -> None:
         """Log what the recipe left as it was; raise, or warn, where it could not do what it is for,

@@ -5,11 +5,12 @@ call's arguments, in order, and returns the tensors among the results; a `Signat
 both hang together. Parameters and buffers are get_attr nodes that share the model's own tensors.
 """
 
+import contextlib
 import inspect
 import re
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -90,14 +91,15 @@ def capture(
         )
     if any(writes(node) or is_transform(node) for node in exported.graph.nodes):
         # A pass may put a read in front of a write to the same memory: leave no writes.
-        exported = exported.run_decompositions({})
+        with _refusing(type(module).__name__):
+            exported = exported.run_decompositions({})
     gm = _unlift(exported)
     signature, state, conditions = _sign(gm, exported, bound)
     if dynamic_shapes == "batch" and not notes:
         notes = _fixed_batches(signature, bound.values)
     gm = canonicalize(gm)
-    notes += conditions + Checked(gm, signature, state, module).compare(bound.values)
-    return Captured(gm, signature, state, notes)
+    returned, remarks = Checked(gm, signature, state, module).compare(bound.values)
+    return Captured(gm, replace(signature, returned=returned), state, notes + conditions + remarks)
 
 
 def _sign(
@@ -201,15 +203,21 @@ def _fixed_batches(signature: Signature, values: Mapping[str, Any]) -> tuple[str
 
 
 def _try_export(model: nn.Module, values: dict[str, Any], dynamic_shapes: Any) -> ExportedProgram:
-    with torch.no_grad():
-        try:
-            return torch.export.export(model, (), values, dynamic_shapes=dynamic_shapes)
-        except Exception as error:  # torch.export raises a dozen kinds
-            reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
-            raise UnsupportedError(
-                f"{type(model).__name__} cannot be captured by torch.export: {reason.strip()} "
-                "(torch.export.draft_export shows the place in its source)"
-            ) from error
+    with torch.no_grad(), _refusing(type(model).__name__):
+        return torch.export.export(model, (), values, dynamic_shapes=dynamic_shapes)
+
+
+@contextlib.contextmanager
+def _refusing(name: str) -> Iterator[None]:
+    """Turn what torch.export raises, a dozen kinds, into an `UnsupportedError`."""
+    try:
+        yield
+    except Exception as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
+        raise UnsupportedError(
+            f"{name} cannot be captured by torch.export: {reason.strip()} "
+            "(torch.export.draft_export shows the place in its source)"
+        ) from error
 
 
 def _ranges(exported: ExportedProgram) -> dict[str, tuple[int, int | None]]:

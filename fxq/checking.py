@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from fxq.errors import UnsupportedError
 from fxq.graph import hint, val_of
+from fxq.identity import TensorKey
 from fxq.module_state import Snapshot, spared
 from fxq.signature import Leaf, Signature
 
@@ -48,9 +49,10 @@ class Checked:
     state: Mapping[str, Tensor]
     module: nn.Module
 
-    def compare(self, values: Mapping[str, Any]) -> tuple[str, ...]:
+    def compare(self, values: Mapping[str, Any]) -> tuple[dict[int, int], tuple[str, ...]]:
         """Compare both on `values`, on `values` again where that could make a difference, and on a
-        second batch; return what a person should know.
+        second batch; return which results are inputs of the graph (`Signature.returned`), and what
+        a person should know.
 
         Args:
             values: the example's arguments by name.
@@ -59,6 +61,8 @@ class Checked:
                 know of.
         """
         state = list(self.state.values())
+        with spared(self.module):
+            returned = self._returned(values)
         with spared(self.module) as before:
             state = self._agree(values, state, "the example")
             once = Snapshot(self.module)
@@ -71,8 +75,21 @@ class Checked:
                     raise UnsupportedError(_changes(again))
             self._second_batch(values, state)
         if not changed:
-            return ()
-        return (f"a call of the model sets {', '.join(changed[:3])}, a call of the graph does not",)
+            return returned, ()
+        names = ", ".join(changed[:3])
+        return returned, (f"a call of the model sets {names}, a call of the graph does not",)
+
+    def _returned(self, values: Mapping[str, Any]) -> dict[int, int]:
+        """Return which results of the model are arguments or buffers that it writes to."""
+        if not self.signature.writes:
+            return {}
+        given = _cloned(values)
+        inputs = [v for v in pytree.tree_leaves(given) if isinstance(v, Tensor)]
+        inputs += [self.module.get_buffer(name) for name in self.signature.state]
+        written = {TensorKey.of(inputs[index]): index for index in self.signature.writes}
+        results = enumerate(self._call(given))
+        keys = {i: TensorKey.of(value) for i, value in results if isinstance(value, Tensor)}
+        return {i: written[key] for i, key in keys.items() if key in written}
 
     def _unknown(self, changed: Sequence[str]) -> list[str]:
         return [name for name in changed if name not in self.state]
@@ -104,12 +121,17 @@ class Checked:
         """Return the model's results, the arguments after the call, and its state."""
         given = _cloned(values)
         arguments = [v for v in pytree.tree_leaves(given) if isinstance(v, Tensor)]
+        results = self._call(given)
+        kept = [self.module.get_buffer(name).clone() for name in self.signature.state]
+        return [results, arguments, kept]
+
+    def _call(self, given: Mapping[str, Any]) -> list[Any]:
+        """Call the model with arguments by name, and return the leaves of its result."""
         args = list(itertools.takewhile(given.__contains__, self.signature.names))
         keywords = {name: value for name, value in given.items() if name not in args}
-        with torch.no_grad(), _same_seed(arguments):
+        with torch.no_grad(), _same_seed(pytree.tree_leaves(dict(given))):
             results = self.module(*(given[name] for name in args), **keywords)
-        kept = [self.module.get_buffer(name).clone() for name in self.signature.state]
-        return [pytree.tree_leaves(results), arguments, kept]
+        return pytree.tree_leaves(results)
 
     def _check(
         self,

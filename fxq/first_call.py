@@ -54,7 +54,6 @@ class FirstCall:
         Raises:
             PassError: the results differ.
         """
-        self.done = True
         if any(map(_is_random, self.float_graph.graph.nodes)):
             warnings.warn(
                 "check: the graph draws random numbers, which compiled code draws in another "
@@ -62,6 +61,7 @@ class FirstCall:
                 FxqWarning,
                 stacklevel=3,
             )
+            self.done = True
             return run()
         with torch.no_grad():
             given = [arg.clone() if self._is_live(i, arg) else arg for i, arg in enumerate(args)]
@@ -72,6 +72,7 @@ class FirstCall:
         found = [*results, *(args[i] for i in self.written)]
         self._check(expected, in_float, "the float graph", expected)  # to rounding
         self._check(expected, found, "what was compiled", simulated)
+        self.done = True
         return results
 
     def _is_live(self, index: int, arg: Any) -> bool:

@@ -6,17 +6,21 @@ libraries' opaque ones.
 """
 
 import contextlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, MutableMapping, MutableSequence
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from fxq.identity import TensorKey
 
 _OWN = frozenset(vars(nn.Module()))  # of every module, the dictionaries of its parts among them
 _OPAQUE = (nn.Module, nn.Parameter, type, FunctionType, MethodType, ModuleType)
-_MAX_DEPTH = 8
+_MAX_DEPTH = 32
 
 
 class Snapshot:
@@ -44,6 +48,10 @@ class Snapshot:
                 self._tensors.append((value, copy))
                 self.leaves[path] = copy
             return
+        if isinstance(value, np.ndarray):
+            self.leaves[path] = value.copy()
+            self._contents.append((value, self.leaves[path]))
+            return
         items = None if isinstance(value, _OPAQUE) or depth > _MAX_DEPTH else _items(value)
         if items is None:
             self.leaves[path] = value
@@ -63,6 +71,12 @@ class Snapshot:
             or name not in later.leaves
             or not _equal(self.leaves[name], later.leaves[name])
         ]
+
+    def shared_memory(self) -> set[StorageWeakRef]:
+        """Return the memory that several tensors, seen by the snapshot, reach."""
+        tensors = {id(tensor): tensor for tensor, _ in self._tensors}.values()
+        counts = Counter(TensorKey.of(tensor).storage for tensor in tensors)
+        return {storage for storage, count in counts.items() if count > 1}
 
     def restore(self) -> None:
         """Put everything back as it was."""
@@ -87,12 +101,14 @@ def restored(module: nn.Module) -> Iterator[Snapshot]:
 @contextlib.contextmanager
 def spared(module: nn.Module) -> Iterator[Snapshot]:
     """Let calls write to copies of the buffers of `module`, so that what was derived of them stays
-    valid, and put everything else that they change back afterwards."""
+    valid, and put everything else that they change back afterwards, as what is reached through
+    several tensors."""
     with restored(module) as snapshot:
         copies: dict[Tensor, Tensor] = {}
+        shared = snapshot.shared_memory()
         for part in module.modules():
             for name, buffer in part._buffers.items():
-                if buffer is not None:
+                if buffer is not None and TensorKey.of(buffer).storage not in shared:
                     part._buffers[name] = copies.setdefault(buffer, buffer.detach().clone())
         yield snapshot
 
@@ -119,7 +135,9 @@ def _shallow(value: Any) -> Any:
 
 def _refill(container: Any, content: Any) -> None:
     """Make a container hold `content` again. Attributes of `nn.Module` itself stay."""
-    if isinstance(container, MutableMapping):
+    if isinstance(container, np.ndarray):
+        np.copyto(container, content)
+    elif isinstance(container, MutableMapping):
         for key in [k for k in container if k not in content and k not in _OWN]:
             del container[key]
         if any(key not in container or container[key] is not content[key] for key in content):
@@ -140,6 +158,8 @@ def _is_other(a: Any, b: Any) -> bool:
 
 
 def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
+        return bool(np.array_equal(a, b))
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         same = a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
         return same and bool(torch.allclose(a, b, rtol=0, atol=0, equal_nan=True))

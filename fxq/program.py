@@ -59,7 +59,6 @@ class Program(nn.Module):
         self.notes = notes
         self.sqnr_db = sqnr_db
         self.attributes = dict(attributes or {})
-        self.returned_writes = _returned_writes(graph_module, signature)
         self.requires_grad_(False)
         super().train(False)
         mark_for_dynamo(graph_module)  # torch.compile finds it whatever it is called and stands in
@@ -95,8 +94,8 @@ class Program(nn.Module):
         leaves = list(self.graph_module(*inputs))
         for place, index in enumerate(self.signature.writes, self.signature.out_spec.num_leaves):
             leaves[place] = inputs[index].copy_(leaves[place])
-        for place, written in self.returned_writes.items():
-            leaves[place] = leaves[written]
+        for place, index in self.signature.returned.items():
+            leaves[place] = inputs[index]
         del leaves[self.signature.out_spec.num_leaves :]
         result = pytree.tree_unflatten(leaves, self.signature.out_spec)
         return result.to_tuple() if as_tuple and hasattr(result, "to_tuple") else result
@@ -111,11 +110,11 @@ class Program(nn.Module):
             UnsupportedError: an argument that the model writes to shares memory with another.
         """
         tensors = self.signature.flatten(args, kwargs, where, self.device)
+        inputs = [*tensors, *self.state.values()]
         if self.signature.writes and not torch.compiler.is_compiling():
-            names = [leaf.name for leaf in self.signature.tensors]
-            written = [index for index in self.signature.writes if index < len(tensors)]
-            check_apart(list(zip(names, tensors, strict=True)), written, where)
-        return [*tensors, *self.state.values()]
+            names = [*(leaf.name for leaf in self.signature.tensors), *self.signature.state]
+            check_apart(list(zip(names, inputs, strict=True)), self.signature.writes, where)
+        return inputs
 
     @property
     def state(self) -> dict[str, Tensor]:
@@ -171,8 +170,11 @@ class Program(nn.Module):
         Raises:
             ValueError: a change of dtype, which would change the scales.
         """
-        probe = fn(torch.empty(0, dtype=torch.float32, device=self.device))
-        if probe.dtype != torch.float32:
+        dtypes = {b.dtype for b in self.buffers() if b.is_floating_point()} | {torch.float32}
+        for dtype in dtypes:
+            probe = fn(torch.empty(0, dtype=dtype, device=self.device))
+            if probe.dtype == dtype:
+                continue
             raise ValueError(
                 f"expected a device, found the dtype {probe.dtype}: a Program's dtype is fixed "
                 "when it is made; "
@@ -194,15 +196,6 @@ class Program(nn.Module):
     def extra_repr(self) -> str:
         """Show the recipe."""
         return f"recipe={self.recipe}"
-
-
-def _returned_writes(gm: GraphModule, signature: Signature) -> dict[int, int]:
-    """Return which results of `gm` are new values of what the model writes to, and which of those:
-    the model returns the tensor it wrote to, not a copy."""
-    values: Any = gm.graph.output_node().args[0]
-    n_results = signature.out_spec.num_leaves
-    written = {value: place for place, value in enumerate(values[n_results:], n_results)}
-    return {i: written[v] for i, v in enumerate(values[:n_results]) if v in written}
 
 
 def plain_attributes(model: nn.Module | ExportedProgram) -> dict[str, Any]:

@@ -183,8 +183,9 @@ def _check_counts(gm: GraphModule, signature: Signature) -> None:
             f"expected a signature of {expected} tensors, arguments and results, as the graph has, "
             f"found {found}"
         )
-    if not all(type(i) is int and 0 <= i < n_inputs for i in signature.writes):
-        raise ValueError(f"expected writes to inputs of the graph, found {signature.writes}")
+    indices = (*signature.writes, *signature.returned, *signature.returned.values())
+    if not all(type(i) is int and 0 <= i < max(n_inputs, n_results) for i in indices):
+        raise ValueError(f"expected writes to inputs of the graph, found {indices}")
 
 
 def _check_state(gm: GraphModule, state: Mapping[str, Tensor]) -> None:
@@ -211,6 +212,7 @@ def _encode_signature(signature: Signature) -> dict[str, Any]:
         "excluded": encode(dict(signature.excluded)),
         "state": signature.state,
         "writes": signature.writes,
+        "returned": encode(dict(signature.returned)),
     }
 
 
@@ -228,6 +230,7 @@ def _decode_signature(data: Mapping[str, Any], device: torch.device) -> Signatur
         decode(data.get("excluded", {"dict": []}), {}, device),
         tuple(data.get("state", ())),
         tuple(data.get("writes", ())),
+        decode(data.get("returned", {"dict": []}), {}, device),
     )
 
 

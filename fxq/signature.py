@@ -74,6 +74,8 @@ class Signature:
             of the call.
         writes: which inputs of the graph, by index, the model writes to. The graph returns their
             new values after the leaves of the result.
+        returned: which leaves of the result are, in the model, the very tensor that an input of the
+            graph stands for, by index, and not a copy of it.
     """
 
     names: tuple[str, ...]
@@ -88,6 +90,7 @@ class Signature:
     excluded: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     state: tuple[str, ...] = ()
     writes: tuple[int, ...] = ()
+    returned: Mapping[int, int] = field(default_factory=dict)
 
     def flatten(
         self,

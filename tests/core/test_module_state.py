@@ -3,6 +3,7 @@
 from collections import deque
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ class Keeps(nn.Module):
         self.last: deque[int] = deque([0], maxlen=2)
         self.names = {"x"}
         self.cache = Cache()
+        self.array = np.zeros(2)
         self.child = nn.Identity()
 
 
@@ -46,6 +48,7 @@ CHANGES = {
     "names.'y'": lambda m: m.names.add("y"),
     "cache.layers.0": lambda m: m.cache.layers.append(torch.ones(1)),
     "cache.extra": lambda m: setattr(m.cache, "extra", 1),
+    "array": lambda m: m.array.fill(1),
     "child.kept": lambda m: setattr(m.child, "kept", 1),
 }
 
@@ -124,3 +127,16 @@ def test_buffers_that_are_spared_are_never_written_to() -> None:
     assert module.child.same is count
     assert count._version == 0
     assert module.plain == 0
+
+
+def test_buffers_that_share_memory_keep_sharing_it() -> None:
+    module = Keeps()
+    module.register_buffer("part", module.count[:1])
+    module.seen = module.tensor
+
+    with spared(module):
+        module.count.add_(1)
+        assert module.part == 1
+
+    assert not module.count.any()
+    assert not module.part.any()

@@ -47,6 +47,53 @@ def test_a_program_returns_the_very_tensors_it_wrote_to() -> None:
     assert result["given"] is example[0]
 
 
+def test_a_result_that_was_copied_into_a_buffer_stays_what_it_was() -> None:
+    class Keeps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("last", torch.zeros(2, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = x * 2
+            self.last.copy_(y)
+            return y
+
+    program = fxq.compress(Keeps().eval(), torch.ones(2, 4), FLOAT)
+
+    first = program(torch.ones(2, 4))
+    program(torch.full((2, 4), 5.0))
+    first_again = first.clone()
+    first.fill_(9)
+
+    assert torch.equal(first_again, torch.full((2, 4), 2.0))
+    assert torch.equal(program.state["last"], torch.full((2, 4), 10.0))
+
+
+def test_a_buffer_with_two_names_that_is_written_to_is_refused_or_right() -> None:
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("count", torch.zeros(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.count += 1
+            return x + self.count
+
+    inner = Inner()
+    model = nn.Sequential(inner, nn.Sequential(inner)).eval()
+
+    with pytest.raises(UnsupportedError, match=r"cannot be captured by torch\.export"):
+        fxq.capture(model, torch.randn(2, 4))
+    assert not inner.count.any()
+
+
+def test_an_argument_that_shares_memory_with_the_state_is_refused() -> None:
+    program = fxq.compress(Assigned().eval(), torch.randn(4, 3), FLOAT)
+
+    with pytest.raises(UnsupportedError, match="'mean', which the model writes to"):
+        program(program.state["mean"].expand(4, 3))
+
+
 def test_a_program_is_reset_copied_and_read_by_its_state() -> None:
     program = fxq.compress(seeded(), calls(Cache)[0], FLOAT)
     run(program, calls(Cache))

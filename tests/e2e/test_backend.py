@@ -1,9 +1,11 @@
 """The backend: compiled equals simulated, weights are never stale, nothing is silent."""
 
 import copy
+import gc
 import pickle
 import subprocess
 import sys
+import weakref
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -505,3 +507,15 @@ def test_what_a_program_left_float_stays_float(decisions: Decisions) -> None:
 
     assert sqnr_db(expected, found) > 60
     assert len(decisions[0]) == 2
+
+
+def test_compiled_code_goes_with_the_weights_it_was_compiled_for() -> None:
+    seen = []
+    for _ in range(2):
+        model = Block().eval().requires_grad_(False)
+        torch.compile(model, backend="fxq", options={"recipe": "float"})(torch.randn(2, 5, 64))
+        seen.append(weakref.ref(next(model.parameters())))
+        del model
+    gc.collect()
+
+    assert [reference() for reference in seen] == [None, None]

@@ -112,6 +112,14 @@ def test_changing_the_dtype_is_refused() -> None:
         program.half()
 
 
+def test_a_bfloat16_program_is_not_made_float_in_silence() -> None:
+    x = torch.randn(2, 8).bfloat16()
+    program = fxq.compress(nn.Linear(8, 8).bfloat16().eval(), x, "w8")
+
+    with pytest.raises(ValueError, match=r"found the dtype torch\.float32"):
+        program.float()
+
+
 def linear() -> SimpleNamespace:
     return SimpleNamespace(model=nn.Linear(8, 8).eval(), x=torch.randn(2, 8))
 
