@@ -42,6 +42,10 @@ FOUND = {
     "flux": (28, 0, 2, 0, 12),
     "cogvideox": (13, 1, 1, 0, 8),
 }
+FIXED_BATCH: tuple[str, ...] = ()
+if torch.__version__.startswith("2.11."):
+    FOUND["imagegpt"] = (5, 0, 0, 2, 3)  # transformers adds a second mask there
+    FIXED_BATCH = ("hunyuan_video",)  # tracing `repeat_interleave` makes constants of sizes
 NORMS = (torch.ops.aten.layer_norm.default, torch.ops.aten.rms_norm.default)
 
 
@@ -71,13 +75,14 @@ def test_model_families_are_captured_canonically_and_compute_the_same(name: str)
 
     gm, signature = captured.graph_module, captured.signature
     ATEN.check(gm)
-    assert captured.notes == ()
+    fixed = ("the model fixes its batch at 1",) if name in FIXED_BATCH else ()
+    assert captured.notes == fixed
     kinds = collections.Counter(kind_of(n) for n in gm.graph.nodes)
     norms = sum(n.target in NORMS for n in gm.graph.nodes)
     found = (kinds["linear"], kinds["conv"], kinds["attention"], kinds["matmul"], norms)
     assert found == FOUND[name]
     batch = tree_leaves(example)[0].shape[0]
-    for copies in (1, 2, 5):
+    for copies in (1,) if fixed else (1, 2, 5):
         inputs = tree_map(
             lambda v, c=copies: torch.cat([v] * c) if v.ndim and v.shape[0] == batch else v, example
         )

@@ -1,5 +1,6 @@
 """What the tests of scaling passes share: graphs in fp64 and random factors."""
 
+import functools
 from typing import Any
 
 import torch
@@ -9,9 +10,16 @@ from torch.fx import GraphModule
 from torch.utils._pytree import tree_map
 
 import fxq
-from fxq.graph import propagate
+from fxq.graph import copy_graph, propagate
 from fxq.passes.common.scaling import ScaleSite, Scaling
 from fxq.signature import split_inputs
+
+
+@functools.cache
+def captured(name: str) -> tuple[fxq.capturing.Captured, Any]:
+    """Return a family captured once, and its example."""
+    model, example = seeded(ZOO[name])
+    return fxq.capture(model, example), example
 
 
 def family(name: str, dtype: torch.dtype = torch.float32) -> tuple[GraphModule, list[Any]]:
@@ -21,20 +29,19 @@ def family(name: str, dtype: torch.dtype = torch.float32) -> tuple[GraphModule, 
         is_float = isinstance(value, Tensor) and value.is_floating_point()
         return value.to(dtype) if is_float else value
 
-    model, example = seeded(ZOO[name])
-    example = tree_map(cast, example)
-    captured = fxq.capture(model.to(dtype), example)
-    gm = captured.graph_module
+    found, example = captured(name)
+    gm = copy_graph(found.graph_module)
     if dtype is torch.float64:
         for node in gm.graph.nodes:
+            if node.op == "placeholder":
+                node.meta["val"] = cast(node.meta["val"])
             same = (node.args, node.kwargs)
             node.args, node.kwargs = tree_map(lambda a: dtype if a is torch.float32 else a, same)
-        # Constants that the model casts to fp32.
         gm.load_state_dict(tree_map(cast, dict(gm.state_dict())), assign=True)
         propagate(gm)
         gm.recompile()
     args, kwargs = split_inputs(example)
-    return gm, captured.signature.flatten(args, kwargs, "test", None)
+    return gm, tree_map(cast, found.signature.flatten(args, kwargs, "test", None))
 
 
 def random_scaling(site: ScaleSite, seed: int) -> Scaling:

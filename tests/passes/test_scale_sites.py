@@ -38,6 +38,8 @@ TABLE: dict[str, dict[str, int]] = {
     "flux": {"modulate": 6, "value": 2, "quantizer": 12},
     "cogvideox": {"modulate": 3, "value": 1, "quantizer": 8},
 }  # fmt: skip
+if torch.__version__.startswith("2.11."):  # transformers adds a second mask: no attention to see
+    TABLE["imagegpt"] = {"norm": 3, "quantizer": 2}
 
 
 def find(model: nn.Module, *inputs: Tensor) -> ScaleSites:
