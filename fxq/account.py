@@ -4,12 +4,12 @@ is.
 Linear, convolution, matmul, einsum that contracts two or more tensors, and attention have a kind of
 their own; any other operator that torch counts products in, such as a recurrent layer, is a kind by
 its name (`fxq.flops`). The cost of everything else grows with the number of elements only. Each
-operator that multiplies is quantized or sparse, or carries a `Skip` that says why not.
+operator that multiplies is quantized or sparse, or its record (`fxq.layer`) says why not.
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ import fxq.rectified_attention.op  # noqa: F401  registers the operator
 from fxq.einsum import Equation
 from fxq.flops import counted_flops
 from fxq.graph import args_of, constant_of, hint, is_constant, is_op, owner_name, shape_of, val_of
+from fxq.layer import Layer, Skip, layer_of
 
 aten = torch.ops.aten
 
@@ -48,20 +49,6 @@ KIND_OF: dict[Any, str] = {target: kind for kind, targets in KINDS.items() for t
 
 
 @dataclass(frozen=True)
-class Skip:
-    """Why an operator stays float.
-
-    Args:
-        reason: for a person to read.
-        intended: the recipe or its user wants it so; otherwise something stood in the way, and
-            `strict` raises.
-    """
-
-    reason: str
-    intended: bool
-
-
-@dataclass(frozen=True)
 class Row:
     """One operator of the account.
 
@@ -70,19 +57,25 @@ class Row:
         module: qualified name of the module it came from.
         kind: a key of `KINDS`, or the operator's name.
         flops: floating-point operations, a multiply-add counting as two.
-        format: `"int8 x int8"` and the like (activation x weight), how sparse an attention is, None
-            where float and dense.
-        skip: why float, None where quantized or about to be.
-        note: a remark of the pass that quantized it.
+        layer: its record.
     """
 
     node: str
     module: str
     kind: str
     flops: int
-    format: str | None
-    skip: Skip | None
-    note: str | None
+    layer: Layer
+
+    @property
+    def format(self) -> str | None:
+        """`"int8 x int8"` and the like (activation x weight), how sparse an attention is, None
+        where float and dense."""
+        return self.layer.format
+
+    @property
+    def skip(self) -> Skip | None:
+        """Why float, None where quantized or about to be."""
+        return self.layer.skip
 
 
 def kind_of(node: Node) -> str | None:
@@ -92,17 +85,6 @@ def kind_of(node: Node) -> str | None:
     if kind is None and counted_flops(node):
         return str(node.target._opname)  # type: ignore[union-attr]
     return None if kind == "einsum" and not Equation.of(node).contracts else kind
-
-
-def mark_skip(node: Node, skip: Skip) -> None:
-    """Record why `node` stays float."""
-    node.meta["fxq_skip"] = skip
-
-
-def add_note(node: Node, note: str) -> None:
-    """Add a remark that the report shows beside `node`."""
-    notes = [node.meta["fxq_note"]] if "fxq_note" in node.meta else []
-    node.meta["fxq_note"] = "; ".join([*notes, note])
 
 
 def flops_of(node: Node, sizes: Mapping[str, int] | None = None) -> int:
@@ -152,14 +134,9 @@ def account(gm: GraphModule, sizes: Mapping[str, int] | None = None) -> list[Row
         kind = kind_of(node)
         if kind is None:
             continue
-        format = node.meta.get("fxq_format") or sparse_format(node)
-        skip = None
-        if format is None and "fxq_spec" not in node.meta:
-            skip = node.meta.get("fxq_skip", Skip("no pass looked at it", intended=False))
-        note = node.meta.get("fxq_note")
-        rows.append(
-            Row(node.name, owner_name(node), kind, flops_of(node, sizes), format, skip, note)
-        )
+        layer = layer_of(node)
+        layer = replace(layer, format=layer.format or sparse_format(node))
+        rows.append(Row(node.name, owner_name(node), kind, flops_of(node, sizes), layer))
     return rows
 
 

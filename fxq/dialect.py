@@ -22,6 +22,7 @@ from torch.fx import GraphModule, Node
 import fxq.ops
 import fxq.rectified_attention.op  # noqa: F401  like fxq.ops, registers operators of QUANTIZED
 from fxq.errors import PassError
+from fxq.formats import CONTAINERS
 from fxq.graph import is_settled
 from fxq.observers import RangeObserver
 
@@ -102,7 +103,7 @@ def _quantized(node: Node) -> str | None:
             return "a kernel; kernels belong to LOWERED"
         if name == "dequantize" and "val" in node.args[0].meta:  # type: ignore[union-attr]
             dtype = node.args[0].meta["val"].dtype  # type: ignore[union-attr]
-            return None if dtype in (torch.int8, torch.uint8) else f"codes of dtype {dtype}"
+            return None if dtype in CONTAINERS else f"codes of dtype {dtype}"
         return None
     return _aten(node)
 

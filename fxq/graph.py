@@ -13,6 +13,8 @@ from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
+from fxq.layer import LAYER
+
 aten = torch.ops.aten
 
 # Operators that only re-index a constant: what a weight may go through before it is used.
@@ -35,7 +37,6 @@ RUNTIME_STATE = "runtime_state"
 # Key in a node's meta: it is decided what the node does, and passes leave it as it is. True of all
 # that came from a `Program`.
 SETTLED = "fxq_settled"
-CARRIED = ("fxq_format", "fxq_note", "fxq_skip")  # what the account of a settled node needs
 
 
 def is_op(node: Any, *targets: Any) -> bool:
@@ -218,14 +219,14 @@ def inherit(node: Node, origin: Node) -> None:
 
 
 def mark_for_dynamo(gm: GraphModule) -> None:
-    """Have Dynamo know every node of `gm` again as settled, with what its account needs.
+    """Have Dynamo know every node of `gm` again as settled, with its record.
 
     When Dynamo traces through a GraphModule it copies a few keys of its nodes' meta; "custom" is
     the one of them that is free.
     """
     for node in gm.graph.nodes:
-        carried = {key: node.meta[key] for key in CARRIED if key in node.meta}
-        node.meta["custom"] = {**node.meta.get("custom", {}), SETTLED: carried}
+        record = {LAYER: node.meta[LAYER]} if LAYER in node.meta else {}
+        node.meta["custom"] = {**node.meta.get("custom", {}), SETTLED: record}
 
 
 def settle_marked(gm: GraphModule) -> None:

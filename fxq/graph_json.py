@@ -22,9 +22,9 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._sympy.numbers import int_oo
 
-from fxq.account import Skip
 from fxq.errors import UnsupportedError
 from fxq.graph import hint, val_of
+from fxq.layer_json import decode_layer, encode_layer
 
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 PATH = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*", re.ASCII)
@@ -49,7 +49,6 @@ CONSTANTS = {
     for value in vars(torch).values()
     if isinstance(value, torch.dtype | torch.layout | torch.memory_format)
 }
-META = ("fxq_format", "fxq_note", "fxq_scaled")  # what is kept as it is
 
 
 def encode(value: Any) -> Any:
@@ -234,9 +233,8 @@ def _encode_input(value: Any, symbols: dict[str, Any]) -> dict[str, Any]:
 
 
 def _encode_meta(node: Node) -> dict[str, Any]:
-    meta: dict[str, Any] = {key: node.meta[key] for key in META if key in node.meta}
-    if skip := node.meta.get("fxq_skip"):
-        meta["fxq_skip"] = [skip.reason, skip.intended]
+    layer = encode_layer(node)
+    meta: dict[str, Any] = {} if layer is None else {"layer": layer}
     stack = list(node.meta.get("nn_module_stack", {}).values())
     if stack and stack[-1][0]:
         meta["module"] = stack[-1][0]  # all that `graph.owner_name` reads
@@ -292,8 +290,6 @@ def _decode_input(
 
 
 def _decode_meta(node: Node, meta: Mapping[str, Any]) -> None:
-    node.meta |= {key: meta[key] for key in META if key in meta}
-    if "fxq_skip" in meta:
-        node.meta["fxq_skip"] = Skip(*meta["fxq_skip"])
+    decode_layer(node, meta)
     if "module" in meta:
         node.meta["nn_module_stack"] = {"module": (meta["module"], "")}

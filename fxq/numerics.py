@@ -119,9 +119,14 @@ def guard_scale(x: Tensor, scale: Tensor) -> Tensor:
 
 
 def quantize(
-    x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    quant_min: int,
+    quant_max: int,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Return the codes of `x`: int8, or uint8 where `quant_max` exceeds 127.
+    """Return the codes of `x`: int8, uint8 where `quant_max` exceeds 127, or `dtype`.
 
     Args:
         x: values, any float dtype.
@@ -129,8 +134,12 @@ def quantize(
         zero_point: int32 in the shape of `scale`, or None for 0.
         quant_min: smallest code.
         quant_max: largest code.
+        dtype: of codes in floating point, which the cast to it rounds.
     """
-    codes = torch.round(x.float() * expand_blocks(1.0 / scale, x.shape))
+    codes = x.float() * expand_blocks(1.0 / scale, x.shape)
+    if dtype is not None:
+        return codes.clamp(quant_min, quant_max).to(dtype)
+    codes = torch.round(codes)
     if zero_point is not None:
         codes = codes + expand_blocks(zero_point, x.shape)
     return codes.clamp(quant_min, quant_max).to(codes_dtype(quant_max))
@@ -147,7 +156,7 @@ def dequantize(
     """Return the values that `codes` stand for.
 
     Args:
-        codes: int8 or uint8.
+        codes: int8, uint8 or 8-bit floating point.
         scale: fp32, one entry per block of `codes`.
         zero_point: int32 in the shape of `scale`, or None for 0.
         dtype: float dtype of the result; the product is computed in fp32.

@@ -18,17 +18,27 @@ from fxq.spec import scale_shape
 
 @torch.library.custom_op("fxq::quantize", mutates_args=())
 def quantize(
-    x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    quant_min: int,
+    quant_max: int,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Return the codes of `x`. Shapes and dtypes: `fxq.numerics.quantize`."""
-    return numerics.quantize(x, scale, zero_point, quant_min, quant_max)
+    return numerics.quantize(x, scale, zero_point, quant_min, quant_max, dtype)
 
 
 @quantize.register_fake
 def _(
-    x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    quant_min: int,
+    quant_max: int,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    return x.new_empty(x.shape, dtype=numerics.codes_dtype(quant_max))
+    return x.new_empty(x.shape, dtype=dtype or numerics.codes_dtype(quant_max))
 
 
 @torch.library.custom_op("fxq::dequantize", mutates_args=())

@@ -118,7 +118,7 @@ def report(program: Program, inputs: Inputs | None = None) -> Report:
     _, decisions = lower(program.graph_module, program.device, sizes)
     rows = []
     for row in account(program.graph_module, sizes):
-        note = row.note or ""
+        note = row.layer.remarks
         if row.skip is not None:
             rows.append(ReportRow(row, "float", None, row.skip.reason))
             continue

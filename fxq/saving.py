@@ -28,13 +28,15 @@ from fxq.dialect import QUANTIZED
 from fxq.errors import FxqWarning, UnsupportedError
 from fxq.graph import propagate, val_of
 from fxq.graph_json import decode, decode_graph, encode, encode_graph
+from fxq.layer_json import adopt_tensors, tensors_of
 from fxq.packing import check_seal, decode_tensors, encode_tensors, register, seal
 from fxq.program import PLAIN, Config, Program
 from fxq.signature import Leaf, Signature
 from fxq.vetting import check_arithmetic, check_graph, check_values
 
-VERSION = 2  # 1 had no checksum
-STATE = "state:"  # before the names of a program's state; no name in a graph has a colon
+VERSION = 3  # 1 had no checksum, 2 no records of layers
+# Before the names of state and of records' tensors; no name in a graph has a colon.
+STATE, LAYERS = "state:", "layer:"
 # What a file may cause to be imported: the modules in which two libraries keep the classes that
 # their models return, and which register them with torch's pytree and do nothing else.
 RESULT_MODULES = frozenset({"transformers.modeling_outputs", "diffusers.models.modeling_outputs"})
@@ -59,8 +61,10 @@ def save(program: Program, path: str | os.PathLike[str]) -> None:
     gm = program.graph_module
     QUANTIZED.check(gm)
     tensors, table = encode_tensors(gm)
-    state, state_table = encode_tensors(program.states)
-    tensors |= {f"{STATE}{name}": value for name, value in state.items()}
+    tables = {}
+    for prefix, holder in ((STATE, program.states), (LAYERS, tensors_of(gm))):
+        more, tables[prefix] = encode_tensors(holder)
+        tensors |= {f"{prefix}{name}": value for name, value in more.items()}
     attributes, config, dropped = _encode_attributes(program.attributes)
     content = {
         "version": VERSION,
@@ -71,7 +75,8 @@ def save(program: Program, path: str | os.PathLike[str]) -> None:
         "signature": _encode_signature(program.signature),
         "graph": encode_graph(gm),
         "tensors": table,
-        "state": state_table,
+        "state": tables[STATE],
+        "layers": tables[LAYERS],
         "attributes": attributes,
         "config": config,
         "dropped": dropped,
@@ -143,9 +148,11 @@ def _decode_program(
     content: Mapping[str, Any], stored: Mapping[str, Tensor], device: torch.device
 ) -> Program:
     gm = GraphModule(nn.Module(), Graph())
-    kept = {name[len(STATE) :]: value for name, value in stored.items() if name.startswith(STATE)}
-    of_graph = {name: value for name, value in stored.items() if not name.startswith(STATE)}
-    for name, value in decode_tensors(content["tensors"], of_graph, device).items():
+    parts: dict[str, dict[str, Tensor]] = {"": {}, STATE: {}, LAYERS: {}}
+    for name, value in stored.items():
+        prefix = next((p for p in (STATE, LAYERS) if name.startswith(p)), "")
+        parts[prefix][name[len(prefix) :]] = value
+    for name, value in decode_tensors(content["tensors"], parts[""], device).items():
         register(gm, name, value)
     graph = decode_graph(content["graph"], device)
     graph.lint()
@@ -154,6 +161,7 @@ def _decode_program(
     propagate(gm, before=check_arithmetic)
     check_values(graph)
     QUANTIZED.check(gm)
+    adopt_tensors(gm, decode_tensors(content.get("layers", []), parts[LAYERS], device))
     signature = _decode_signature(content["signature"], device)
     _check_counts(gm, signature)
     attributes = decode(content["attributes"], {}, device)
@@ -161,7 +169,7 @@ def _decode_program(
         attributes["config"] = Config(**decode(content["config"], {}, device))
     sqnr_db = decode(content.get("sqnr_db"), {}, device)
     sqnr_db = None if sqnr_db is None else float(sqnr_db)
-    state = decode_tensors(content.get("state", []), kept, device)
+    state = decode_tensors(content.get("state", []), parts[STATE], device)
     initial = {name: state[f"initial.{name}"] for name in signature.state}
     _check_state(gm, initial)
     notes = tuple(content["notes"])

@@ -1,4 +1,4 @@
-"""What to quantize a tensor to: bits, symmetry, granularity, and how its range is found.
+"""What to quantize a tensor to: format, symmetry, granularity, and how its range is found.
 
 Plain frozen values. A granularity is a description of the *shape of the scale*: it names, for each
 dimension of a tensor, how many neighbouring elements share one scale (its *block*). `ALL` means the
@@ -8,8 +8,10 @@ question: both are legal with every granularity.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
+
+from fxq.formats import Format, Integer
 
 ALL = -1  # block entry: the whole dimension shares one scale
 
@@ -164,14 +166,14 @@ class Entropy:
 Observer = MinMax | MovingAverage | Percentile | MeanSquaredError | Entropy
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class QuantSpec:
     """How one tensor is quantized.
 
     Args:
-        bits: width of a code, 2 to 8. Codes are stored as int8 whatever their width.
+        bits: shorthand for `format=Integer(bits)`.
         symmetric: zero-point 0 and codes in `[-(2^(bits-1) - 1), 2^(bits-1) - 1]`; otherwise affine
-            on the whole range.
+            on the whole range. Floating point is symmetric.
         granularity: which elements share a scale.
         dynamic: compute the range from each tensor at run time instead of from calibration data.
         observer: how a static range is found. Ignored where dynamic.
@@ -180,33 +182,80 @@ class QuantSpec:
             codes and adds such pairs in int16 with saturation: 255 * 128 = 32640 fits. Costs up to
             2.5 dB of the weight's own SQNR (Gaussian), about 0.5 dB behind quantized activations,
             and buys the plain int8 kernel on every x86.
+        format: of the codes; 8-bit integers unless given.
     """
 
-    bits: int = 8
-    symmetric: bool = True
-    granularity: Granularity = field(default_factory=PerTensor)
-    dynamic: bool = False
-    observer: Observer = field(default_factory=MinMax)
-    pair_safe: bool = False
+    format: Format
+    symmetric: bool
+    granularity: Granularity
+    dynamic: bool
+    observer: Observer
+    pair_safe: bool
 
-    def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8:
-            raise ValueError(f"QuantSpec.bits: expected 2 to 8, found {self.bits}")
-        if self.pair_safe and (not self.symmetric or self.granularity != PerChannel(0)):
+    def __init__(
+        self,
+        bits: int | None = None,
+        symmetric: bool = True,
+        granularity: Granularity | None = None,
+        dynamic: bool = False,
+        observer: Observer | None = None,
+        pair_safe: bool = False,
+        *,
+        format: Format | None = None,
+    ) -> None:
+        if bits is not None and not isinstance(format, Integer | None):
+            raise ValueError(f"QuantSpec: bits= is for integers, found bits={bits} with {format!r}")
+        values = {
+            "format": format or Integer() if bits is None else Integer(bits),
+            "symmetric": symmetric,
+            "granularity": PerTensor() if granularity is None else granularity,
+            "dynamic": dynamic,
+            "observer": MinMax() if observer is None else observer,
+            "pair_safe": pair_safe,
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+        self._check()
+
+    def _check(self) -> None:
+        is_integer = isinstance(self.format, Integer)
+        if self.pair_safe and not (
+            is_integer and self.symmetric and self.granularity == PerChannel(0)
+        ):
             raise ValueError(
-                "QuantSpec.pair_safe needs symmetric=True and PerChannel(0), found "
-                f"symmetric={self.symmetric} and {self.granularity}"
+                "QuantSpec.pair_safe needs integers, symmetric=True and PerChannel(0), found "
+                f"{self.format}, symmetric={self.symmetric} and {self.granularity}"
             )
+        if not is_integer and not self.symmetric:
+            raise ValueError(f"QuantSpec: {self.format} has no zero-point; use symmetric=True")
+        if not is_integer and isinstance(self.observer, MeanSquaredError | Entropy):
+            raise ValueError(
+                f"QuantSpec: {self.observer} searches a range for integers, found {self.format}; "
+                "use MinMax() or Percentile()"
+            )
+
+    @property
+    def bits(self) -> int:
+        """Width of a code."""
+        return self.format.bits
 
     @property
     def quant_min(self) -> int:
         """Smallest code."""
-        return -self.quant_max if self.symmetric else -self.quant_max - 1
+        return self.format.grid(symmetric=self.symmetric)[0]
 
     @property
     def quant_max(self) -> int:
         """Largest code."""
-        return int(2 ** (self.bits - 1) - 1)
+        return self.format.grid(symmetric=self.symmetric)[1]
+
+    @property
+    def grid(self) -> tuple[Any, ...]:
+        """What `quantize` needs to know of the codes: the smallest, the largest, and the dtype of
+        those that are not int8."""
+        low, high = self.format.grid(symmetric=self.symmetric)
+        dtype = self.format.dtype
+        return (low, high) if isinstance(self.format, Integer) else (low, high, dtype)
 
 
 @dataclass(frozen=True)

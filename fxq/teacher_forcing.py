@@ -16,6 +16,7 @@ from torch.fx.node import map_arg
 
 import fxq.ops  # noqa: F401  registers the operators
 from fxq.graph import args_of, is_op, shape_of
+from fxq.layer import layer_of
 from fxq.numerics import sqnr_db
 
 ops = torch.ops.fxq
@@ -44,7 +45,7 @@ def compare_layer(
         call: what the module was given and returned.
         recorded: the values of the program's nodes by name.
     """
-    operands, scaled = args_of(node), node.meta.get("fxq_scaled", ())
+    operands, scaled = args_of(node), layer_of(node).scaled
     if "shift" in scaled:
         return "a scaling pass shifted its input or output"
     weight = _weight_as_used(node, module, call)

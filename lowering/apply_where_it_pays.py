@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule
 
-from fxq.account import Skip, mark_skip
 from fxq.graph import SETTLED, copy_graph, is_settled
+from fxq.layer import Skip, layer_of, treat
 from fxq.lowering.decision import Decision
 from fxq.lowering.lower import lower
 from fxq.pipeline import Recipe
@@ -70,7 +70,7 @@ def _settled(gm: GraphModule, left: Mapping[str, str]) -> GraphModule:
     for node in copied.graph.nodes:
         if node.name in left:
             node.meta[SETTLED] = True
-            mark_skip(node, Skip(f"no kernel pays here: {left[node.name]}", intended=True))
+            treat(node, "lowering", Skip(f"no kernel pays here: {left[node.name]}", intended=True))
     return copied
 
 
@@ -79,7 +79,7 @@ def _unsettled_origins(gm: GraphModule, applied: Applied) -> dict[str, str]:
     sources = {node.name for node in gm.graph.nodes if not is_settled(node)} - set(applied.left)
     declined = applied.declined
     origins = {
-        str(node.meta.get("fxq_origin", node.name)): declined[node.name]
+        layer_of(node).origin: declined[node.name]
         for node in applied.quantized.graph.nodes
         if node.name in declined
     }

@@ -33,6 +33,7 @@ from fxq.graph import (
     weight_of,
 )
 from fxq.identity import TensorKey
+from fxq.layer import LAYER, check_weight, layer_of, treat
 from fxq.observers import RangeObserver
 from fxq.pipeline import Pass
 from fxq.spec import LayerSpec, QuantSpec, block_of
@@ -49,17 +50,23 @@ class Convert(Pass):
     writes: ClassVar[Dialect] = QUANTIZED
 
     def run(self, gm: GraphModule) -> PassResult:
-        """Convert every layer that carries a `LayerSpec`."""
+        """Convert every layer that has a `LayerSpec`."""
         conversion = _Conversion(gm)
-        layers = [n for n in gm.graph.nodes if "fxq_spec" in n.meta]
-        for layer in layers:
-            conversion.convert(layer, layer.meta.pop("fxq_spec"))
+        layers = pending_layers(gm)
+        for layer, spec in layers:
+            conversion.convert(layer, spec)
         gm.graph.eliminate_dead_code()  # observers of layers' inputs have done their part
         others = [n for n in gm.graph.nodes if n.op == "call_module"]
         for edge in others:
             conversion.convert_edge(edge)
         erase_dead(gm)
         return PassResult(gm, modified=bool(layers or others))
+
+
+def pending_layers(gm: GraphModule) -> list[tuple[Node, LayerSpec]]:
+    """Return the layers of an observed graph that are to be quantized, with how."""
+    records = [(node, layer_of(node)) for node in gm.graph.nodes if LAYER in node.meta]
+    return [(node, layer.spec) for node, layer in records if layer.spec and layer.is_pending]
 
 
 def quantize_weight(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -84,7 +91,7 @@ def quantize_weight(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor, Te
         low, high, spec.quant_min, spec.quant_max, symmetric=spec.symmetric
     )
     zero = None if spec.symmetric else zero_point
-    return numerics.quantize(weight, scale, zero, spec.quant_min, spec.quant_max), scale, zero
+    return numerics.quantize(weight, scale, zero, *spec.grid), scale, zero
 
 
 class _Conversion:
@@ -114,10 +121,11 @@ class _Conversion:
                 aten._to_copy.default, (layer,), {"dtype": model_dtype}, after=layer
             )
             layer.replace_all_uses_with(result, delete_user_cb=lambda user: user is not result)
-        layer.meta["fxq_format"] = " x ".join(
-            str(model_dtype).removeprefix("torch.") if part is None else f"int{part.bits}"
+        format = " x ".join(
+            str(model_dtype).removeprefix("torch.") if part is None else str(part.format)
             for part in (spec.activation, spec.weight)
         )
+        treat(layer, Convert.__name__, format, format=format)
 
     def convert_edge(self, edge: Node) -> None:
         """Quantize an observed edge that no layer's input is: all its readers see the result."""
@@ -129,21 +137,25 @@ class _Conversion:
         spec = observer.spec
         name = str(edge.target).removesuffix("_observer")
         qparams = self.qparams(edge, name, scale, None if spec.symmetric else zero)
-        grid = (spec.quant_min, spec.quant_max)
-        codes = insert_call(ops.quantize.default, (source, *qparams, *grid), after=source)
+        codes = insert_call(ops.quantize.default, (source, *qparams, *spec.grid), after=source)
         guarded = (self.guarded(source, qparams[0]), qparams[1])
         value = insert_call(ops.dequantize.default, (codes, *guarded, dtype_of(edge)), after=codes)
         edge.replace_all_uses_with(value)
 
     def weight(self, layer: Node, spec: QuantSpec, dtype: torch.dtype) -> Node:
-        """Return the dequantized weight of `layer`, shared with every layer that has the same
-        one."""
-        value = weight_of(layer)
-        key = (TensorKey.of(value), spec, dtype)
+        """Return the dequantized weight of `layer`, shared with every layer that has the same one
+        and the same codes for it, where a method has fixed them."""
+        value, fixed = weight_of(layer), layer_of(layer).weight
+        key = (TensorKey.of(value if fixed is None else fixed.codes), spec, dtype)
         if key not in self.weights:
             name = owner_name(layer)
             try:
-                codes, scale, zero = quantize_weight(value, spec)
+                check_weight(layer_of(layer), value)
+                codes, scale, zero = (
+                    quantize_weight(value, spec)
+                    if fixed is None
+                    else (fixed.codes, fixed.scale, fixed.zero_point)
+                )
             except ValueError as error:
                 raise ValueError(f"weight of {name}: {error}") from error
             # Buffers go to the front of the graph, each before the last: behind the first, all are
@@ -162,11 +174,10 @@ class _Conversion:
         if (edge, spec) not in self.inputs:
             find = self.dynamic_qparams if spec.dynamic else self.static_qparams
             source, scale, zero = find(layer, edge, spec)
-            grid = (spec.quant_min, spec.quant_max)
             source, divisor = self.take_in_product(layer, source, scale)
             codes = insert_call(
                 ops.quantize.default,
-                (source, divisor, zero, *grid),
+                (source, divisor, zero, *spec.grid),
                 after=source if not spec.dynamic else zero or scale,
                 like=layer,
             )
@@ -214,7 +225,7 @@ class _Conversion:
     def take_in_product(self, layer: Node, source: Node, scale: Node) -> tuple[Node, Node]:
         """Return what to quantize and with which scale: a product with a constant per channel that
         a scaling pass put in front of a static quantizer becomes part of the scale."""
-        if "fxq_reciprocal" not in source.meta or scale.op != "get_attr":
+        if not layer_of(layer).divided or scale.op != "get_attr":
             return source, scale
         step, factor = tensor_of(self.gm, scale), constant_of(args_of(source)[1])
         if step.numel() > 1:

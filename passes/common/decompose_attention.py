@@ -12,9 +12,10 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
-from fxq.account import ATTENTION, Skip, mark_skip
+from fxq.account import ATTENTION
 from fxq.dialect import ATEN, Dialect
 from fxq.graph import args_of, dtype_of, insert_call, is_op, is_settled, shape_of
+from fxq.layer import Skip, hand_on, treat
 from fxq.pipeline import Pass
 
 aten = torch.ops.aten
@@ -34,7 +35,7 @@ class DecomposeAttention(Pass):
         for node in found:
             why = _decompose(node)
             if why is not None:
-                mark_skip(node, Skip(why, intended=False))
+                treat(node, type(self).__name__, Skip(why, intended=False))
             modified |= why is None
         return PassResult(gm, modified)
 
@@ -61,7 +62,11 @@ def _decompose(node: Node) -> str | None:
     elif mask is not None:
         scores = _call(aten.add.Tensor, (scores, mask), node)
     weights = _call(aten.softmax.int, (scores, -1), node)
-    node.replace_all_uses_with(_call(aten.matmul.default, (weights, v), node))
+    result = _call(aten.matmul.default, (weights, v), node)
+    for part in (product, result):
+        hand_on(node, part)
+        treat(part, DecomposeAttention.__name__, "a product of the attention, written out")
+    node.replace_all_uses_with(result)
     node.graph.erase_node(node)  # dead code elimination keeps it: it may draw random numbers
     return None
 

@@ -21,26 +21,29 @@ from fxq.errors import UnsupportedError
 from fxq.graph import args_of, copy_graph, insert_module, is_constant, owner_name, tensor_of
 from fxq.identity import TensorKey
 from fxq.observers import RangeObserver
-from fxq.passes.common.convert import quantize_weight
+from fxq.passes.common.convert import pending_layers, quantize_weight
 from fxq.spec import LayerSpec, QuantSpec, block_of
 
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor | None, low: int, high: int
+        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor | None, *grid: Any
     ) -> Tensor:
-        codes = numerics.quantize(x, scale, zero_point, low, high)
+        codes = numerics.quantize(x, scale, zero_point, *grid)
         value = numerics.dequantize(codes, scale, zero_point, x.dtype)
         wide = numerics.expand_blocks(scale, x.shape)
-        # In range is what no clamp moved: at most half a step from its code's value.
-        inside = (value.float() - x.float()).abs() <= wide * (0.5 + 2**-10)
+        # In range is what no clamp moved: at most half a step from its code's value, which in
+        # floating point is a step of the largest codes.
+        step = 1.0 if len(grid) == 2 else torch.finfo(grid[2]).eps * grid[1]
+        inside = (value.float() - x.float()).abs() <= wide * (step * (0.5 + 2**-10))
         slope = (value.float() - x.float() * inside) / wide if ctx.needs_input_grad[1] else None
         ctx.save_for_backward(inside, slope, scale)
+        ctx.n_constants = 1 + len(grid)
         return value
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         inside, slope, scale = ctx.saved_tensors
         of_scale = None
         if slope is not None:
@@ -48,22 +51,19 @@ class _StraightThrough(torch.autograd.Function):
                 leaf = scale.detach().requires_grad_()
                 wide = numerics.expand_blocks(leaf, slope.shape).expand(slope.shape)
             (of_scale,) = torch.autograd.grad(wide, leaf, grads[0].float() * slope)
-        return grads[0] * inside, of_scale, None, None, None
+        return grads[0] * inside, of_scale, *[None] * ctx.n_constants
 
 
-def fake_quantize(
-    x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int
-) -> Tensor:
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, *grid: Any) -> Tensor:
     """Return `x` rounded to codes and back, in its dtype; bit-equal to quantize and dequantize.
 
     Args:
         x: float, any shape.
         scale: fp32, > 0, one entry per block of `x`.
         zero_point: int32 in the shape of `scale`, or None for 0.
-        quant_min: smallest code.
-        quant_max: largest code.
+        grid: of the codes (`QuantSpec.grid`).
     """
-    value: Tensor = _StraightThrough.apply(x, scale, zero_point, quant_min, quant_max)
+    value: Tensor = _StraightThrough.apply(x, scale, zero_point, *grid)
     return value
 
 
@@ -88,7 +88,7 @@ class _StaticActivation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         spec = self.spec
-        return fake_quantize(x, self.scale, self.zero_point, spec.quant_min, spec.quant_max)
+        return fake_quantize(x, self.scale, self.zero_point, *spec.grid)
 
 
 class _DynamicActivation(nn.Module):
@@ -106,7 +106,7 @@ class _DynamicActivation(nn.Module):
             low, high, spec.quant_min, spec.quant_max, symmetric=spec.symmetric
         )
         zero = None if spec.symmetric else zero_point
-        return fake_quantize(x, scale, zero, spec.quant_min, spec.quant_max)
+        return fake_quantize(x, scale, zero, *spec.grid)
 
 
 class _Weight(nn.Module):
@@ -119,7 +119,7 @@ class _Weight(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         with torch.no_grad():
             _, scale, zero_point = quantize_weight(weight, self.spec)
-        return fake_quantize(weight, scale, zero_point, self.spec.quant_min, self.spec.quant_max)
+        return fake_quantize(weight, scale, zero_point, *self.spec.grid)
 
 
 def without_observers(gm: GraphModule) -> GraphModule:
@@ -151,8 +151,8 @@ def student_of(gm: GraphModule) -> GraphModule:
         observer = student.get_submodule(str(node.target))
         assert isinstance(observer, RangeObserver)
         student.add_submodule(str(node.target), _StaticActivation(observer))
-    for layer in [n for n in student.graph.nodes if "fxq_spec" in n.meta]:
-        _quantize_operands(student, layer, layer.meta["fxq_spec"])
+    for layer, spec in pending_layers(student):
+        _quantize_operands(student, layer, spec)
     _own_parameters(student, _trainable(student))
     student.graph.lint()
     student.recompile()
@@ -178,12 +178,7 @@ def _quantize_operands(student: GraphModule, layer: Node, spec: LayerSpec) -> No
 
 def _trainable(student: GraphModule) -> list[str]:
     """Return the names of the tensors that train."""
-    operands = {
-        _root(arg)
-        for layer in student.graph.nodes
-        if "fxq_spec" in layer.meta
-        for arg in args_of(layer)[1:3]
-    }
+    operands = {_root(arg) for layer, _ in pending_layers(student) for arg in args_of(layer)[1:3]}
     names: dict[str, None] = {}
     for node in student.graph.nodes:
         if node.op == "get_attr" and tensor_of(student, node).is_floating_point():

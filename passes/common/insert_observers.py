@@ -2,8 +2,8 @@
 known.
 
 Layers are the operators with a weight: linear and convolution. Each gets the first entry of
-`overrides` that matches it, or `default`; what is left alone carries the reason in its meta, and
-the report shows it. One observer serves all layers that read the same edge the same way.
+`overrides` that matches it, or `default`; what is left alone has the reason in its record, and the
+report shows it. One observer serves all layers that read the same edge the same way.
 """
 
 import fnmatch
@@ -14,10 +14,11 @@ from typing import ClassVar, Literal
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
-from fxq.account import Skip, add_note, kind_of, mark_skip
+from fxq.account import kind_of
 from fxq.dialect import ATEN, OBSERVED, Dialect
 from fxq.errors import UnsupportedError, did_you_mean
 from fxq.graph import insert_module, is_constant, is_settled, owner_name, shape_of, weight_of
+from fxq.layer import Skip, treat
 from fxq.observers import RangeObserver
 from fxq.pipeline import Pass
 from fxq.spec import LayerSpec, PerTensor, PerToken, QuantSpec, block_of, scale_shape
@@ -73,7 +74,7 @@ class InsertObservers(Pass):
         selected = self._overridden(layers)
         layers = [n for n in layers if not is_settled(n)]
         observers: dict[tuple[Node, QuantSpec], Node] = {}
-        modified = False
+        modified, name = False, type(self).__name__
         for layer in layers:
             if layer in selected:
                 pattern, spec = selected[layer]
@@ -85,14 +86,15 @@ class InsertObservers(Pass):
                     if pattern
                     else f"this recipe quantizes {', '.join(self.targets)} only"
                 )
-                mark_skip(layer, Skip(why, intended=True))
+                treat(layer, name, Skip(why, intended=True))
                 continue
             try:
-                spec = _fitted(layer, spec)
+                fitted, remark = _fitted(layer, spec)
             except (ValueError, UnsupportedError) as error:
-                mark_skip(layer, Skip(str(error), intended=False))
+                treat(layer, name, Skip(str(error), intended=False))
                 continue
-            layer.meta["fxq_spec"] = spec
+            spec = fitted
+            treat(layer, name, "to be quantized", remark, spec=spec)
             modified = True
             if spec.activation is not None and not spec.activation.dynamic:
                 _observe(gm, layer, spec.activation, observers)
@@ -102,9 +104,9 @@ class InsertObservers(Pass):
                 continue
             if kind not in NO_LINEAR and _has_weight(node) and "linear" in self.targets:
                 why = f"its weight multiplies as {kind}, in a form that is not a linear"
-                mark_skip(node, Skip(why, intended=False))
-            elif kind is not None and kind not in TARGETS:
-                mark_skip(node, Skip(f"this recipe does not quantize {kind}", intended=True))
+                treat(node, name, Skip(why, intended=False))
+            elif kind not in TARGETS:
+                treat(node, name, Skip(f"this recipe does not quantize {kind}", intended=True))
         return PassResult(gm, modified)
 
     def _overridden(self, layers: Sequence[Node]) -> dict[Node, Override]:
@@ -154,21 +156,22 @@ def _reachable(starts: Sequence[Node], neighbours: Callable[[Node], Iterable[Nod
     return seen
 
 
-def _fitted(layer: Node, spec: LayerSpec) -> LayerSpec:
-    """Return `spec` as it can be applied to `layer`, or raise with the reason why it cannot."""
+def _fitted(layer: Node, spec: LayerSpec) -> tuple[LayerSpec, str]:
+    """Return `spec` as it can be applied to `layer` and what to know about it, or raise with the
+    reason why it cannot."""
     if not is_constant(layer.args[1]):
         raise UnsupportedError("its weight is computed at run time")
     weight = weight_of(layer)
     scale_shape(weight.shape, block_of(spec.weight.granularity, weight.ndim))
-    activation = spec.activation
+    activation, remark = spec.activation, ""
     if activation is None:
-        return spec
+        return spec, remark
     shape = shape_of(layer.args[0])
     if activation.granularity == PerToken():
         if kind_of(layer) == "conv":
             raise UnsupportedError("PerToken() needs [..., token, channel], found a convolution")
         if not activation.dynamic and (len(shape) < 3 or not isinstance(shape[-2], int)):
-            add_note(layer, f"one scale for all rows: no fixed token axis in {list(shape)}")
+            remark = f"one scale for all rows: no fixed token axis in {list(shape)}"
             activation = replace(activation, granularity=PerTensor())
     block = block_of(activation.granularity, len(shape), dynamic=activation.dynamic)
     sizes = scale_shape(shape, block)
@@ -176,7 +179,7 @@ def _fitted(layer: Node, spec: LayerSpec) -> LayerSpec:
         raise UnsupportedError(
             f"a static {activation.granularity} needs fixed sizes, found {list(shape)}"
         )
-    return replace(spec, activation=activation)
+    return replace(spec, activation=activation), remark
 
 
 def _observe(

@@ -16,6 +16,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 from fxq.canonicalize.pattern import ADD, DIV, MUL
 from fxq.dialect import OBSERVED, Dialect
 from fxq.graph import dtype_of, insert_module, is_constant, is_op, owner_name, shape_of
+from fxq.layer import layer_of
 from fxq.observers import RangeObserver
 from fxq.pipeline import Pass
 from fxq.spec import QuantSpec
@@ -80,7 +81,7 @@ def _read_by_others(node: Node) -> bool:
 def _layer_outputs(gm: GraphModule) -> Iterable[Node]:
     for node in gm.graph.nodes:
         inner = [user for user in node.users if not is_op(user, *NONLINEAR)]
-        if "fxq_spec" in node.meta and inner and _read_by_others(node):
+        if layer_of(node).is_pending and inner and _read_by_others(node):
             yield node
 
 

@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from fxq.account import Skip
 from fxq.constants import constant_value
 from fxq.graph import args_of, dtype_of, hint, is_op, shape_of, val_of
+from fxq.layer import Skip
 from fxq.passes.rectified_spaattn.padding import origin
 
 aten = torch.ops.aten

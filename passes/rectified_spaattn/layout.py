@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fxq.account import Skip
+from fxq.layer import Skip
 from fxq.passes.rectified_spaattn.curve import Grid
 from fxq.passes.rectified_spaattn.positions import NOWHERE, UNKNOWN, Positions, Stream
 

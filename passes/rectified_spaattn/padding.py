@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fxq.account import Skip
 from fxq.constants import constant_value
 from fxq.graph import args_of, dtype_of, insert_call, is_op, shape_of
+from fxq.layer import Skip
 from fxq.passes.common.scaling.rules import COPIES
 from fxq.passes.rectified_spaattn.layout import Segments
 

@@ -15,10 +15,11 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
-from fxq.account import ATTENTION, SPARSE_ATTENTION, Skip, add_note, kind_of, mark_skip
+from fxq.account import ATTENTION, SPARSE_ATTENTION, kind_of
 from fxq.dialect import QUANTIZED, Dialect
 from fxq.errors import did_you_mean
 from fxq.graph import add_buffer, args_of, insert_call, is_op, is_settled, owner_name, val_of
+from fxq.layer import NOT_SEEN, Skip, hand_on, layer_of, treat
 from fxq.passes.rectified_spaattn.curve import Grid, block_adjacency, curve_order
 from fxq.passes.rectified_spaattn.form import is_causal, option, unfit
 from fxq.passes.rectified_spaattn.layout import Segments, TokenLayout, find_segments
@@ -124,21 +125,22 @@ class ReplaceAttention(Pass):
         overridden = self._overridden(list(positions.attention))
         masks = {option(node, 3, "attn_mask", None) for node in attentions}
         causal = {mask for mask in masks if is_causal(mask)}
+        name = type(self).__name__
         sites, lengths = [], dict[Masked, Node | Skip | None]()
         for node in attentions:
             found = self._examine(node, positions, overridden, causal, lengths)
             if isinstance(found, Skip):
-                mark_skip(node, found)
+                treat(node, name, found)
             else:
                 sites.append(found)
         for node in gm.graph.nodes:
             if is_settled(node):
                 continue
             if is_op(node, *DENSE) and node not in positions.attention:
-                mark_skip(node, Skip("a size of it depends on the data", intended=False))
-            done = {"fxq_skip", "fxq_format"} & set(node.meta)
-            if kind_of(node) is not None and not done and not is_op(node, *ATTENTION):
-                mark_skip(node, Skip("this recipe replaces attention only", intended=True))
+                treat(node, name, Skip("a size of it depends on the data", intended=False))
+            seen = is_op(node, *ATTENTION) or layer_of(node).skip is not NOT_SEEN
+            if kind_of(node) is not None and not seen:
+                treat(node, name, Skip("this recipe replaces attention only", intended=True))
         if sites:
             self._replace(gm, sites)
             gm.graph.eliminate_dead_code()
@@ -199,9 +201,9 @@ class ReplaceAttention(Pass):
                 self.center_keys, False, node.kwargs.get("scale"),
             )  # fmt: skip
             sparse = insert_call(SPARSE_ATTENTION, args, before=node)
-            sparse.meta["fxq_origin"] = node.name
-            sparse.meta["fxq_format"] = self._format(site.density)
-            add_note(sparse, self._note(site))
+            hand_on(node, sparse)
+            format = self._format(site.density)
+            treat(sparse, type(self).__name__, format, self._note(site), format=format)
             _keep_name(sparse, owner_name(node))
             result = insert_call(operator.getitem, (sparse, 0), before=node)
             node.replace_all_uses_with(result)

@@ -89,7 +89,7 @@ def test_scaled_layers_are_compared_too(
 ) -> None:
     model, data = unbalanced
     program = fxq.compress(model, data[0], smoothquant.W8A8, data)
-    notes = {row.row.module: row.row.note for row in fxq.report(program).rows}
+    notes = {row.row.module: row.row.layer.remarks for row in fxq.report(program).rows}
     assert notes["q"] == "SmoothQuant (norm)"
     assert notes["proj"] == "SmoothQuant (value)"
     fxq.save(program, tmp_path / "program.safetensors")

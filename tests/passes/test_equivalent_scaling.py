@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 
 import fxq
 from fxq.graph import copy_graph, is_op
+from fxq.layer import layer_of
 from fxq.numerics import sqnr_db
 from fxq.passes import outlier_suppression, repq_vit, smoothquant, w6a6, w8a8
 from fxq.passes.common.scaling import (
@@ -117,7 +118,7 @@ def test_a_scale_that_makes_things_worse_is_not_taken() -> None:
 
     assert not result.modified
     assert set(gm.state_dict()) == set(state)
-    notes = {n.meta["fxq_note"] for n in gm.graph.nodes if "fxq_note" in n.meta}
+    notes = {layer_of(n).remarks for n in gm.graph.nodes if layer_of(n).remarks}
     assert notes == {"Proposes found no gain"}
 
 
@@ -207,13 +208,11 @@ def test_every_layer_says_what_was_done_or_why_nothing_was() -> None:
 
     smoothquant.SmoothQuant(kinds=("norm", "value")).run(gm, batches())
 
-    notes = {
-        n.meta.get("fxq_note") for n in gm.graph.nodes if is_op(n, torch.ops.aten.linear.default)
-    }
+    notes = {layer_of(n).remarks for n in gm.graph.nodes if is_op(n, torch.ops.aten.linear.default)}
     assert "SmoothQuant (norm)" in notes
     assert "SmoothQuant (value)" in notes
     assert "SmoothQuant: quantizer sites are left out" in notes
-    assert None not in notes, "a layer without a word"
+    assert "" not in notes, "a layer without a word"
 
 
 def test_the_factor_behind_a_gelu_becomes_part_of_the_quantizer() -> None:

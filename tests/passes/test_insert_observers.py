@@ -13,6 +13,7 @@ from fxq.account import account
 from fxq.capturing import capture
 from fxq.dialect import OBSERVED
 from fxq.graph import owner_name
+from fxq.layer import layer_of
 from fxq.observers import RangeObserver
 from fxq.passes.common import FIRST, LAST, InsertObservers
 from fxq.spec import LayerSpec, PerChannel, PerGroup, PerTensor, PerToken, QuantSpec
@@ -26,7 +27,7 @@ def graph(model: nn.Module, *shape: int) -> GraphModule:
 
 
 def chosen(gm: GraphModule) -> set[str]:
-    return {owner_name(n) for n in gm.graph.nodes if "fxq_spec" in n.meta}
+    return {owner_name(n) for n in gm.graph.nodes if layer_of(n).spec}
 
 
 def reasons(gm: GraphModule) -> dict[str, str]:
@@ -89,7 +90,7 @@ def test_the_first_matching_override_wins() -> None:
 
     InsertObservers(STATIC, overrides=(("a", four_bits), ("[ab]", None))).run(gm)
 
-    specs = {owner_name(n): n.meta["fxq_spec"] for n in gm.graph.nodes if "fxq_spec" in n.meta}
+    specs = {owner_name(n): layer_of(n).spec for n in gm.graph.nodes if layer_of(n).spec}
     assert specs == {"a": four_bits, "c": STATIC}
 
 
@@ -146,9 +147,9 @@ def test_a_static_scale_per_token_without_a_token_axis_becomes_one_scale() -> No
 
     InsertObservers(per_token).run(gm)
 
-    (layer, *_) = [n for n in gm.graph.nodes if "fxq_spec" in n.meta]
-    assert layer.meta["fxq_spec"].activation.granularity == PerTensor()
-    assert "no fixed token axis" in layer.meta["fxq_note"]
+    (layer, *_) = [n for n in gm.graph.nodes if layer_of(n).spec]
+    assert layer_of(layer).spec.activation.granularity == PerTensor()
+    assert "no fixed token axis" in layer_of(layer).remarks
 
 
 def test_nothing_to_do_is_not_called_a_change() -> None:

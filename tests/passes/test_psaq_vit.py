@@ -11,8 +11,8 @@ from psaq import MEAN, STD, Manual, dream, graph_of, lively
 from torch import Tensor, nn
 
 import fxq
-from fxq.account import Skip
 from fxq.errors import UnsupportedError
+from fxq.layer import Skip, layer_of
 from fxq.numerics import sqnr_db
 from fxq.observers import RangeObserver
 from fxq.passes.common import (
@@ -321,7 +321,7 @@ def test_published_sites_of_deit_tiny() -> None:
     for step in W8A8.passes[:3]:
         gm = step.run(gm).graph_module  # type: ignore[call-arg]
     assert observed_sites(gm) == 127
-    assert sum("fxq_spec" in node.meta for node in gm.graph.nodes) == 50
+    assert sum(layer_of(node).spec is not None for node in gm.graph.nodes) == 50
 
 
 def test_decomposed_attention_computes_the_same() -> None:
@@ -342,7 +342,9 @@ def test_causal_attention_stays_whole_and_says_so() -> None:
 
     gm = graph_of(Causal(), torch.randn(2, 2, 4, 8))
     assert not DecomposeAttention().run(gm).modified
-    notes = [v for n in gm.graph.nodes for v in n.meta.values() if isinstance(v, Skip)]
+    notes = [
+        t.did for n in gm.graph.nodes for t in layer_of(n).treatments if isinstance(t.did, Skip)
+    ]
     assert any("is_causal" in note.reason for note in notes)
 
 

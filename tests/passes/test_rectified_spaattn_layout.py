@@ -10,7 +10,7 @@ from small_models import ZOO, seeded
 from torch import Tensor, nn
 
 import fxq
-from fxq.account import Skip
+from fxq.layer import Skip
 from fxq.passes.rectified_spaattn.layout import Segments, TokenLayout, find_segments, grid_of
 from fxq.passes.rectified_spaattn.positions import Stream, find_positions
 

@@ -5,9 +5,10 @@ from models import Block
 from torch.fx import GraphModule
 
 import fxq
-from fxq.account import Skip, account, mark_skip
+from fxq.account import account
 from fxq.dialect import ATEN
 from fxq.graph import SETTLED, is_op, mark_for_dynamo, settle_marked
+from fxq.layer import Skip, treat
 from fxq.passes import w8a8
 from fxq.passes.common import FIRST, LAST, Convert, DecomposeAttention, InsertObservers
 from fxq.passes.rectified_spaattn import ReplaceAttention
@@ -20,7 +21,7 @@ def settled_program() -> GraphModule:
     Dynamo copies."""
     gm = fxq.compress(Block().eval(), torch.randn(2, 8, 64), w8a8.DYNAMIC).graph_module
     (attention,) = [n for n in gm.graph.nodes if is_op(n, ATTENTION)]
-    mark_skip(attention, Skip("the program's own reason", intended=True))
+    treat(attention, "test", Skip("the program's own reason", intended=True))
     mark_for_dynamo(gm)
     for node in gm.graph.nodes:
         node.meta = {k: v for k, v in node.meta.items() if not k.startswith("fxq_")}

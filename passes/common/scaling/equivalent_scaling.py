@@ -17,9 +17,10 @@ from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
 from fxq import numerics
-from fxq.account import add_note, kind_of
+from fxq.account import kind_of
 from fxq.dialect import ATEN, Dialect
 from fxq.graph import copy_graph, dtype_of
+from fxq.layer import Skip, treat
 from fxq.observers import RangeObserver
 from fxq.passes.common.convert import quantize_weight
 from fxq.passes.common.float_function import LOOSE, check_float_function
@@ -76,20 +77,21 @@ class EquivalentScaling(DataPass):
         statistics = collect(gm, data, sites, self.n_rows) if sites else {}
         scalings: list[Scaling] = []
         for site in found.sites:
-            note = f"{name}: {site.kind} sites are left out"
+            did, remark = "", f"{name}: {site.kind} sites are left out"
             if site in statistics:
                 best = self._best(site, statistics.pop(site))
                 if isinstance(best, Scaling):
                     scalings.append(best)
-                    note = f"{name} ({site.kind})"
+                    did, remark = f"scaled its input ({site.kind})", f"{name} ({site.kind})"
                 else:
-                    note = f"{name} {best}"
+                    remark = f"{name} {best}"
             for part in site.consumers:
                 if kind_of(part.node) in self.targets:
-                    add_note(part.node, note)
+                    treat(part.node, name, did or Skip(remark, intended=True), remark)
         for node, why in found.refusals.items():
             if kind_of(node) in self.targets:
-                add_note(node, f"not scaled: {why}")
+                remark = f"not scaled: {why}"
+                treat(node, name, Skip(remark, intended=True), remark)
         if scalings:
             before = copy_graph(gm)
             fold_scaling(gm, scalings)
@@ -210,8 +212,9 @@ def _fake_quantize_rows(rows: Tensor, seen: Tensor, spec: QuantSpec) -> Tensor:
         observer = RangeObserver(spec, rows.shape, "rows")
         observer(seen if isinstance(spec.observer, MinMax) else seen[:-2])
         low, high = observer.range()
-    grid = (spec.quant_min, spec.quant_max)
-    step, zero_point = numerics.choose_qparams(low, high, *grid, symmetric=spec.symmetric)
+    step, zero_point = numerics.choose_qparams(
+        low, high, spec.quant_min, spec.quant_max, symmetric=spec.symmetric
+    )
     zero = None if spec.symmetric else zero_point
-    codes = numerics.quantize(rows, step, zero, *grid)
+    codes = numerics.quantize(rows, step, zero, *spec.grid)
     return numerics.dequantize(codes, step, zero, torch.float32)

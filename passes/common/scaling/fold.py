@@ -29,6 +29,7 @@ from fxq.graph import (
     owner_name,
 )
 from fxq.identity import TensorKey
+from fxq.layer import layer_of, state
 from fxq.passes.common.scaling.labels import sizes_of
 from fxq.passes.common.scaling.sites import Part, ScaleSite
 
@@ -128,7 +129,7 @@ def fold_scaling(gm: GraphModule, scalings: Iterable[Scaling]) -> None:
         if node.target in LINEAR | CONV:
             _rewrite_layer(gm, node, change, cache)
             # What must be undone before the layer compares with the model's module (fxq.judging).
-            node.meta["fxq_scaled"] = sorted({*node.meta.get("fxq_scaled", ()), *change.sides})
+            state(node, scaled=tuple(sorted({*layer_of(node).scaled, *change.sides})))
         elif node.target in AFFINE:
             _rewrite_norm(gm, node, change)
         for index, operand in change.operands.items():
@@ -299,9 +300,9 @@ def _divide_edge(gm: GraphModule, scaling: Scaling) -> None:
     value = value.to(edge.meta["val"].device, dtype_of(edge))
     factor = _add(gm, first, "input_reciprocal", value)
     product = insert_call(aten.mul.Tensor, (edge, factor), after=edge, like=first)
-    product.meta["fxq_reciprocal"] = True  # Convert makes it part of the quantizer behind it
     for part in scaling.site.consumers:
         part.node.update_arg(0, product)
+        state(part.node, divided=True)  # Convert makes the product part of the quantizer behind it
 
 
 def _add(gm: GraphModule, node: Node, name: str, value: Tensor) -> Node:
