@@ -34,7 +34,7 @@ from rich.table import Table as RichTable
 from torch import Tensor
 
 import fxq
-from fxq.lowering.device import cpu_int8
+from fxq.lowering.cpu.onednn import cpu_int8
 
 MIN_ROUNDS = 20  # below this a median moves by more than the differences that are reported
 WARMUP_ROUNDS = 3

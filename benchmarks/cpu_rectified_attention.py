@@ -3,7 +3,7 @@
     python benchmarks/cpu_rectified_attention.py --threads 1       # about 15 minutes
 
 Ours is the definition itself, pooling and selection included; FlexAttention gets its block mask for
-nothing. The rule in `lowering/lower_attention.py` follows from these numbers. fp32, blocks of 128
+nothing. The rule in `lowering/devices/cpu.py` follows from these numbers. fp32, blocks of 128
 tokens that resemble each other. Top-p is off, so that the density is exact, but for one row with
 the passes' default, which keeps more blocks where attention is spread out.
 """

@@ -22,9 +22,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from fxq.lowering import flex_attention
 from fxq.lowering.kernels import rectified_attention
 from fxq.lowering.kernels.attend_blocks import BENCHMARK_CASES, Case
+from fxq.lowering.lower_attention import min_attention_sqnr_db
 from fxq.numerics import sqnr_db
 from fxq.rectified_attention import reference
-from fxq.verifying import min_attention_sqnr_db
 
 DENSITIES = (0.11, 0.2, 0.5, 0.7)
 COLUMNS = ("case", "density", "variant", "ms", "p90 ms", "TFLOP/s of what is visited", "x cuDNN")

@@ -4,32 +4,26 @@ simulated with the model (`fxq.judging`).
 Every kernel gets the simulated graph's own values as inputs, because a quantized network amplifies
 rounding: a difference of one unit in the last place at one layer becomes a different code at the
 next, so end to end only the distance to the float model can be compared. Node by node the promise
-is exact: integer accumulators are bit-equal, outputs differ by float rounding. Attention has no
-integers: its kernels round the weights and the output to the model's dtype, once each.
+is exact: integer accumulators are bit-equal, outputs differ by float rounding. What exact means of
+a kernel says the rule that put it there.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_arg
 
-from fxq.graph import args_of, is_op, owner_name, tensor_of
+from fxq.graph import owner_name, tensor_of
 from fxq.judging import Judgement, judge
-from fxq.lowering.int8_linear import accumulate
 from fxq.lowering.lower import lower
-from fxq.numerics import sqnr_db
+from fxq.lowering.rule import REPLACED, Replaced
 from fxq.program import Program
 from fxq.signature import Inputs, split_inputs
-
-LINEAR, ATTENTION = torch.ops.fxq.int8_linear.default, torch.ops.fxq.lowered_attention.default
-MIN_SQNR_DB = 120.0  # fp32 sums of thousands of terms in another order differ at 130 dB and more
-MAX_ROUNDED_SHARE = 1e-3  # of outputs in a narrower format that may round to the neighbouring value
 
 
 @dataclass(frozen=True)
@@ -120,7 +114,7 @@ def verify(
         simulated = _Recorder(program.graph_module)
         results = program.signature.results(simulated.run(*leaves))
         replay = _Replay(lowered, simulated.values)
-        checks = [replay.check(node) for node in lowered.graph.nodes if "fxq_replaces" in node.meta]
+        checks = [replay.check(node) for node in lowered.graph.nodes if REPLACED in node.meta]
         if model is None:
             return Verification(tuple(checks))
         judgement = judge(program.graph_module, simulated.values, results, model, args, kwargs)
@@ -144,6 +138,7 @@ class _Replay:
 
     def __init__(self, lowered: GraphModule, recorded: Mapping[str, Any]) -> None:
         self.lowered, self.recorded = lowered, recorded
+        self.nodes = {node.name: node for node in lowered.graph.nodes}
 
     def value(self, node: Node) -> Any:
         if node.name in self.recorded:
@@ -154,57 +149,14 @@ class _Replay:
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def check(self, node: Node) -> NodeCheck:
-        expected = self.recorded[node.meta["fxq_replaces"]]
-        found = self.value(node)
-        kernel = self._kernel_behind(node)
-        if is_op(kernel, ATTENTION):
-            (expected, _), (found, _) = expected, found
-            equal, ok = True, sqnr_db(expected, found) >= min_attention_sqnr_db(expected.dtype)
-        else:
-            equal = self._accumulators_equal(kernel)
-            ok = equal and _close(expected, found)
+        made: Replaced = node.meta[REPLACED]
+        expected, kernel = self.recorded[made.node], self.nodes[made.kernel]
+        exactness = made.rule.check(expected, self.value(node), kernel, self.value)
         return NodeCheck(
-            node.meta["fxq_replaces"],
+            made.node,
             owner_name(node),
             str(kernel.target).removesuffix(".default"),
-            equal,
-            sqnr_db(expected, found),
-            ok,
+            exactness.accumulators_equal,
+            exactness.sqnr_db,
+            exactness.ok,
         )
-
-    def _kernel_behind(self, node: Node) -> Node:
-        """Return the kernel whose result `node` scales, or `node` itself."""
-        while not is_op(node, LINEAR, ATTENTION):
-            node = next(
-                n
-                for n in node.all_input_nodes
-                if n.name not in self.recorded and n.op != "get_attr"
-            )
-        return node
-
-    def _accumulators_equal(self, kernel: Node) -> bool:
-        codes_node, _, zero_node, weight_node = args_of(kernel)[:4]
-        x, weight = self.value(codes_node), self.value(weight_node)
-        zero = None if zero_node is None else self.value(zero_node)
-        one = torch.ones(1, 1, device=x.device)
-        # As the kernel gives them: whole numbers, or each rounded once.
-        dtype = torch.int32 if args_of(kernel)[6] == torch.int32 else torch.float32
-        found = torch.ops.fxq.int8_linear(x, one, zero, weight, one, None, dtype)
-        return torch.equal(found, accumulate(x, zero, weight).to(dtype))
-
-
-def min_attention_sqnr_db(dtype: torch.dtype) -> float:
-    """Return the bound on attention in a dtype: 54 dB in float16, 36 dB in bfloat16.
-
-    Weights and output are each rounded once, by half a unit in the last place or less: together one
-    unit. Half of that again is left for outputs that are smaller than what they are summed from.
-    """
-    return min(MIN_SQNR_DB, -20 * math.log10(2 * torch.finfo(dtype).eps))
-
-
-def _close(expected: Tensor, found: Tensor) -> bool:
-    if expected.dtype == torch.float32:
-        return sqnr_db(expected, found) >= MIN_SQNR_DB
-    # A narrower result was rounded on both sides, so a few values fall to the neighbour.
-    differ = (expected != found) & ~(expected.isnan() & found.isnan())
-    return float(differ.float().mean()) <= MAX_ROUNDED_SHARE

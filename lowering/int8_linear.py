@@ -23,8 +23,8 @@ from torch import Tensor
 
 from fxq.lowering.cpu.int8_linear import accumulators as cpu_accumulators
 from fxq.lowering.cpu.int8_linear import launch as cpu_launch
+from fxq.lowering.cpu.onednn import cpu_int8
 from fxq.lowering.derived import derived
-from fxq.lowering.device import cpu_int8
 from fxq.numerics import codes_dtype, quantize
 
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "silu")

@@ -1,16 +1,16 @@
-"""Lower a QUANTIZED graph for a device: the list of rules, and what each decided."""
+"""Lower a QUANTIZED graph for a device: each node by the first rule that takes it."""
 
 from collections.abc import Mapping
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
-from fxq.account import SPARSE_ATTENTION, kind_of
 from fxq.dialect import LOWERED
 from fxq.graph import add_buffer, args_of, copy_graph, erase_dead, is_constant, is_op, tensor_of
 from fxq.lowering.decision import Decision
-from fxq.lowering.lower_attention import lower_attention
-from fxq.lowering.lower_linear import LowerLinear
+from fxq.lowering.devices import device_at
+from fxq.lowering.devices.any import ANY
+from fxq.lowering.rule import Device, Lowering
 
 ops = torch.ops.fxq
 
@@ -20,22 +20,38 @@ def lower(
 ) -> tuple[GraphModule, dict[str, Decision]]:
     """Return a LOWERED copy of `gm` for `device`, and the decision on each quantized layer by name.
 
-    The copy shares parameters and buffers with `gm`. Every kernel carries the name of the node
-    whose value it computes in `meta["fxq_replaces"]`.
+    The copy shares parameters and buffers with `gm`. What took the place of a node says so in its
+    meta (`fxq.lowering.rule.Replaced`).
     """
-    lowered = copy_graph(gm)
+    lowering = Lowering(copy_graph(gm), device, sizes)
+    found = device_at(device)
     decisions: dict[str, Decision] = {}
-    rule = LowerLinear(lowered, device, sizes)
-    for node in list(lowered.graph.nodes):
-        if kind_of(node) in ("linear", "conv") and is_op(args_of(node)[1], ops.dequantize.default):
-            decisions[node.name] = rule.apply(node)
-        elif is_op(node, SPARSE_ATTENTION):
-            decisions[node.name] = lower_attention(node, device, sizes)
+    for node in list(lowering.gm.graph.nodes):
+        if (decision := decide(node, found, lowering)) is not None:
+            decisions[node.name] = decision
+    lowered = lowering.gm
     fold_dequantized_weights(lowered)
     erase_dead(lowered)
     lowered.graph.lint()
     LOWERED.check(lowered, after="lowering")
     return lowered, decisions
+
+
+def decide(node: Node, device: Device, lowering: Lowering) -> Decision | None:
+    """Apply the first rule that takes `node`, and report it with why those before it declined; None
+    for a node that no rule is for."""
+    rules = [rule for rule in device.rules if rule.is_for(node)]
+    rules = rules or [rule for rule in ANY.rules if rule.is_for(node)]
+    reasons: list[str] = []
+    for rule in rules:
+        decision = rule.apply(node, lowering)
+        reasons += [decision.reason] if decision.reason else []
+        if decision.kernel is not None:
+            return Decision(decision.kernel, "; ".join(dict.fromkeys(reasons)))
+    if not rules:
+        return None
+    instead = f"{rules[-1].instead}: " if rules[-1].instead else ""
+    return Decision(None, instead + "; ".join(dict.fromkeys(reasons)))
 
 
 def fold_dequantized_weights(gm: GraphModule) -> None:

@@ -19,8 +19,8 @@ import warnings
 import torch
 from torch import Tensor
 
+from fxq.lowering.cpu.onednn import cpu_int8, onednn_qlinear
 from fxq.lowering.derived import derived
-from fxq.lowering.device import cpu_int8, onednn_qlinear
 from fxq.numerics import EXACT_IN_FP32, PAIR_LIMIT, is_pair_safe, largest_sum
 
 ALIGN = 64  # columns of a part: what oneDNN's tiles hold

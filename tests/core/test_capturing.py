@@ -17,7 +17,7 @@ from fxq.capturing import capture
 from fxq.dialect import ATEN
 from fxq.errors import UnsupportedError
 from fxq.graph import shape_of, writes
-from fxq.lowering.cpu import profit
+from fxq.lowering.devices import x86
 from fxq.numerics import sqnr_db
 from fxq.passes import w8a8
 from fxq.signature import split_inputs
@@ -317,8 +317,8 @@ def test_writes_in_place_are_captured_as_values(how: str) -> None:
 
 
 def test_writes_in_place_are_compiled_as_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(profit, "WITH_VNNI", profit.Thresholds(0, 0))
-    monkeypatch.setattr(profit, "WITHOUT_VNNI", profit.Thresholds(0, 0))
+    monkeypatch.setattr(x86, "WITH_VNNI", x86.Thresholds(0, 0))
+    monkeypatch.setattr(x86, "WITHOUT_VNNI", x86.Thresholds(0, 0))
     torch.manual_seed(0)
     model, x = Writes("slice").eval(), torch.randn(256, 64)
     expected = model(x)

@@ -9,7 +9,7 @@ import fxq
 from fxq.account import account
 from fxq.einsum import Equation
 from fxq.errors import SkippedError
-from fxq.lowering.cpu import profit
+from fxq.lowering.devices import x86
 from fxq.passes import w8a8
 
 ATEN = torch.ops.aten
@@ -182,8 +182,8 @@ def test_a_weight_that_multiplies_otherwise_is_told() -> None:
 @torch.no_grad()
 def test_torch_compile_finds_products_with_weights_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """There weights are inputs of the graph until they are bound."""
-    monkeypatch.setattr(profit, "WITH_VNNI", profit.Thresholds(0, 0))
-    monkeypatch.setattr(profit, "WITHOUT_VNNI", profit.Thresholds(0, 0))
+    monkeypatch.setattr(x86, "WITH_VNNI", x86.Thresholds(0, 0))
+    monkeypatch.setattr(x86, "WITHOUT_VNNI", x86.Thresholds(0, 0))
 
     class Two(nn.Module):
         def __init__(self) -> None:

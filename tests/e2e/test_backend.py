@@ -19,10 +19,10 @@ from torch.fx.passes.infra.pass_base import PassResult
 import fxq
 from fxq.dialect import ATEN, Dialect
 from fxq.errors import FxqWarning
-from fxq.lowering import apply_where_it_pays, lower_linear
-from fxq.lowering.cpu import profit
+from fxq.lowering import apply_where_it_pays
+from fxq.lowering.cpu.onednn import CpuInt8
 from fxq.lowering.decision import Decision
-from fxq.lowering.device import CpuInt8
+from fxq.lowering.devices import x86
 from fxq.numerics import sqnr_db
 from fxq.passes import w8a8
 from fxq.passes.common import FIRST, Convert, InsertObservers
@@ -43,8 +43,8 @@ def decisions(monkeypatch: pytest.MonkeyPatch) -> Decisions:
         made.append(result[1])
         return result
 
-    monkeypatch.setattr(profit, "WITH_VNNI", profit.Thresholds(0, 0))
-    monkeypatch.setattr(profit, "WITHOUT_VNNI", profit.Thresholds(0, 0))
+    monkeypatch.setattr(x86, "WITH_VNNI", x86.Thresholds(0, 0))
+    monkeypatch.setattr(x86, "WITHOUT_VNNI", x86.Thresholds(0, 0))
     monkeypatch.setattr(apply_where_it_pays, "lower", recording)
     return made
 
@@ -275,9 +275,9 @@ def test_strict_raises_where_there_is_no_kernel() -> None:
 def test_a_layer_that_would_not_gain_stays_float(
     decisions: Decisions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    limits = profit.Thresholds(16 * 64 * 128, 1 << 30)  # multiply-adds of the second layer
-    monkeypatch.setattr(profit, "WITH_VNNI", limits)
-    monkeypatch.setattr(profit, "WITHOUT_VNNI", limits)
+    limits = x86.Thresholds(16 * 64 * 128, 1 << 30)  # multiply-adds of the second layer
+    monkeypatch.setattr(x86, "WITH_VNNI", limits)
+    monkeypatch.setattr(x86, "WITHOUT_VNNI", limits)
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 128), nn.Linear(128, 32)).eval()
     x = torch.randn(16, 64)
 
@@ -294,7 +294,7 @@ def test_a_layer_that_would_not_gain_stays_float(
 def without_int8(monkeypatch: pytest.MonkeyPatch) -> None:
     """A processor for which there are no kernels, as ARM's are."""
     nothing = CpuInt8(available=False, saturates=False)
-    monkeypatch.setattr(lower_linear, "cpu_int8", lambda: nothing)
+    monkeypatch.setattr(x86, "cpu_int8", lambda: nothing)
 
 
 @pytest.mark.parametrize("recipe", ["w8a8_dynamic", "w8"])

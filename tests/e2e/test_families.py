@@ -7,7 +7,7 @@ from small_models import ZOO, seeded
 from torch.utils._pytree import tree_leaves
 
 import fxq
-from fxq.lowering.cpu import profit
+from fxq.lowering.devices import x86
 from fxq.numerics import sqnr_db
 from fxq.passes import w8a8
 from fxq.signature import split_inputs
@@ -17,8 +17,8 @@ from fxq.signature import split_inputs
 def test_compressed_families_verify_and_stay_close_to_float(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(profit, "WITH_VNNI", profit.Thresholds(0, 0))
-    monkeypatch.setattr(profit, "WITHOUT_VNNI", profit.Thresholds(0, 0))
+    monkeypatch.setattr(x86, "WITH_VNNI", x86.Thresholds(0, 0))
+    monkeypatch.setattr(x86, "WITHOUT_VNNI", x86.Thresholds(0, 0))
     model, example = seeded(ZOO[name])
 
     program = fxq.compress(model, example, w8a8.DYNAMIC, strict=True)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import fxq
-from fxq.lowering.cpu import profit
+from fxq.lowering.devices import x86
 from fxq.lowering.lower import lower
 from fxq.passes import psaq_vit, smoothquant, w8a8
 from fxq.passes.common import Calibrate, Convert, InsertObservers
@@ -31,8 +31,8 @@ BAD = (math.nan, math.inf, -math.inf)
 
 @pytest.fixture(autouse=True)
 def _every_size_pays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(profit, "WITH_VNNI", profit.Thresholds(0, 0))
-    monkeypatch.setattr(profit, "WITHOUT_VNNI", profit.Thresholds(0, 0))
+    monkeypatch.setattr(x86, "WITH_VNNI", x86.Thresholds(0, 0))
+    monkeypatch.setattr(x86, "WITHOUT_VNNI", x86.Thresholds(0, 0))
 
 
 def mlp() -> nn.Module:

@@ -7,7 +7,7 @@ from small_models import ZOO, seeded
 from torch.utils._pytree import tree_leaves
 
 import fxq
-from fxq.lowering.cpu import profit
+from fxq.lowering.devices import x86
 from fxq.numerics import sqnr_db
 from fxq.passes import smoothquant
 from fxq.signature import split_inputs
@@ -15,8 +15,8 @@ from fxq.signature import split_inputs
 
 @pytest.fixture(autouse=True)
 def everything_pays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(profit, "WITH_VNNI", profit.Thresholds(0, 0))
-    monkeypatch.setattr(profit, "WITHOUT_VNNI", profit.Thresholds(0, 0))
+    monkeypatch.setattr(x86, "WITH_VNNI", x86.Thresholds(0, 0))
+    monkeypatch.setattr(x86, "WITHOUT_VNNI", x86.Thresholds(0, 0))
 
 
 @pytest.mark.parametrize("name", ["swin", "llama", "unet_condition", "flux"])

@@ -15,8 +15,8 @@ import fxq
 from fxq import backend
 from fxq.errors import FxqWarning
 from fxq.lowering import apply_where_it_pays
-from fxq.lowering.cpu import profit
 from fxq.lowering.decision import Decision
+from fxq.lowering.devices import x86
 from fxq.passes import w8a8
 from fxq.passes.rectified_spaattn import (
     TOPK_20,
@@ -117,8 +117,8 @@ def test_a_step_counter_and_new_densities_do_not_compile_again(compilations: lis
 def test_quantized_linears_and_sparse_attention_compile_together(
     compilations: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(profit, "WITH_VNNI", profit.Thresholds(0, 0))
-    monkeypatch.setattr(profit, "WITHOUT_VNNI", profit.Thresholds(0, 0))
+    monkeypatch.setattr(x86, "WITH_VNNI", x86.Thresholds(0, 0))
+    monkeypatch.setattr(x86, "WITHOUT_VNNI", x86.Thresholds(0, 0))
     model, example = JointAttention(head_dim=32).eval(), joint_inputs()
     attention = replace(SMALL, density=0.3)
     recipe = Recipe("both", (*w8a8.DYNAMIC.passes, attention))

@@ -5,16 +5,16 @@ import torch
 from models import Block
 
 import fxq
-from fxq import verifying
 from fxq.lowering import int8_linear
-from fxq.lowering.cpu import profit
+from fxq.lowering.devices import x86
+from fxq.lowering.exactness import MIN_SQNR_DB
 from fxq.passes import w8a8
 
 
 @pytest.fixture
 def program(monkeypatch: pytest.MonkeyPatch) -> fxq.Program:
-    monkeypatch.setattr(profit, "WITH_VNNI", profit.Thresholds(0, 0))
-    monkeypatch.setattr(profit, "WITHOUT_VNNI", profit.Thresholds(0, 0))
+    monkeypatch.setattr(x86, "WITH_VNNI", x86.Thresholds(0, 0))
+    monkeypatch.setattr(x86, "WITHOUT_VNNI", x86.Thresholds(0, 0))
     return fxq.compress(Block().eval(), torch.randn(2, 5, 64), w8a8.DYNAMIC)
 
 
@@ -23,7 +23,7 @@ def test_a_right_kernel_is_within_the_bounds(program: fxq.Program) -> None:
 
     assert verification.ok
     assert verification.worst is not None
-    assert verification.worst.sqnr_db >= verifying.MIN_SQNR_DB
+    assert verification.worst.sqnr_db >= MIN_SQNR_DB
     assert "6 kernels compared" in str(verification)
 
 

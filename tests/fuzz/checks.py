@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fxq
 from fxq import backend
-from fxq.lowering.cpu import profit
+from fxq.lowering.devices import x86
 from fxq.pipeline import FLOAT, Recipe
 
 ROOT = str(Path(fxq.__file__).resolve().parent)
@@ -256,10 +256,10 @@ def checks_for(case: Case, index: int) -> list[str]:
 
 def verdicts(case: Case, names: Iterable[str] = ()) -> Iterator[Verdict]:
     """Run checks on a case: those named, or all."""
-    every_product = profit.Thresholds(0, 0)  # is lowered, however small
+    every_product = x86.Thresholds(0, 0)  # is lowered, however small
     with (
-        mock.patch.object(profit, "WITH_VNNI", every_product),
-        mock.patch.object(profit, "WITHOUT_VNNI", every_product),
+        mock.patch.object(x86, "WITH_VNNI", every_product),
+        mock.patch.object(x86, "WITHOUT_VNNI", every_product),
     ):
         subject = Subject(case)
         for name in names or CHECKS:

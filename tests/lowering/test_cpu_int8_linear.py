@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.library import opcheck
 
 import fxq
-from fxq.lowering.cpu import profit
 from fxq.lowering.cpu.int8_linear import split_pairs
-from fxq.lowering.cpu.profit import slower_than_float
-from fxq.lowering.device import cpu_int8
+from fxq.lowering.cpu.onednn import cpu_int8
+from fxq.lowering.devices import x86
+from fxq.lowering.devices.x86 import slower_than_float
 from fxq.lowering.int8_linear import activate, reference
 from fxq.lowering.lower import lower
 from fxq.numerics import is_pair_safe, largest_sum, sqnr_db
@@ -29,7 +29,7 @@ needs_x86 = pytest.mark.skipif(not cpu_int8().available, reason="no oneDNN int8 
 
 PROBE = """
 import json, torch
-from fxq.lowering.device import cpu_int8
+from fxq.lowering.cpu.onednn import cpu_int8
 from fxq.lowering.cpu.int8_linear import launch, split_pairs
 from fxq.lowering.int8_linear import accumulate
 torch.manual_seed(0)
@@ -90,9 +90,9 @@ def affine_per_token(n_in: int) -> tuple[fxq.Program, torch.Tensor]:
 
 @needs_x86
 def test_sums_beyond_fp32_are_rounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(profit, "WITH_VNNI", profit.Thresholds(0, 0))
-    monkeypatch.setattr(profit, "WITHOUT_VNNI", profit.Thresholds(0, 0))
-    monkeypatch.setattr(profit, "HUGE_WEIGHT", 0)
+    monkeypatch.setattr(x86, "WITH_VNNI", x86.Thresholds(0, 0))
+    monkeypatch.setattr(x86, "WITHOUT_VNNI", x86.Thresholds(0, 0))
+    monkeypatch.setattr(x86, "HUGE_WEIGHT", 0)
     program, x = affine_per_token(4096)
     tensors = dict(program.graph_module.named_buffers())
     codes, w_scale = tensors["0.weight_codes"].double(), tensors["0.weight_scale"]
@@ -251,8 +251,8 @@ def test_a_vector_is_one_row(compute: Callable[..., Tensor]) -> None:
 
 @needs_x86
 def test_a_model_of_one_vector_is_lowered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(profit, "WITH_VNNI", profit.Thresholds(0, 0))
-    monkeypatch.setattr(profit, "WITHOUT_VNNI", profit.Thresholds(0, 0))
+    monkeypatch.setattr(x86, "WITH_VNNI", x86.Thresholds(0, 0))
+    monkeypatch.setattr(x86, "WITHOUT_VNNI", x86.Thresholds(0, 0))
     layer, x = nn.Linear(65, 33).eval(), torch.randn(65)
     program = fxq.compress(layer, x, w8a8.DYNAMIC, dynamic_shapes=None)
 

@@ -18,8 +18,9 @@ from fxq.dialect import LOWERED
 from fxq.graph import is_op
 from fxq.lowering import flex_attention as flex
 from fxq.lowering.decision import Decision
+from fxq.lowering.devices.cuda import MAX_BLOCKS
 from fxq.lowering.lower import lower
-from fxq.lowering.lower_attention import MAX_BLOCKS
+from fxq.lowering.lower_attention import min_attention_sqnr_db
 from fxq.rectified_attention.reference import rectified_attention
 
 LOWERED_OP = torch.ops.fxq.lowered_attention
@@ -202,4 +203,4 @@ def test_verify_refuses_attention_that_is_wrong(monkeypatch: pytest.MonkeyPatch)
     ("dtype", "bound"), [(torch.float16, 54.2), (BF16, 36.1), (torch.float32, 120.0)], ids=str
 )
 def test_bounds_on_attention_follow_from_the_dtype(dtype: torch.dtype, bound: float) -> None:
-    assert verifying.min_attention_sqnr_db(dtype) == pytest.approx(bound, abs=0.1)
+    assert min_attention_sqnr_db(dtype) == pytest.approx(bound, abs=0.1)

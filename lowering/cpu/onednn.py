@@ -1,4 +1,4 @@
-"""What the device at hand can do. The only place that asks."""
+"""oneDNN's product of 8-bit codes, and what it can do on the CPU at hand."""
 
 import functools
 import platform

@@ -1,0 +1,70 @@
+"""The devices, one file each, and those that third parties add.
+
+A distribution adds kernels and devices to fxq by entry points of the group `fxq.rules`. Each names
+an instance, of `Rule` for a device that is there already or of `Device`:
+
+    [project.entry-points."fxq.rules"]          # in its pyproject.toml
+    foo_linear = "foo:FOO_LINEAR"               # a Rule, with devices = ("x86", "cpu")
+    foo_npu = "foo.npu:DEVICE"                  # a Device
+
+They are loaded once, at the first lowering. Devices of third parties come before ours, rules of
+third parties before those of the device, both in the order of their entry points' names.
+"""
+
+import functools
+import importlib.metadata
+from dataclasses import replace
+
+import torch
+
+from fxq.errors import did_you_mean
+from fxq.lowering.devices.any import ANY
+from fxq.lowering.devices.cpu import CPU
+from fxq.lowering.devices.cuda import CUDA
+from fxq.lowering.devices.x86 import X86
+from fxq.lowering.rule import Device, Rule
+
+GROUP = "fxq.rules"
+OURS = (CUDA, X86, CPU, ANY)
+
+
+def device_at(device: torch.device) -> Device:
+    """Return the first device that `device` is."""
+    return next(known for known in installed() if known.is_this(device))
+
+
+@functools.cache
+def installed() -> tuple[Device, ...]:
+    """Return all devices, each with all rules for it, in the order in which they are tried.
+
+    Raises:
+        TypeError: an entry point is neither a rule nor a device.
+        ValueError: a rule is for no device there is.
+    """
+    points = sorted(importlib.metadata.entry_points(group=GROUP), key=lambda point: point.name)
+    found = {f"entry point {p.name!r} ({p.value}) of {GROUP!r}": p.load() for p in points}
+    devices = [value for value in found.values() if isinstance(value, Device)] + list(OURS)
+    names = {device.name for device in devices}
+    rules: list[Rule] = []
+    for where, value in found.items():
+        if isinstance(value, Rule):
+            _check_devices(where, value, names)
+            rules.append(value)
+        elif not isinstance(value, Device):
+            raise TypeError(
+                f"{where}: expected an instance of fxq.lowering.rule.Rule or Device, found "
+                f"{value!r}; name an instance there, or uninstall its distribution"
+            )
+    return tuple(
+        replace(device, rules=(*(r for r in rules if device.name in r.devices), *device.rules))
+        for device in devices
+    )
+
+
+def _check_devices(where: str, rule: Rule, names: set[str]) -> None:
+    for name in rule.devices or ("",):
+        if name not in names:
+            raise ValueError(
+                f"{where}: expected names of devices in the rule's `devices`, found "
+                f"{rule.devices!r}; {did_you_mean(name, names)}"
+            )

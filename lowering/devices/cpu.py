@@ -1,0 +1,30 @@
+"""Any CPU: sparse attention by its definition.
+
+The definition is the kernel: it reads visited blocks only, and dense steps are torch's attention.
+With one thread it is 2.1 times as fast as dense SDPA at 4,096 tokens and a fifth of the blocks, 2.8
+times at 8,192, and no faster from half of the blocks on. Compiled FlexAttention, which compiles for
+seconds for every shape, is ahead of it at a tenth of the blocks and 4,096 tokens and behind it from
+a fifth on (benchmarks/results/cpu_rectified_attention_native.md).
+"""
+
+from dataclasses import dataclass
+
+from torch.fx import Node
+
+from fxq.lowering.decision import Decision
+from fxq.lowering.lower_attention import SparseAttention
+from fxq.lowering.rule import Device, Lowering
+
+
+@dataclass(frozen=True)
+class TorchAttention(SparseAttention):
+    """`fxq.rectified_attention.reference`: the node stays as it is."""
+
+    def apply(self, node: Node, lowering: Lowering) -> Decision:
+        return Decision(
+            "rectified_attention (torch)",
+            "reads visited blocks only, in fp32; pays below half of them",
+        )
+
+
+CPU = Device("cpu", lambda device: device.type == "cpu", (TorchAttention(),))

@@ -1,0 +1,154 @@
+"""CUDA: our Triton kernels, and FlexAttention for the attention they do not take.
+
+The epilogue of int8_linear takes the activation function and the next layer's quantize with it,
+where nothing but a scale of NaN can make its result NaN or Inf: the next guard then reads that
+scale. Our attention takes head dims to 128 in fp16 and bf16, FlexAttention most of the rest.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+from fxq.constants import constant_value
+from fxq.graph import args_of, dtype_of, hint, insert_call, is_op, shape_of, val_of
+from fxq.lowering.decision import Decision
+from fxq.lowering.lower_attention import SparseAttention
+from fxq.lowering.lower_linear import Int8Linear, Operands
+from fxq.lowering.rule import Device, Lowering
+
+aten = torch.ops.aten
+ops = torch.ops.fxq
+MAX_BLOCKS = 4096  # `fxq.lowering.kernels.select_blocks.MAX_BLOCKS`, which loads Triton
+
+
+@dataclass(frozen=True)
+class TritonInt8Linear(Int8Linear):
+    """`fxq.lowering.kernels.int8_linear`, with as much of what follows as its epilogue computes."""
+
+    def rewrite(self, layer: Node, operands: Operands, lowering: Lowering) -> Decision:
+        o = operands
+        last, epilogue, guard = fusible_epilogue(layer, finite=_is_finite(o.bias))
+        args = (o.codes, o.scale, o.zero_point, o.weight, o.w_scale, o.bias)
+        result = insert_call(ops.int8_linear.default, (*args, *epilogue), before=last, like=layer)
+        self.replace(last, result)
+        if guard is not None:
+            rows = (o.scale, args_of(guard)[1])
+            guard.replace_all_uses_with(insert_call(guard.target, rows, before=guard))
+        return Decision("int8_linear (Triton)")
+
+
+def is_single_or_per_channel(scale: Node) -> bool:
+    """Tell whether a scale is one number, or one for each channel of the last dimension."""
+    return all(isinstance(size, int) and size == 1 for size in shape_of(scale)[:-1])
+
+
+def fusible_epilogue(
+    layer: Node, *, finite: bool = True
+) -> tuple[Node, tuple[object, ...], Node | None]:
+    """Follow the only users of `layer` as far as the kernel's epilogue can go.
+
+    Args:
+        layer: a linear.
+        finite: its result is where its input's scale is.
+    Returns:
+        the last node taken in, the op's arguments from `out_dtype` on, and the `guard_scale` that
+        reads what only exists inside the kernel then.
+    """
+    last, dtype, activation = layer, dtype_of(layer), "none"
+    if (cast := _only_user(last, aten._to_copy.default)) and set(cast.kwargs) == {"dtype"}:
+        last, dtype = cast, dtype_of(cast)
+    if gelu := _only_user(last, aten.gelu.default):
+        last = gelu
+        activation = "gelu" if gelu.kwargs.get("approximate", "none") == "none" else "gelu_tanh"
+    elif silu := _only_user(last, aten.silu.default):
+        last, activation = silu, "silu"
+    if not finite or dtype == torch.float16:  # whose rounding makes Inf of large values
+        return last, (dtype, activation), None
+    guard = next((user for user in last.users if is_op(user, ops.guard_scale.default)), None)
+    quantize = _only_user(last, ops.quantize.default, apart_from=guard)
+    if quantize and is_single_or_per_channel(args_of(quantize)[1]) and args_of(quantize)[4] <= 127:
+        _, scale, zero, low, high = args_of(quantize)
+        return quantize, (dtype, activation, None, scale, zero, low, high), guard
+    return last, (dtype, activation), None
+
+
+def _is_finite(bias: Node | None) -> bool:
+    if bias is None:
+        return True
+    value = constant_value(bias)
+    return value is not None and bool(value.isfinite().all())
+
+
+def _only_user(node: Node, target: object, apart_from: Node | None = None) -> Node | None:
+    users = [user for user in node.users if user is not apart_from]
+    if len(users) != 1 or not is_op(users[0], target) or users[0].args[0] is not node:
+        return None
+    return users[0]
+
+
+@dataclass(frozen=True)
+class TritonAttention(SparseAttention):
+    """`fxq.lowering.kernels.rectified_attention`."""
+
+    def apply(self, node: Node, lowering: Lowering) -> Decision:
+        if why := why_not_triton(node, lowering.sizes):
+            return Decision(None, why)
+        self.use("triton", node)
+        return Decision("rectified_attention (Triton)")
+
+
+@dataclass(frozen=True)
+class FlexAttention(SparseAttention):
+    """`fxq.lowering.flex_attention`, of which torch makes a kernel."""
+
+    def apply(self, node: Node, lowering: Lowering) -> Decision:
+        if why := why_not_flex(node):
+            return Decision(None, f"FlexAttention: {why}")
+        self.use("flex", node)
+        return Decision("rectified_attention (FlexAttention)")
+
+
+def why_not_triton(node: Node, sizes: Mapping[str, int] | None) -> str | None:
+    """Return why our kernel does not take an attention, None where it does."""
+    query, value, size, scale = (args_of(node)[i] for i in (0, 2, 9, 16))
+    dims = [hint(shape_of(x)[-1], sizes) for x in (query, value)]
+    text_size = args_of(node)[8]
+    text_size = val_of(text_size) if isinstance(text_size, Node) else text_size
+    n_visual = hint(shape_of(query)[2], sizes) - hint(text_size, sizes)
+    if dtype_of(query) not in (torch.float16, torch.bfloat16):
+        return f"the kernel is for float16 and bfloat16, found {dtype_of(query)}"
+    if any(dim % 16 or not 16 <= dim <= 128 for dim in dims):  # rows of whole 16-byte loads
+        return f"the kernel is for head dims of 16 to 128 by 16, found {dims[0]} and {dims[1]}"
+    if size not in (64, 128):
+        return f"the kernel is for blocks of 64 or 128 tokens, found {size}"
+    if n_visual > MAX_BLOCKS * size:
+        return f"the kernel is for at most {MAX_BLOCKS} blocks, found {-(-n_visual // size)}"
+    if scale is not None and scale <= 0:
+        return f"the kernel is for a positive scale, found {scale}"
+    return None
+
+
+def why_not_flex(node: Node) -> str | None:
+    """Return why FlexAttention does not take an attention, None where it does."""
+    size, mode, is_causal = (args_of(node)[i] for i in (9, 11, 15))
+    dims = [shape_of(args_of(node)[i])[-1] for i in (0, 2)]
+    if any(hint(dim) < 16 for dim in dims):
+        return f"its head dims start at 16, found {dims[0]} and {dims[1]}"
+    if dtype_of(args_of(node)[0]) == torch.float64:
+        return "it computes in at most float32"
+    if mode == "online":
+        return "it knows no pseudo-keys"
+    if is_causal:
+        return "blocks visited in part are masked by the last block and text only"
+    if size % 128:
+        return f"blocks must be multiples of 128 tokens, found {size}"
+    return None
+
+
+CUDA = Device(
+    "cuda",
+    lambda device: device.type == "cuda",
+    (TritonInt8Linear(), TritonAttention(), FlexAttention()),
+)

@@ -1,0 +1,181 @@
+"""x86: oneDNN's int8 product, where it is exact and no slower than fp32.
+
+The codes of the activations become uint8 (codes and zero-point plus 128: the same values). With one
+scale for the whole tensor the kernel does everything; with a scale per token, or a static one that
+is guarded against NaN token by token, it gives the integer accumulators, and scale, zero-point and
+bias become plain aten operators, which Inductor fuses with whatever follows; in int32 where a sum
+may not be exact in fp32, so that it is rounded once.
+
+When int8 pays is read off `benchmarks/results/cpu_int8_linear_*.md`. Frozen numbers instead of a
+timing at compile time: the same program must compile to the same graph every time. A call costs
+about 80 microseconds before it multiplies anything. Large weights repay that at any number of rows,
+because fp32 has to read four times the bytes; small ones need work.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from fxq.graph import add_buffer, args_of, hint, insert_call, is_op, shape_of, tensor_of
+from fxq.lowering.cpu.onednn import cpu_int8
+from fxq.lowering.decision import Decision
+from fxq.lowering.devices.cpu import TorchAttention
+from fxq.lowering.lower_linear import Int8Linear, Operands
+from fxq.lowering.rule import Device, Lowering
+from fxq.numerics import EXACT_IN_FP32, is_pair_safe, largest_sum
+
+aten = torch.ops.aten
+ops = torch.ops.fxq
+SIGN = 128  # uint8 codes are int8 codes plus this
+
+
+class Thresholds(NamedTuple):
+    """Where int8 overtakes fp32.
+
+    Args:
+        min_macs: multiply-adds that a product with a smaller weight needs.
+        large_weight: elements of a weight that pays at any number of rows.
+    """
+
+    min_macs: int
+    large_weight: int
+
+
+WITH_VNNI = Thresholds(16 << 20, 1 << 17)  # up to 7.9 times faster than fp32
+WITHOUT_VNNI = Thresholds(48 << 20, 1 << 21)  # up to 2.4 times
+HUGE_WEIGHT = 1 << 24  # elements: pays with the sparse excess too
+MAX_ROWS_EXCESS = 512  # beyond, the excess of a merely large weight costs more than int8 gains
+
+
+def slower_than_float(n_rows: int, n_out: int, n_in: int, *, exact: bool) -> str | None:
+    """Return why `[n_rows, n_in] @ [n_out, n_in].T` is not faster in int8 here, None where it is.
+
+    Args:
+        n_rows: rows of the activations.
+        n_out: output channels.
+        n_in: input channels.
+        exact: the plain kernel is exact for this weight; otherwise the sparse excess is added.
+    """
+    weight = n_out * n_in
+    shape = f"[{n_rows}, {n_in}] x [{n_in}, {n_out}]"
+    if not exact:
+        few_rows = n_rows <= MAX_ROWS_EXCESS
+        if weight >= HUGE_WEIGHT or (weight >= WITHOUT_VNNI.large_weight and few_rows):
+            return None
+        return (
+            f"{shape}: unsafe pairs on a CPU without VNNI, whose sparse excess costs more than "
+            "int8 "
+            "gains; QuantSpec(pair_safe=True) avoids them"
+        )
+    limits = WITHOUT_VNNI if cpu_int8().saturates else WITH_VNNI
+    if weight < limits.large_weight and n_rows * weight < limits.min_macs:
+        return f"{shape} is too small for int8 to pay"
+    return None
+
+
+@dataclass(frozen=True)
+class OneDnnInt8Linear(Int8Linear):
+    """`fxq.lowering.cpu.int8_linear`."""
+
+    def rewrite(self, layer: Node, operands: Operands, lowering: Lowering) -> Decision:
+        weight = tensor_of(lowering.gm, operands.weight)
+        exact = not cpu_int8().saturates or is_pair_safe(weight)
+        n_rows = math.prod(hint(size, lowering.sizes) for size in shape_of(operands.codes)[:-1])
+        if why := slower_than_float(n_rows, *weight.shape, exact=exact):
+            return Decision(None, why)
+        codes, zero = _to_unsigned(operands, lowering)
+        if is_single(operands.scale):
+            o = operands
+            args = (codes, o.scale, zero, o.weight, o.w_scale, o.bias, torch.float32)
+            kernel = result = insert_call(ops.int8_linear.default, args, before=layer)
+        else:
+            kernel, result = _per_row(layer, operands, codes, zero, lowering)
+        self.replace(layer, result, kernel)
+        if exact:
+            return Decision("int8_linear (oneDNN)")
+        return Decision(
+            "int8_linear (oneDNN + sparse excess)",
+            "this CPU lacks VNNI and the weight has unsafe pairs; QuantSpec(pair_safe=True) is "
+            "faster",
+        )
+
+
+def is_single(scale: Node) -> bool:
+    """Tell whether a scale is one number."""
+    return all(isinstance(size, int) and size == 1 for size in shape_of(scale))
+
+
+def _to_unsigned(o: Operands, lowering: Lowering) -> tuple[Node, Node | None]:
+    """Return the activations' codes as uint8 with their zero-point, made once per quantize."""
+    key = (o.codes, o.zero_point)
+    if not is_op(o.codes, ops.quantize.default):
+        return key
+    if key not in lowering.shared:
+        source, scale, _, low, high = args_of(o.codes)
+        zero = _plus_sign(o, lowering)
+        args = (source, scale, zero, low + SIGN, high + SIGN)
+        codes = insert_call(ops.quantize.default, args, before=o.codes)
+        lowering.shared[key] = codes, zero
+    return lowering.shared[key]
+
+
+def _plus_sign(o: Operands, lowering: Lowering) -> Node:
+    zero = o.zero_point
+    if zero is None:
+        value = torch.full([1] * len(shape_of(o.scale)), SIGN, dtype=torch.int32)
+        return _constant("unsigned_zero_point", value, o.codes, lowering)
+    if zero.op == "get_attr":
+        value = tensor_of(lowering.gm, zero) + SIGN
+        return _constant(f"{zero.target}_unsigned", value, o.codes, lowering)
+    return insert_call(aten.add.Tensor, (zero, SIGN), after=zero)
+
+
+def _constant(name: str, value: Tensor, like: Node, lowering: Lowering) -> Node:
+    return add_buffer(lowering.gm, name, value.to(lowering.device), like=like)
+
+
+def _per_row(
+    layer: Node, o: Operands, codes: Node, zero: Node | None, lowering: Lowering
+) -> tuple[Node, Node]:
+    """Return the kernel and `(acc - zero_point * row_sums) * (scale * w_scale) + bias` of its
+    accumulators, as nodes before `layer`; a zero-point of all rows is the kernel's to subtract.
+
+    Where acc may not be exact in fp32 the difference is one of int32, rounded once.
+    """
+    weight, w_scale = tensor_of(lowering.gm, o.weight), tensor_of(lowering.gm, o.w_scale)
+    name = str(o.weight.target)
+    w_rows = w_scale.reshape(-1).expand(len(weight))
+    unit = _constant("unit_scale", torch.ones(1, 1), layer, lowering)
+    w_row = _constant(f"{name}_row_scale", w_rows, layer, lowering)
+    centre = zero
+    single = zero is None or is_single(zero)
+    if not single:
+        value = torch.tensor([[SIGN]], dtype=torch.int32)
+        centre = None if codes is o.codes else _constant("sign", value, layer, lowering)
+    exact = single or largest_sum(weight) < EXACT_IN_FP32
+    dtype = torch.float32 if exact else torch.int32
+    args = (codes, unit, centre, o.weight, unit, None, dtype)
+    y = kernel = insert_call(ops.int8_linear.default, args, before=layer)
+    if not single:
+        sums = weight.sum(1, dtype=torch.int32).to(dtype)
+        sums_node = _constant(f"{name}_row_sums", sums, layer, lowering)
+        shift = insert_call(aten.mul.Tensor, (o.zero_point, sums_node), before=layer)
+        y = insert_call(aten.sub.Tensor, (y, shift), before=layer)
+    if not exact:
+        y = insert_call(aten._to_copy.default, (y,), {"dtype": torch.float32}, before=layer)
+    scale = insert_call(aten.mul.Tensor, (o.scale, w_row), before=layer)
+    y = insert_call(aten.mul.Tensor, (y, scale), before=layer)
+    if o.bias is not None:
+        y = insert_call(aten.add.Tensor, (y, o.bias), before=layer)
+    return kernel, y
+
+
+X86 = Device(
+    "x86",
+    lambda device: device.type == "cpu" and cpu_int8().available,
+    (OneDnnInt8Linear(), TorchAttention()),
+)
