@@ -10,7 +10,7 @@ import torch
 from torch.fx import Node
 
 from fxq.account import kind_of
-from fxq.graph import args_of, hint, is_op, shape_of, tensor_of
+from fxq.graph import args_of, dtype_of, hint, is_op, shape_of, tensor_of
 from fxq.lowering.decision import Decision
 from fxq.lowering.exactness import Exactness
 from fxq.lowering.int8_linear import accumulate
@@ -85,6 +85,9 @@ def match(layer: Node) -> Operands | str:
         return "weight-only: the product is float, on a weight dequantized once when compiled"
     codes, scale, zero, _ = args_of(x)
     weight, w_scale, w_zero, _ = args_of(w)
+    for part in (codes, weight):
+        if dtype_of(part) not in (torch.int8, torch.uint8):
+            return f"no kernel for codes of {dtype_of(part)}; it runs as float on their values"
     if w_zero is not None:
         return "no int8 kernel for an affine weight; use symmetric=True"
     if hint(shape_of(w_scale)[-1]) != 1:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch.fx import GraphModule, Node
 
+from fxq.layer import hand_on
 from fxq.lowering.decision import Decision
 from fxq.lowering.exactness import Exactness, differ_by_rounding
 
@@ -54,15 +55,20 @@ class Rule(ABC):
     def apply(self, node: Node, lowering: Lowering) -> Decision:
         """Rewrite `node` and name the kernel; or decline, with the reason and nothing changed."""
 
-    def replace(self, old: Node, new: Node, kernel: Node | None = None) -> None:
-        """Put `new` in the place of `old`, for `fxq.verify` to compare the two.
+    def replace(
+        self, layer: Node, new: Node, *, last: Node | None = None, kernel: Node | None = None
+    ) -> None:
+        """Put `new` in the place of a layer, for `fxq.verify` to compare the two.
 
         Args:
-            old: a node whose value `new` has; not the rule's own node where the kernel does more.
-            new: what its users read from now on.
+            layer: the node the rule was applied to; its record goes to the kernel.
+            new: what takes its place.
+            last: the node behind it whose value `new` has, where the kernel does that much more.
             kernel: what computes, where `new` only finishes its result.
         """
-        new.meta[REPLACED] = Replaced(old.name, (kernel or new).name, self)
+        old, kernel = last or layer, kernel or new
+        hand_on(layer, kernel)
+        new.meta[REPLACED] = Replaced(old.name, kernel.name, self)
         old.replace_all_uses_with(new)
 
     def check(

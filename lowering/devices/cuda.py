@@ -32,7 +32,7 @@ class TritonInt8Linear(Int8Linear):
         last, epilogue, guard = fusible_epilogue(layer, finite=_is_finite(o.bias))
         args = (o.codes, o.scale, o.zero_point, o.weight, o.w_scale, o.bias)
         result = insert_call(ops.int8_linear.default, (*args, *epilogue), before=last, like=layer)
-        self.replace(last, result)
+        self.replace(layer, result, last=last)
         if guard is not None:
             rows = (o.scale, args_of(guard)[1])
             guard.replace_all_uses_with(insert_call(guard.target, rows, before=guard))

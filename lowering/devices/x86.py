@@ -94,7 +94,7 @@ class OneDnnInt8Linear(Int8Linear):
             kernel = result = insert_call(ops.int8_linear.default, args, before=layer)
         else:
             kernel, result = _per_row(layer, operands, codes, zero, lowering)
-        self.replace(layer, result, kernel)
+        self.replace(layer, result, kernel=kernel)
         if exact:
             return Decision("int8_linear (oneDNN)")
         return Decision(

@@ -150,7 +150,7 @@ def test_layers_that_share_a_weight_may_have_codes_of_their_own() -> None:
 @pytest.mark.parametrize(
     ("fixed", "message"),
     [
-        (WeightCodes(torch.zeros(2, 2), torch.ones(32, 1)), r"expected the weight's shape \[32"),
+        (WeightCodes(torch.zeros(2, 2), torch.ones(32, 1)), r"codes: expected the weight's shape"),
         (WeightCodes(torch.full((32, 16), 8), torch.ones(32, 1)), "codes: expected -7 to 7"),
         (WeightCodes(torch.zeros(32, 16), torch.ones(32)), "scale: expected 2 dimensions"),
         (
@@ -202,6 +202,16 @@ def test_a_mask_goes_where_its_layer_goes(tmp_path: Path) -> None:
             assert mask is not None
             assert mask.sum(1).tolist() == [width // 2] * mask.shape[0]
             assert not mask[:, 1::2].any()
+
+
+def test_the_kernel_has_the_record_of_its_layer() -> None:
+    program = fxq.compress(TwoLayers().eval(), torch.randn(5, 16), "w8a8_dynamic")
+
+    lowered, decisions = lower(program.graph_module, torch.device("cuda"))
+
+    kernels = [n for n in lowered.graph.nodes if is_op(n, torch.ops.fxq.int8_linear.default)]
+    assert [layer_of(n).format for n in kernels] == ["int8 x int8"] * 2
+    assert [layer_of(n).origin for n in kernels] == list(decisions)
 
 
 def test_a_mask_over_weights_that_are_not_zero_is_refused() -> None:
