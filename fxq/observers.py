@@ -26,6 +26,7 @@ from fxq.histogram import (
     percentile_range,
     quantization_error,
 )
+from fxq.rows import ByPosition
 from fxq.spec import (
     ALL,
     Entropy,
@@ -49,6 +50,9 @@ MERGE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 class RangeObserver(nn.Module):
     """Return the input unchanged and remember what is needed to quantize it.
 
+    Where the spec has rows, there is a state for each: buffers, scale and zero-point have one
+    dimension more, the first.
+
     Args:
         spec: a static spec: which elements share a scale, and the rule that finds their range.
         shape: shape of the observed tensor; the dimensions along which the scale varies are fixed.
@@ -57,7 +61,7 @@ class RangeObserver(nn.Module):
         ValueError: calibration does not decide the spec's range, or the scale's shape is dynamic.
     """
 
-    n_values: Tensor  # number of values seen, int64 scalar
+    n_values: Tensor  # number of values seen, int64 scalar or `[rows]`
     low: Tensor  # smallest value, fp32 in the scale's shape
     high: Tensor  # largest value, fp32 in the scale's shape
     histogram: Tensor  # int64 [entries, bins], only for rules that weigh values
@@ -80,9 +84,10 @@ class RangeObserver(nn.Module):
                 "capture without that dynamic dimension, or use dynamic=True or PerTensor()"
             )
         self.scale_shape = scale_shape([int(size) for size in varying], self.block)
-        self.register_buffer("n_values", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("low", torch.full(self.scale_shape, torch.inf))
-        self.register_buffer("high", torch.full(self.scale_shape, -torch.inf))
+        rows = () if spec.rows is None else (spec.rows.count,)
+        self.register_buffer("n_values", torch.zeros(rows, dtype=torch.int64))
+        self.register_buffer("low", torch.full((*rows, *self.scale_shape), torch.inf))
+        self.register_buffer("high", torch.full((*rows, *self.scale_shape), -torch.inf))
         self.register_buffer("trained_scale", None)
         self.bits = 0  # mantissa bits of the histogram's grid, 0 without one
         if isinstance(spec.observer, Percentile | MeanSquaredError | Entropy):
@@ -94,7 +99,12 @@ class RangeObserver(nn.Module):
     @property
     def count(self) -> int:
         """Number of values seen."""
-        return int(self.n_values)
+        return int(self.n_values.sum())
+
+    @property
+    def rows_without_data(self) -> list[int]:
+        """Rows that saw no value. The nearest row that did stands for them."""
+        return (self.n_values.reshape(-1) == 0).nonzero().flatten().tolist()
 
     @property
     def saw_only_zeros(self) -> bool:
@@ -111,23 +121,30 @@ class RangeObserver(nn.Module):
         """Return what distinguishes this observer in a printed graph."""
         return f"{self.name}: {self.spec}"
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, index: Tensor | None = None) -> Tensor:
         """Take note of `x` and return it.
 
+        Args:
+            x: a value of the observed edge.
+            index: which row holds: of all of it, of each sample `[B]`, of each token `[T]` or
+                `[B, T]` (`fxq.row_choice`). None where the spec has no rows.
         Raises:
             ValueError: `x` is not finite, or needs a scale of another shape.
         """
         with torch.no_grad():
-            self._observe(x.detach())
+            self._observe(x.detach(), index)
         return x
 
-    def _observe(self, x: Tensor) -> None:
+    def _observe(self, x: Tensor, index: Tensor | None) -> None:
         self._check_shape(x.shape)
         if not x.numel():
             return
         if self.low.device != x.device:
             self.to(x.device)
-        low, high = numerics.block_amin_amax(x, self.block)
+        block = list(self.block)
+        for dim in self._row_dims(index):
+            block[dim] = 1
+        low, high = numerics.block_amin_amax(x, block)
         if not bool((low.isfinite() & high.isfinite()).all()):
             raise self._not_finite(x)
         low, high = low + 0.0, high + 0.0  # -0.0 becomes 0.0: min(0.0, -0.0) depends on the order
@@ -135,19 +152,39 @@ class RangeObserver(nn.Module):
             self.low.lerp_(low, self.spec.observer.momentum)
             self.high.lerp_(high, self.spec.observer.momentum)
         else:
-            self.low.copy_(torch.minimum(self.low, low))
-            self.high.copy_(torch.maximum(self.high, high))
+            entries = self._entries(low.shape, index).flatten()
+            self.low.view(-1).scatter_reduce_(0, entries, low.flatten(), "amin")
+            self.high.view(-1).scatter_reduce_(0, entries, high.flatten(), "amax")
         if self.bits:
-            self._add_to_histogram(x)
-        self.n_values += x.numel()
+            self._add_to_histogram(x, self._entries(low.shape, index))
+        rows = torch.zeros((), dtype=torch.int64, device=x.device) if index is None else index
+        counts = torch.full_like(rows, x.numel() // rows.numel()).flatten()
+        self.n_values.view(-1).index_add_(0, rows.flatten(), counts)
 
-    def _add_to_histogram(self, x: Tensor) -> None:
-        entries, bins = self.histogram.shape
+    def _row_dims(self, index: Tensor | None) -> list[int]:
+        """Return the dimensions of the observed tensor that have a row for each element."""
+        if index is None or index.ndim == 0:
+            return []
+        both = [0, len(self.block) - 2]
+        return both if index.ndim == 2 else both[isinstance(self.spec.rows, ByPosition) :][:1]
+
+    def _entries(self, shape: Sequence[int], index: Tensor | None) -> Tensor:
+        """Return which entry of the state each block goes to, int64 in `shape`."""
+        width = torch.Size(self.scale_shape).numel()
+        entries = torch.arange(width, device=self.low.device).reshape(self.scale_shape)
+        if index is not None:
+            place = [1] * len(shape)
+            for dim, size in zip(self._row_dims(index), index.shape, strict=True):
+                place[dim] = size
+            entries = entries + width * index.to(entries.device).reshape(place)
+        return entries.expand(shape)
+
+    def _add_to_histogram(self, x: Tensor, entries: Tensor) -> None:
+        bins = self.histogram.shape[1]
         index = bin_index(x, self.bits)
-        if entries > 1:
-            first = torch.arange(0, entries * bins, bins, device=x.device).reshape(self.scale_shape)
-            index = index + numerics.expand_blocks(first, x.shape)
-        counts = torch.bincount(index.flatten(), minlength=entries * bins)
+        if len(self.histogram) > 1:
+            index = index + numerics.expand_blocks(entries * bins, x.shape)
+        counts = torch.bincount(index.flatten(), minlength=self.histogram.numel())
         self.histogram += counts.view_as(self.histogram)
 
     def _check_shape(self, shape: Sequence[int]) -> None:
@@ -200,7 +237,8 @@ class RangeObserver(nn.Module):
         return Density.of(histogram, low, high, self.bits)
 
     def qparams(self) -> tuple[Tensor, Tensor]:
-        """Return scale (fp32, > 0) and zero-point (int32), both in the scale's shape.
+        """Return scale (fp32, > 0) and zero-point (int32), both in the scale's shape, or with a row
+        for each of the spec's.
 
         Raises:
             ValueError: no value was seen.
@@ -210,7 +248,16 @@ class RangeObserver(nn.Module):
         scale, zero_point = numerics.choose_qparams(
             low, high, spec.quant_min, spec.quant_max, symmetric=spec.symmetric
         )
+        if spec.rows is not None:
+            nearest = self._nearest_rows_with_data()
+            scale, zero_point = scale[nearest], zero_point[nearest]
         return scale if self.trained_scale is None else self.trained_scale, zero_point
+
+    def _nearest_rows_with_data(self) -> Tensor:
+        """Return, for each row, itself or the nearest that saw values; of two, the lower."""
+        seen = self.n_values.nonzero().flatten()
+        every = torch.arange(len(self.n_values), device=seen.device)
+        return seen[(every[:, None] - seen).abs().argmin(1)]
 
     def merge(self, other: "RangeObserver") -> None:
         """Add what `other` has seen to this observer's state, exactly.

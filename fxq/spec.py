@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fxq.formats import Format, Integer
+from fxq.rows import ByPosition, Rows
 
 ALL = -1  # block entry: the whole dimension shares one scale
 
@@ -183,6 +184,7 @@ class QuantSpec:
             2.5 dB of the weight's own SQNR (Gaussian), about 0.5 dB behind quantized activations,
             and buys the plain int8 kernel on every x86.
         format: of the codes; 8-bit integers unless given.
+        rows: what chooses among several static ranges (`fxq.rows`); None where there is one.
     """
 
     format: Format
@@ -191,6 +193,7 @@ class QuantSpec:
     dynamic: bool
     observer: Observer
     pair_safe: bool
+    rows: Rows | None
 
     def __init__(
         self,
@@ -202,6 +205,7 @@ class QuantSpec:
         pair_safe: bool = False,
         *,
         format: Format | None = None,
+        rows: Rows | None = None,
     ) -> None:
         if bits is not None and not isinstance(format, Integer | None):
             raise ValueError(f"QuantSpec: bits= is for integers, found bits={bits} with {format!r}")
@@ -212,6 +216,7 @@ class QuantSpec:
             "dynamic": dynamic,
             "observer": MinMax() if observer is None else observer,
             "pair_safe": pair_safe,
+            "rows": rows,
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
@@ -232,6 +237,16 @@ class QuantSpec:
             raise ValueError(
                 f"QuantSpec: {self.observer} searches a range for integers, found {self.format}; "
                 "use MinMax() or Percentile()"
+            )
+        if self.rows is None:
+            return
+        if self.dynamic or self.pair_safe:
+            raise ValueError(f"QuantSpec: rows {self.rows} are of ranges that calibration finds")
+        if isinstance(self.observer, MovingAverage):
+            raise ValueError("QuantSpec: a moving average is of one range; use MinMax() with rows")
+        if isinstance(self.rows, ByPosition) and self.granularity == PerToken():
+            raise ValueError(
+                "QuantSpec: rows by position are a scale per token already; use PerTensor()"
             )
 
     @property
@@ -271,7 +286,8 @@ class LayerSpec:
     weight: QuantSpec
 
     def __post_init__(self) -> None:
-        if self.weight.dynamic:
+        if self.weight.dynamic or self.weight.rows is not None:
             raise ValueError(
-                "LayerSpec.weight: a weight does not change at run time; use dynamic=False"
+                "LayerSpec.weight: a weight does not change at run time; use dynamic=False and no "
+                "rows"
             )

@@ -17,11 +17,13 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_arg
+from torch.utils._pytree import tree_leaves
 
 from fxq.graph import owner_name, tensor_of
 from fxq.judging import Judgement, judge
 from fxq.lowering.lower import lower
 from fxq.lowering.rule import REPLACED, Replaced
+from fxq.numerics import sqnr_db
 from fxq.program import Program
 from fxq.signature import Inputs, split_inputs
 
@@ -36,7 +38,7 @@ class NodeCheck:
         kernel: what replaces it.
         accumulators_equal: the integer accumulators are bit-equal to exact integer arithmetic; true
             of a kernel that has none.
-        sqnr_db: of the outputs, infinite where they are bit-equal.
+        sqnr_db: of the output, the first where there are several; infinite where bit-equal.
         ok: within the bounds.
     """
 
@@ -150,13 +152,9 @@ class _Replay:
 
     def check(self, node: Node) -> NodeCheck:
         made: Replaced = node.meta[REPLACED]
-        expected, kernel = self.recorded[made.node], self.nodes[made.kernel]
-        exactness = made.rule.check(expected, self.value(node), kernel, self.value)
-        return NodeCheck(
-            made.node,
-            owner_name(node),
-            str(kernel.target).removesuffix(".default"),
-            exactness.accumulators_equal,
-            exactness.sqnr_db,
-            exactness.ok,
-        )
+        expected, found = self.recorded[made.node], self.value(node)
+        kernel = self.nodes[made.kernel]
+        equal, ok = made.rule.check(expected, found, kernel, self.value)
+        name = str(kernel.target).removesuffix(".default")
+        error = sqnr_db(tree_leaves(expected)[0], tree_leaves(found)[0])
+        return NodeCheck(made.node, owner_name(node), name, equal, error, ok)

@@ -14,8 +14,8 @@ from torch.fx import GraphModule
 
 from fxq.graph import SETTLED, copy_graph, is_settled
 from fxq.layer import Skip, layer_of, treat
-from fxq.lowering.decision import Decision
 from fxq.lowering.lower import lower
+from fxq.lowering.rule import Decision
 from fxq.pipeline import Recipe
 
 N_REASONS = 3

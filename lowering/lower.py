@@ -7,10 +7,9 @@ from torch.fx import GraphModule, Node
 
 from fxq.dialect import LOWERED
 from fxq.graph import add_buffer, args_of, copy_graph, erase_dead, is_constant, is_op, tensor_of
-from fxq.lowering.decision import Decision
 from fxq.lowering.devices import device_at
-from fxq.lowering.devices.any import ANY
-from fxq.lowering.rule import Device, Lowering
+from fxq.lowering.devices.other import OTHER
+from fxq.lowering.rule import Decision, Device, Lowering
 
 ops = torch.ops.fxq
 
@@ -38,20 +37,20 @@ def lower(
 
 
 def decide(node: Node, device: Device, lowering: Lowering) -> Decision | None:
-    """Apply the first rule that takes `node`, and report it with why those before it declined; None
-    for a node that no rule is for."""
+    """Apply the first rule that takes `node` and return its decision, with why those before it
+    declined; None for a node that no rule is for."""
     rules = [rule for rule in device.rules if rule.is_for(node)]
-    rules = rules or [rule for rule in ANY.rules if rule.is_for(node)]
+    rules = rules or [rule for rule in OTHER.rules if rule.is_for(node)]
     reasons: list[str] = []
     for rule in rules:
         decision = rule.apply(node, lowering)
-        reasons += [decision.reason] if decision.reason else []
+        reasons += [decision.reason] if decision.reason not in ("", *reasons) else []
         if decision.kernel is not None:
-            return Decision(decision.kernel, "; ".join(dict.fromkeys(reasons)))
+            return Decision(decision.kernel, "; ".join(reasons))
     if not rules:
         return None
     instead = f"{rules[-1].instead}: " if rules[-1].instead else ""
-    return Decision(None, instead + "; ".join(dict.fromkeys(reasons)))
+    return Decision(None, instead + "; ".join(reasons))
 
 
 def fold_dequantized_weights(gm: GraphModule) -> None:

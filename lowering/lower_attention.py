@@ -11,8 +11,7 @@ from torch.fx import Node
 import fxq.lowering.rectified_attention  # noqa: F401  registers the op
 from fxq.account import SPARSE_ATTENTION
 from fxq.graph import args_of, insert_call, is_op
-from fxq.lowering.exactness import MIN_SQNR_DB, Exactness
-from fxq.lowering.rule import Rule
+from fxq.lowering.rule import MIN_SQNR_DB, Decision, Lowering, Rule
 from fxq.numerics import sqnr_db
 
 OP = torch.ops.fxq.lowered_attention.default
@@ -20,22 +19,36 @@ OP = torch.ops.fxq.lowered_attention.default
 
 @dataclass(frozen=True)
 class SparseAttention(Rule):
-    """A rule for one sparse attention, whose definition runs on any device."""
+    """A rule for sparse attention, as it is without a kernel.
+
+    Devices that have one say how reports call it, with a remark; which engine of
+    `fxq.lowering.rectified_attention` it is, None where the node stays as it is; and `why_not`.
+    """
 
     instead: ClassVar[str] = "the reference"
+    kernel: ClassVar[str] = ""
+    remark: ClassVar[str] = ""
+    engine: ClassVar[str | None] = None
 
     def is_for(self, node: Node) -> bool:
         return is_op(node, SPARSE_ATTENTION)
 
-    def use(self, engine: str, node: Node) -> None:
-        """Put an engine of `fxq.lowering.rectified_attention` in the place of `node`."""
-        self.replace(node, insert_call(OP, (*args_of(node), engine), before=node))
+    def why_not(self, node: Node, lowering: Lowering) -> str | None:
+        """Return why the kernel does not take an attention, None where it does."""
+        return f"no kernel for {lowering.device.type}"
+
+    def apply(self, node: Node, lowering: Lowering) -> Decision:
+        if why := self.why_not(node, lowering):
+            return Decision(None, why)
+        if self.engine is not None:
+            self.replace(node, insert_call(OP, (*args_of(node), self.engine), before=node))
+        return Decision(self.kernel, self.remark)
 
     def check(
         self, expected: Any, found: Any, kernel: Node, value: Callable[[Node], Any]
-    ) -> Exactness:
-        error = sqnr_db(expected[0], found[0])  # without the log-sum-exp
-        return Exactness(True, error, error >= min_attention_sqnr_db(expected[0].dtype))
+    ) -> tuple[bool, bool]:
+        (expected, _), (found, _) = expected, found
+        return True, sqnr_db(expected, found) >= min_attention_sqnr_db(expected.dtype)
 
 
 def min_attention_sqnr_db(dtype: torch.dtype) -> float:

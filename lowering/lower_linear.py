@@ -1,9 +1,9 @@
 """What the rules of all devices share that turn `linear(dequantize(x), dequantize(w), bias)` into
 `fxq::int8_linear`."""
 
-from abc import abstractmethod
+import platform
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,10 +11,8 @@ from torch.fx import Node
 
 from fxq.account import kind_of
 from fxq.graph import args_of, dtype_of, hint, is_op, shape_of, tensor_of
-from fxq.lowering.decision import Decision
-from fxq.lowering.exactness import Exactness
 from fxq.lowering.int8_linear import accumulate
-from fxq.lowering.rule import Lowering, Rule
+from fxq.lowering.rule import Decision, Lowering, Rule
 from fxq.numerics import largest_sum
 
 aten = torch.ops.aten
@@ -35,8 +33,8 @@ class Operands:
 
 @dataclass(frozen=True)
 class Int8Linear(Rule):
-    """A rule for a layer with a quantized weight. It declines what no kernel of `fxq::int8_linear`
-    computes exactly; a device's own rule has the rest."""
+    """A rule for layers with a quantized weight, as it is without a kernel; devices that have one
+    say in `rewrite` what they make of the layers that it can compute exactly."""
 
     def is_for(self, node: Node) -> bool:
         weight = node.args[1] if len(node.args) > 1 else None
@@ -53,27 +51,22 @@ class Int8Linear(Rule):
             )
         return self.rewrite(node, found, lowering)
 
-    @abstractmethod
     def rewrite(self, layer: Node, operands: Operands, lowering: Lowering) -> Decision:
-        """Put the device's kernel in the place of `layer`, or decline."""
+        """Put a kernel in the place of `layer`, or decline."""
+        return Decision(None, f"no int8 kernel for {lowering.device.type} ({platform.machine()})")
 
     def check(
         self, expected: Any, found: Any, kernel: Node, value: Callable[[Node], Any]
-    ) -> Exactness:
-        exactness = super().check(expected, found, kernel, value)
-        equal = _accumulators_equal(kernel, value)
-        return replace(exactness, accumulators_equal=equal, ok=equal and exactness.ok)
-
-
-def _accumulators_equal(kernel: Node, value: Callable[[Node], Any]) -> bool:
-    codes_node, _, zero_node, weight_node = args_of(kernel)[:4]
-    x, weight = value(codes_node), value(weight_node)
-    zero = None if zero_node is None else value(zero_node)
-    one = torch.ones(1, 1, device=x.device)
-    # As the kernel gives them: whole numbers, or each rounded once.
-    dtype = torch.int32 if args_of(kernel)[6] == torch.int32 else torch.float32
-    found = ops.int8_linear(x, one, zero, weight, one, None, dtype)
-    return torch.equal(found, accumulate(x, zero, weight).to(dtype))
+    ) -> tuple[bool, bool]:
+        codes_node, _, zero_node, weight_node = args_of(kernel)[:4]
+        x, weight = value(codes_node), value(weight_node)
+        zero = None if zero_node is None else value(zero_node)
+        one = torch.ones(1, 1, device=x.device)
+        # As the kernel gives them: whole numbers, or each rounded once.
+        dtype = torch.int32 if args_of(kernel)[6] == torch.int32 else torch.float32
+        accumulators = ops.int8_linear(x, one, zero, weight, one, None, dtype)
+        equal = torch.equal(accumulators, accumulate(x, zero, weight).to(dtype))
+        return equal, equal and super().check(expected, found, kernel, value)[1]
 
 
 def match(layer: Node) -> Operands | str:

@@ -17,15 +17,13 @@ from dataclasses import replace
 
 import torch
 
-from fxq.errors import did_you_mean
-from fxq.lowering.devices.any import ANY
-from fxq.lowering.devices.cpu import CPU
 from fxq.lowering.devices.cuda import CUDA
+from fxq.lowering.devices.other import CPU, OTHER
 from fxq.lowering.devices.x86 import X86
 from fxq.lowering.rule import Device, Rule
 
 GROUP = "fxq.rules"
-OURS = (CUDA, X86, CPU, ANY)
+OURS = (CUDA, X86, CPU, OTHER)
 
 
 def device_at(device: torch.device) -> Device:
@@ -44,27 +42,20 @@ def installed() -> tuple[Device, ...]:
     points = sorted(importlib.metadata.entry_points(group=GROUP), key=lambda point: point.name)
     found = {f"entry point {p.name!r} ({p.value}) of {GROUP!r}": p.load() for p in points}
     devices = [value for value in found.values() if isinstance(value, Device)] + list(OURS)
+    rules = [value for value in found.values() if isinstance(value, Rule)]
     names = {device.name for device in devices}
-    rules: list[Rule] = []
     for where, value in found.items():
-        if isinstance(value, Rule):
-            _check_devices(where, value, names)
-            rules.append(value)
-        elif not isinstance(value, Device):
+        if not isinstance(value, Rule | Device):
             raise TypeError(
                 f"{where}: expected an instance of fxq.lowering.rule.Rule or Device, found "
                 f"{value!r}; name an instance there, or uninstall its distribution"
+            )
+        if isinstance(value, Rule) and not (value.devices and names.issuperset(value.devices)):
+            raise ValueError(
+                f"{where}: expected in the rule's `devices` some of {sorted(names)}, found "
+                f"{value.devices!r}; name devices there, or install the one that is missing"
             )
     return tuple(
         replace(device, rules=(*(r for r in rules if device.name in r.devices), *device.rules))
         for device in devices
     )
-
-
-def _check_devices(where: str, rule: Rule, names: set[str]) -> None:
-    for name in rule.devices or ("",):
-        if name not in names:
-            raise ValueError(
-                f"{where}: expected names of devices in the rule's `devices`, found "
-                f"{rule.devices!r}; {did_you_mean(name, names)}"
-            )

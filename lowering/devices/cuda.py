@@ -5,18 +5,17 @@ where nothing but a scale of NaN can make its result NaN or Inf: the next guard 
 scale. Our attention takes head dims to 128 in fp16 and bf16, FlexAttention most of the rest.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch.fx import Node
 
 from fxq.constants import constant_value
 from fxq.graph import args_of, dtype_of, hint, insert_call, is_op, shape_of, val_of
-from fxq.lowering.decision import Decision
 from fxq.lowering.lower_attention import SparseAttention
 from fxq.lowering.lower_linear import Int8Linear, Operands
-from fxq.lowering.rule import Device, Lowering
+from fxq.lowering.rule import Decision, Device, Lowering
 
 aten = torch.ops.aten
 ops = torch.ops.fxq
@@ -92,59 +91,51 @@ def _only_user(node: Node, target: object, apart_from: Node | None = None) -> No
 class TritonAttention(SparseAttention):
     """`fxq.lowering.kernels.rectified_attention`."""
 
-    def apply(self, node: Node, lowering: Lowering) -> Decision:
-        if why := why_not_triton(node, lowering.sizes):
-            return Decision(None, why)
-        self.use("triton", node)
-        return Decision("rectified_attention (Triton)")
+    kernel: ClassVar[str] = "rectified_attention (Triton)"
+    engine: ClassVar[str] = "triton"
+
+    def why_not(self, node: Node, lowering: Lowering) -> str | None:
+        query, value, size, scale = (args_of(node)[i] for i in (0, 2, 9, 16))
+        dims = [hint(shape_of(x)[-1], lowering.sizes) for x in (query, value)]
+        text_size = args_of(node)[8]
+        text_size = val_of(text_size) if isinstance(text_size, Node) else text_size
+        n_visual = hint(shape_of(query)[2], lowering.sizes) - hint(text_size, lowering.sizes)
+        if dtype_of(query) not in (torch.float16, torch.bfloat16):
+            return f"the kernel is for float16 and bfloat16, found {dtype_of(query)}"
+        if any(dim % 16 or not 16 <= dim <= 128 for dim in dims):  # rows of whole 16-byte loads
+            return f"the kernel is for head dims of 16 to 128 by 16, found {dims[0]} and {dims[1]}"
+        if size not in (64, 128):
+            return f"the kernel is for blocks of 64 or 128 tokens, found {size}"
+        if n_visual > MAX_BLOCKS * size:
+            return f"the kernel is for at most {MAX_BLOCKS} blocks, found {-(-n_visual // size)}"
+        if scale is not None and scale <= 0:
+            return f"the kernel is for a positive scale, found {scale}"
+        return None
 
 
 @dataclass(frozen=True)
 class FlexAttention(SparseAttention):
-    """`fxq.lowering.flex_attention`, of which torch makes a kernel."""
+    """`fxq.lowering.flex_attention`."""
 
-    def apply(self, node: Node, lowering: Lowering) -> Decision:
-        if why := why_not_flex(node):
-            return Decision(None, f"FlexAttention: {why}")
-        self.use("flex", node)
-        return Decision("rectified_attention (FlexAttention)")
+    kernel: ClassVar[str] = "rectified_attention (FlexAttention)"
+    engine: ClassVar[str] = "flex"
 
-
-def why_not_triton(node: Node, sizes: Mapping[str, int] | None) -> str | None:
-    """Return why our kernel does not take an attention, None where it does."""
-    query, value, size, scale = (args_of(node)[i] for i in (0, 2, 9, 16))
-    dims = [hint(shape_of(x)[-1], sizes) for x in (query, value)]
-    text_size = args_of(node)[8]
-    text_size = val_of(text_size) if isinstance(text_size, Node) else text_size
-    n_visual = hint(shape_of(query)[2], sizes) - hint(text_size, sizes)
-    if dtype_of(query) not in (torch.float16, torch.bfloat16):
-        return f"the kernel is for float16 and bfloat16, found {dtype_of(query)}"
-    if any(dim % 16 or not 16 <= dim <= 128 for dim in dims):  # rows of whole 16-byte loads
-        return f"the kernel is for head dims of 16 to 128 by 16, found {dims[0]} and {dims[1]}"
-    if size not in (64, 128):
-        return f"the kernel is for blocks of 64 or 128 tokens, found {size}"
-    if n_visual > MAX_BLOCKS * size:
-        return f"the kernel is for at most {MAX_BLOCKS} blocks, found {-(-n_visual // size)}"
-    if scale is not None and scale <= 0:
-        return f"the kernel is for a positive scale, found {scale}"
-    return None
-
-
-def why_not_flex(node: Node) -> str | None:
-    """Return why FlexAttention does not take an attention, None where it does."""
-    size, mode, is_causal = (args_of(node)[i] for i in (9, 11, 15))
-    dims = [shape_of(args_of(node)[i])[-1] for i in (0, 2)]
-    if any(hint(dim) < 16 for dim in dims):
-        return f"its head dims start at 16, found {dims[0]} and {dims[1]}"
-    if dtype_of(args_of(node)[0]) == torch.float64:
-        return "it computes in at most float32"
-    if mode == "online":
-        return "it knows no pseudo-keys"
-    if is_causal:
-        return "blocks visited in part are masked by the last block and text only"
-    if size % 128:
-        return f"blocks must be multiples of 128 tokens, found {size}"
-    return None
+    def why_not(self, node: Node, lowering: Lowering) -> str | None:
+        size, mode, is_causal = (args_of(node)[i] for i in (9, 11, 15))
+        dims = [shape_of(args_of(node)[i])[-1] for i in (0, 2)]
+        if any(hint(dim) < 16 for dim in dims):
+            return f"FlexAttention: its head dims start at 16, found {dims[0]} and {dims[1]}"
+        if dtype_of(args_of(node)[0]) == torch.float64:
+            return "FlexAttention: it computes in at most float32"
+        if mode == "online":
+            return "FlexAttention: it knows no pseudo-keys"
+        if is_causal:
+            return (
+                "FlexAttention: blocks visited in part are masked by the last block and text only"
+            )
+        if size % 128:
+            return f"FlexAttention: blocks must be multiples of 128 tokens, found {size}"
+        return None
 
 
 CUDA = Device(

@@ -22,10 +22,9 @@ from torch.fx import Node
 
 from fxq.graph import add_buffer, args_of, hint, insert_call, is_op, shape_of, tensor_of
 from fxq.lowering.cpu.onednn import cpu_int8
-from fxq.lowering.decision import Decision
-from fxq.lowering.devices.cpu import TorchAttention
+from fxq.lowering.devices.other import TorchAttention
 from fxq.lowering.lower_linear import Int8Linear, Operands
-from fxq.lowering.rule import Device, Lowering
+from fxq.lowering.rule import Decision, Device, Lowering
 from fxq.numerics import EXACT_IN_FP32, is_pair_safe, largest_sum
 
 aten = torch.ops.aten

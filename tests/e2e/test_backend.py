@@ -21,8 +21,8 @@ from fxq.dialect import ATEN, Dialect
 from fxq.errors import FxqWarning
 from fxq.lowering import apply_where_it_pays
 from fxq.lowering.cpu.onednn import CpuInt8
-from fxq.lowering.decision import Decision
 from fxq.lowering.devices import x86
+from fxq.lowering.rule import Decision
 from fxq.numerics import sqnr_db
 from fxq.passes import w8a8
 from fxq.passes.common import FIRST, Convert, InsertObservers

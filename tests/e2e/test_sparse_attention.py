@@ -15,8 +15,8 @@ import fxq
 from fxq import backend
 from fxq.errors import FxqWarning
 from fxq.lowering import apply_where_it_pays
-from fxq.lowering.decision import Decision
 from fxq.lowering.devices import x86
+from fxq.lowering.rule import Decision
 from fxq.passes import w8a8
 from fxq.passes.rectified_spaattn import (
     TOPK_20,

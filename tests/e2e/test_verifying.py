@@ -7,7 +7,7 @@ from models import Block
 import fxq
 from fxq.lowering import int8_linear
 from fxq.lowering.devices import x86
-from fxq.lowering.exactness import MIN_SQNR_DB
+from fxq.lowering.rule import MIN_SQNR_DB
 from fxq.passes import w8a8
 
 

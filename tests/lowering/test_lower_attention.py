@@ -17,10 +17,10 @@ from fxq import verifying
 from fxq.dialect import LOWERED
 from fxq.graph import is_op
 from fxq.lowering import flex_attention as flex
-from fxq.lowering.decision import Decision
 from fxq.lowering.devices.cuda import MAX_BLOCKS
 from fxq.lowering.lower import lower
 from fxq.lowering.lower_attention import min_attention_sqnr_db
+from fxq.lowering.rule import Decision
 from fxq.rectified_attention.reference import rectified_attention
 
 LOWERED_OP = torch.ops.fxq.lowered_attention

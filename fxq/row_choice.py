@@ -1,0 +1,188 @@
+"""Rows in a graph: the index that chooses them, the tables they are in, and `set_step`.
+
+There is one index per graph for equal `Rows`, and one table per index: all scales that go by it lie
+side by side in its columns and are gathered at once. An index is a number (all tokens of the batch
+have one row), `[B]` (each sample has one), `[T]` or `[B, T]` (each token).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from fxq.errors import UnsupportedError, did_you_mean
+from fxq.graph import RUNTIME_STATE, add_buffer, input_name, insert_call, shape_of, val_of
+from fxq.rows import ByPosition, ByStep, ByTimestep, Rows
+
+aten = torch.ops.aten
+LEVELS, STEP = (f"{RUNTIME_STATE}.{name}" for name in ("levels", "step"))
+ROWS = "fxq_rows"  # key in the meta of an index: what it is the index of
+
+
+def index_of(gm: GraphModule, rows: Rows, edge: Node) -> Node:
+    """Return the index of `rows`, int64, inserted where the graph has none yet.
+
+    Args:
+        gm: the graph.
+        rows: what chooses.
+        edge: what is quantized by it: positions may be counted along it, and values are of its
+            device.
+    Raises:
+        ValueError: the model has no such input.
+    """
+    tokens = shape_of(edge)[-2] if isinstance(rows, ByPosition) and rows.name is None else None
+    key = (rows, str(tokens))
+    known = (node for node in gm.graph.nodes if node.meta.get(ROWS) == key)
+    index = next(known, None)
+    if index is None:
+        index = _insert_index(gm, rows, edge, tokens)
+        index.meta[ROWS] = key
+    return index
+
+
+def _insert_index(gm: GraphModule, rows: Rows, edge: Node, tokens: Any) -> Node:
+    device = val_of(edge).device
+    first = next(n for n in gm.graph.nodes if n.op not in ("placeholder", "get_attr"))
+    if isinstance(rows, ByStep):
+        counter = add_buffer(gm, STEP, torch.zeros((), dtype=torch.int64, device=device), like=edge)
+        return insert_call(aten.clamp.default, (counter, 0, rows.count - 1), before=first)
+    if isinstance(rows, ByTimestep):
+        given = _input(gm, rows.name, "ByTimestep.name")
+        bounds = add_buffer(gm, LEVELS, torch.tensor(rows.levels, device=device), like=edge)
+        if shape_of(given) == (1,):  # one for the whole batch
+            given = insert_call(aten.select.int, (given, 0, 0), before=first)
+        given = insert_call(aten._to_copy.default, (given,), {"dtype": bounds.meta["val"].dtype}, before=first)
+        return insert_call(aten.bucketize.Tensor, (given, bounds), before=first)
+    if rows.name is not None:
+        positions = _input(gm, rows.name, "ByPosition.name")
+        positions = insert_call(aten._to_copy.default, (positions,), {"dtype": torch.int64}, before=first)
+    else:
+        if not isinstance(tokens, int):
+            tokens = insert_call(aten.sym_size.int, (edge, len(shape_of(edge)) - 2), after=edge)
+        kwargs = {"dtype": torch.int64, "device": device}
+        where = {"after": tokens} if isinstance(tokens, Node) else {"before": first}
+        positions = insert_call(aten.arange.default, (tokens,), kwargs, **where)
+    return insert_call(aten.clamp.default, (positions, 0, rows.count - 1), after=positions)
+
+
+def _input(gm: GraphModule, name: str, where: str) -> Node:
+    inputs = {input_name(n): n for n in gm.graph.nodes if n.op == "placeholder"}
+    if name not in inputs or not isinstance(val_of(inputs[name]), Tensor):
+        raise ValueError(
+            f"{where}: no input {name!r} of the model is a tensor; {did_you_mean(name, inputs)}"
+        )
+    return inputs[name]
+
+
+def check_fits(index: Sequence[Any], edge: Sequence[Any], rows: Rows) -> None:
+    """Raise `UnsupportedError` where an index does not say which row each element of an edge has.
+
+    Args:
+        index: shape of the index.
+        edge: shape of what is quantized by it.
+        rows: whose index it is.
+    """
+    expected: list[Any] = []
+    if isinstance(rows, ByTimestep):
+        expected = [*edge[:1]]
+    elif isinstance(rows, ByPosition):
+        expected = [edge[0], edge[-2]] if len(index) == 2 else [*edge[-2:-1]]
+    fits = [str(size) for size in index] == [str(size) for size in expected] or not len(index)
+    if not fits or (len(index) == 2 and len(edge) != 3):
+        raise UnsupportedError(
+            f"rows {rows} need "
+            + ("[batch, token, channel]" if isinstance(rows, ByPosition) else "the batch first")
+            + f": an index of shape {list(index)} does not fit {list(edge)}"
+        )
+
+
+def pick(table: Tensor, index: Tensor, rows: Rows) -> Tensor:
+    """Return the rows of a table in a shape that broadcasts against what they are for.
+
+    Args:
+        table: `[rows, *scale]`, where scale is of as many dimensions as the tensor.
+        index: int64, as `index_of` gives it.
+        rows: whose index it is.
+    Returns:
+        `scale`, with the index's dimensions in the place of those of size 1 that they are of.
+    """
+    shape = aligned_shape(table.shape[1:], index.shape, rows)
+    return table.flatten(1)[index].reshape(shape)
+
+
+def aligned_shape(scale: Sequence[int], index: Sequence[Any], rows: Rows) -> list[Any]:
+    """Return the shape of picked rows: see `pick`."""
+    shape: list[Any] = list(scale)
+    if len(index) == 2:
+        shape[0], shape[-2] = index
+    elif len(index) == 1:
+        shape[-2 if isinstance(rows, ByPosition) else 0] = index[0]
+    return shape
+
+
+def insert_tables(
+    gm: GraphModule, wanted: Mapping[str, tuple[Node, Rows, Tensor]]
+) -> dict[str, Node]:
+    """Insert the tables, one gather per index and dtype, and each entry's rows.
+
+    Args:
+        gm: the graph.
+        wanted: name -> index, whose it is, and the entry's table `[rows, *scale]`.
+    Returns:
+        name -> what `pick` gives.
+    """
+    groups: dict[tuple[Node, torch.dtype], list[str]] = {}
+    for name, (index, _, table) in wanted.items():
+        groups.setdefault((index, table.dtype), []).append(name)
+    found: dict[str, Node] = {}
+    for (index, dtype), names in groups.items():
+        columns = [wanted[name][2].flatten(1) for name in names]
+        kind = "scales" if dtype.is_floating_point else "zero_points"
+        table = add_buffer(gm, f"table_of_{kind}", torch.cat(columns, 1).contiguous(), like=index)
+        picked = insert_call(aten.index.Tensor, (table, [index]), after=index)
+        last, first = picked, 0
+        for name, column in zip(names, columns, strict=True):
+            _, rows, entry = wanted[name]
+            width = column.shape[1]
+            part = insert_call(aten.narrow.default, (picked, -1, first, width), after=last)
+            shape = [-1 if isinstance(n, torch.SymInt) else n for n in aligned_shape(entry.shape[1:], shape_of(index), rows)]
+            if shape.count(-1) > 1:  # [B, T] and a channel or one: as it lies
+                found[name] = last = part
+            else:
+                found[name] = last = insert_call(aten.reshape.default, (part, shape), after=part)
+            first += width
+    return found
+
+
+def set_step(program: nn.Module, step: int) -> None:
+    """Tell a program whose parameters go by step (`ByStep`) which step comes next.
+
+    Args:
+        program: what `fxq.compress` returned, or `torch.compile` of it.
+        step: 0 for the first.
+    Raises:
+        ValueError: a negative step, or a program without a counter.
+    """
+    if step < 0:
+        raise ValueError(f"step: expected 0 or more, found {step}")
+    for counter in runtime_states(program, "step", "nothing in it goes by ByStep"):
+        counter.fill_(step)
+
+
+def runtime_states(program: nn.Module, name: str, why: str) -> list[Tensor]:
+    """Return the buffers that passes keep under `name` to be changed between calls.
+
+    Raises:
+        ValueError: there is none; `why` says what that means.
+    """
+    state: Any = getattr(getattr(program, "graph_module", program), RUNTIME_STATE, None)
+    buffers = state.named_buffers() if isinstance(state, nn.Module) else ()
+    found = [value for key, value in buffers if key.rstrip("0123456789") in (name, f"{name}_")]
+    if not found:
+        raise ValueError(
+            f"program: expected one whose recipe sets {name!r}, found {type(program).__name__} "
+            f"without: {why}"
+        )
+    return found

@@ -1,0 +1,92 @@
+"""Rows: which row of a table of parameters holds, as plain frozen values.
+
+A scale, a zero-point or a density may have one value per noise level, per step or per token
+position. The values are the rows of a table, and a tensor in the graph chooses the row, so that one
+compiled graph serves all of them (`fxq.row_choice`). Beyond the table's ends the nearest row holds.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ByTimestep:
+    """By the noise level, which the model is told anyway: works on an unmodified pipeline.
+
+    A batch may mix rows: each sample has the row of its own time-step.
+
+    Args:
+        levels: ascending bounds, in the unit of the model's time-step input. Row i holds for
+            levels[i-1] < time-step <= levels[i]: the first for the least noise, the last for the
+            most. One row more than levels.
+        name: of the model's argument, `[B]`, `[1]` or a scalar.
+    """
+
+    levels: tuple[float, ...]
+    name: str = "timestep"
+
+    def __post_init__(self) -> None:
+        levels = self.levels
+        if type(levels) is not tuple or any(b <= a for a, b in zip(levels, levels[1:], strict=False)):
+            raise ValueError(f"ByTimestep.levels: expected a tuple that ascends, found {levels!r}")
+
+    @classmethod
+    def nearest(cls, timesteps: Sequence[float], name: str = "timestep") -> "ByTimestep":
+        """Return a row for each of `timesteps`, in ascending order; between two of them the nearer
+        one holds."""
+        known = sorted({float(t) for t in timesteps})
+        return cls(tuple((a + b) / 2 for a, b in zip(known, known[1:], strict=False)), name)
+
+    @property
+    def count(self) -> int:
+        """Number of rows."""
+        return len(self.levels) + 1
+
+    def __str__(self) -> str:
+        return "by timestep"
+
+
+@dataclass(frozen=True)
+class ByStep:
+    """By a counter: row i holds after `set_step(program, i)`, the last one from there on.
+
+    Args:
+        count: number of rows.
+    """
+
+    count: int
+
+    def __post_init__(self) -> None:
+        _check_count(self)
+
+    def __str__(self) -> str:
+        return "by step"
+
+
+@dataclass(frozen=True)
+class ByPosition:
+    """By the position of a token in its sequence: each token has a row.
+
+    Args:
+        count: number of rows.
+        name: of the model's argument that holds positions `[T]` or `[B, T]`, such as
+            `cache_position`: prefill and decode then have the same row for the same token. None
+            counts along the token axis, the second to last.
+    """
+
+    count: int
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_count(self)
+
+    def __str__(self) -> str:
+        return "by position"
+
+
+Rows = ByTimestep | ByStep | ByPosition
+
+
+def _check_count(rows: ByStep | ByPosition) -> None:
+    if type(rows.count) is not int or rows.count < 1:
+        raise ValueError(f"{type(rows).__name__}.count: expected 1 or more, found {rows.count!r}")
