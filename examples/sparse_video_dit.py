@@ -21,14 +21,15 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import fxq
-from fxq.passes.rectified_spaattn import ByTimestep, ReplaceAttention
+from fxq.passes.rectified_spaattn import ReplaceAttention
 from fxq.pipeline import Recipe
+from fxq.rows import ByTimestep
 
 FRAMES, SIDE, PATCH = 8, 16, 2
 STEPS, BATCH, PEAK_LR, SAMPLING_STEPS = 900, 6, 3e-3, 20
 RADIUS, COLOURS = 3.0, ((1.0, 0.55, 0.1), (0.1, 0.65, 0.95))
 SPARSE = ReplaceAttention(
-    density=ByTimestep(levels=(600.0,), densities=(0.2, 1.0)), block_size=16, min_tokens=512,
+    density=(0.2, 1.0), rows=ByTimestep((600.0,)), block_size=16, min_tokens=512,
     keep_neighbours=False, top_p=0.0,
 )  # fmt: skip
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fxq.pipeline import DataPass, Pass, Recipe, compress
     from fxq.program import Program
     from fxq.reporting import report
+    from fxq.row_choice import set_step
     from fxq.saving import load, save
     from fxq.verifying import verify
 
@@ -32,6 +33,7 @@ _HOMES = {
     "report": "fxq.reporting",
     "verify": "fxq.verifying",
     "save": "fxq.saving",
+    "set_step": "fxq.row_choice",
     "load": "fxq.saving",
     "FxqWarning": "fxq.errors",
     "PassError": "fxq.errors",
@@ -53,6 +55,7 @@ __all__ = [
     "load",
     "report",
     "save",
+    "set_step",
     "verify",
 ]
 

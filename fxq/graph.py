@@ -193,15 +193,21 @@ def insert_call(
     return node
 
 
-def insert_module(gm: GraphModule, name: str, module: nn.Module, *, after: Node) -> Node:
-    """Insert a call of a module that returns its input, behind the node it reads."""
+def insert_module(gm: GraphModule, name: str, module: nn.Module, *args: Node) -> Node:
+    """Insert a call of a module that returns its first argument, behind the nodes it reads."""
     name = unique_name(gm, name)
     gm.add_submodule(name, module)
-    with gm.graph.inserting_after(behind(after)):
-        node = gm.graph.call_module(name, (after,))
+    after = args[0]
+    with gm.graph.inserting_after(behind(last_of(*args))):
+        node = gm.graph.call_module(name, args)
     inherit(node, after)
     node.meta["val"] = after.meta["val"]
     return node
+
+
+def last_of(*nodes: Node | None) -> Node:
+    """Return the node that comes last in the graph; None is left out."""
+    return max(node for node in nodes if node is not None)
 
 
 def behind(node: Node) -> Node:

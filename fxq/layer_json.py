@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fxq import formats, spec
+from fxq import formats, rows, spec
 from fxq.graph import register_tensor
 from fxq.layer import LAYER, Layer, Skip, Treatment, WeightCodes, layer_of
 
@@ -15,8 +15,9 @@ TYPES = {
     kind.__name__: kind
     for kind in (
         Layer, Treatment, Skip, spec.LayerSpec, spec.QuantSpec, formats.Integer, formats.Float8,
-        spec.PerTensor, spec.PerChannel, spec.PerGroup, spec.PerToken, spec.MinMax,
-        spec.MovingAverage, spec.Percentile, spec.MeanSquaredError, spec.Entropy,
+        rows.ByTimestep, rows.ByStep, rows.ByPosition, spec.PerTensor, spec.PerChannel,
+        spec.PerGroup, spec.PerToken, spec.MinMax, spec.MovingAverage, spec.Percentile,
+        spec.MeanSquaredError, spec.Entropy,
     )
 }  # fmt: skip
 

@@ -104,6 +104,8 @@ class RangeObserver(nn.Module):
     @property
     def rows_without_data(self) -> list[int]:
         """Rows that saw no value. The nearest row that did stands for them."""
+        if self.spec.rows is None:
+            return []
         return (self.n_values.reshape(-1) == 0).nonzero().flatten().tolist()
 
     @property

@@ -53,11 +53,11 @@ def _insert_index(gm: GraphModule, rows: Rows, edge: Node, tokens: Any) -> Node:
         bounds = add_buffer(gm, LEVELS, torch.tensor(rows.levels, device=device), like=edge)
         if shape_of(given) == (1,):  # one for the whole batch
             given = insert_call(aten.select.int, (given, 0, 0), before=first)
-        given = insert_call(aten._to_copy.default, (given,), {"dtype": bounds.meta["val"].dtype}, before=first)
+        given = _cast(given, torch.float32, first)
         return insert_call(aten.bucketize.Tensor, (given, bounds), before=first)
     if rows.name is not None:
         positions = _input(gm, rows.name, "ByPosition.name")
-        positions = insert_call(aten._to_copy.default, (positions,), {"dtype": torch.int64}, before=first)
+        positions = _cast(positions, torch.int64, first)
     else:
         if not isinstance(tokens, int):
             tokens = insert_call(aten.sym_size.int, (edge, len(shape_of(edge)) - 2), after=edge)
@@ -65,6 +65,10 @@ def _insert_index(gm: GraphModule, rows: Rows, edge: Node, tokens: Any) -> Node:
         where = {"after": tokens} if isinstance(tokens, Node) else {"before": first}
         positions = insert_call(aten.arange.default, (tokens,), kwargs, **where)
     return insert_call(aten.clamp.default, (positions, 0, rows.count - 1), after=positions)
+
+
+def _cast(node: Node, dtype: torch.dtype, before: Node) -> Node:
+    return insert_call(aten._to_copy.default, (node,), {"dtype": dtype}, before=before)
 
 
 def _input(gm: GraphModule, name: str, where: str) -> Node:
@@ -140,19 +144,19 @@ def insert_tables(
     for (index, dtype), names in groups.items():
         columns = [wanted[name][2].flatten(1) for name in names]
         kind = "scales" if dtype.is_floating_point else "zero_points"
-        table = add_buffer(gm, f"table_of_{kind}", torch.cat(columns, 1).contiguous(), like=index)
-        picked = insert_call(aten.index.Tensor, (table, [index]), after=index)
-        last, first = picked, 0
+        values = add_buffer(gm, f"table_of_{kind}", torch.cat(columns, 1), like=index)
+        picked = last = insert_call(aten.index.Tensor, (values, [index]), after=index)
+        first = 0
         for name, column in zip(names, columns, strict=True):
-            _, rows, entry = wanted[name]
-            width = column.shape[1]
-            part = insert_call(aten.narrow.default, (picked, -1, first, width), after=last)
-            shape = [-1 if isinstance(n, torch.SymInt) else n for n in aligned_shape(entry.shape[1:], shape_of(index), rows)]
-            if shape.count(-1) > 1:  # [B, T] and a channel or one: as it lies
-                found[name] = last = part
-            else:
-                found[name] = last = insert_call(aten.reshape.default, (part, shape), after=part)
-            first += width
+            _, rows, entries = wanted[name]
+            place = (-1, first, column.shape[1])
+            last = insert_call(aten.narrow.default, (picked, *place), after=last)
+            shape = aligned_shape(entries.shape[1:], shape_of(index), rows)
+            if len(shape_of(index)) < 2:  # of [B, T] they lie as they are wanted, [B, T, C]
+                shape = [-1 if isinstance(size, torch.SymInt) else size for size in shape]
+                last = insert_call(aten.reshape.default, (last, shape), after=last)
+            found[name] = last
+            first += column.shape[1]
     return found
 
 

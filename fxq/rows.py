@@ -7,6 +7,7 @@ compiled graph serves all of them (`fxq.row_choice`). Beyond the table's ends th
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class ByTimestep:
 
     def __post_init__(self) -> None:
         levels = self.levels
-        if type(levels) is not tuple or any(b <= a for a, b in zip(levels, levels[1:], strict=False)):
+        if type(levels) is not tuple or any(b <= a for a, b in pairwise(levels)):
             raise ValueError(f"ByTimestep.levels: expected a tuple that ascends, found {levels!r}")
 
     @classmethod
@@ -35,7 +36,7 @@ class ByTimestep:
         """Return a row for each of `timesteps`, in ascending order; between two of them the nearer
         one holds."""
         known = sorted({float(t) for t in timesteps})
-        return cls(tuple((a + b) / 2 for a, b in zip(known, known[1:], strict=False)), name)
+        return cls(tuple((a + b) / 2 for a, b in pairwise(known)), name)
 
     @property
     def count(self) -> int:

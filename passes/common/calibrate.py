@@ -33,4 +33,16 @@ class Calibrate(DataPass):
                 FxqWarning,
                 stacklevel=2,
             )
+        if missed := {row for observer in observers for row in observer.rows_without_data}:
+            warnings.warn(
+                f"calibration reached no value in rows {_listing(missed)}: the nearest row that it "
+                "reached stands for each; give data of all time-steps, steps or positions",
+                FxqWarning,
+                stacklevel=2,
+            )
         return PassResult(gm, modified=bool(observers) and seen > 0)
+
+
+def _listing(rows: set[int]) -> str:
+    first = sorted(rows)[:8]
+    return ", ".join(map(str, first)) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")

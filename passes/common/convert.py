@@ -9,6 +9,7 @@ the float values come back as NaN.
 """
 
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -27,6 +28,7 @@ from fxq.graph import (
     erase_dead,
     insert_call,
     is_constant,
+    last_of,
     owner_name,
     shape_of,
     tensor_of,
@@ -36,9 +38,12 @@ from fxq.identity import TensorKey
 from fxq.layer import LAYER, check_weight, layer_of, treat
 from fxq.observers import RangeObserver
 from fxq.pipeline import Pass
+from fxq.row_choice import insert_tables
+from fxq.rows import Rows
 from fxq.spec import LayerSpec, QuantSpec, block_of
 
 ops = torch.ops.fxq
+ZERO = ".zero_point"
 aten = torch.ops.aten
 
 
@@ -51,7 +56,7 @@ class Convert(Pass):
 
     def run(self, gm: GraphModule) -> PassResult:
         """Convert every layer that has a `LayerSpec`."""
-        conversion = _Conversion(gm)
+        conversion = _Conversion(gm, _picked_qparams(gm))
         layers = pending_layers(gm)
         for layer, spec in layers:
             conversion.convert(layer, spec)
@@ -61,6 +66,11 @@ class Convert(Pass):
             conversion.convert_edge(edge)
         erase_dead(gm)
         return PassResult(gm, modified=bool(layers or others))
+
+
+def described(spec: QuantSpec) -> str:
+    """Return a spec's format, and what its range goes by."""
+    return f"{spec.format}" if spec.rows is None else f"{spec.format} {spec.rows}"
 
 
 def pending_layers(gm: GraphModule) -> list[tuple[Node, LayerSpec]]:
@@ -94,11 +104,24 @@ def quantize_weight(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor, Te
     return numerics.quantize(weight, scale, zero, *spec.grid), scale, zero
 
 
+def _picked_qparams(gm: GraphModule) -> dict[str, Node]:
+    """Insert the scales and zero-points that a row is chosen of; by the observer's name."""
+    wanted: dict[str, tuple[Node, Rows, Tensor]] = {}
+    for edge in [n for n in gm.graph.nodes if n.op == "call_module"]:
+        observer = gm.get_submodule(edge.target)
+        if isinstance(observer, RangeObserver) and (rows := observer.spec.rows) is not None:
+            scale, zero = observer.qparams()
+            wanted[edge.target] = edge.args[1], rows, scale
+            if not observer.spec.symmetric:
+                wanted[f"{edge.target}{ZERO}"] = edge.args[1], rows, zero
+    return insert_tables(gm, wanted)
+
+
 class _Conversion:
     """One run of `Convert`: what has been quantized so far, so that nothing is quantized twice."""
 
-    def __init__(self, gm: GraphModule) -> None:
-        self.gm = gm
+    def __init__(self, gm: GraphModule, picked: Mapping[str, Node]) -> None:
+        self.gm, self.picked = gm, picked
         self.weights: dict[tuple[TensorKey, QuantSpec, torch.dtype], Node] = {}
         self.inputs: dict[tuple[Node, QuantSpec], Node] = {}
 
@@ -122,7 +145,7 @@ class _Conversion:
             )
             layer.replace_all_uses_with(result, delete_user_cb=lambda user: user is not result)
         format = " x ".join(
-            str(model_dtype).removeprefix("torch.") if part is None else str(part.format)
+            str(model_dtype).removeprefix("torch.") if part is None else described(part)
             for part in (spec.activation, spec.weight)
         )
         treat(layer, Convert.__name__, format, format=format)
@@ -133,11 +156,10 @@ class _Conversion:
         assert isinstance(observer, RangeObserver)
         source = edge.args[0]
         assert isinstance(source, Node)
-        scale, zero = observer.qparams()
         spec = observer.spec
-        name = str(edge.target).removesuffix("_observer")
-        qparams = self.qparams(edge, name, scale, None if spec.symmetric else zero)
-        codes = insert_call(ops.quantize.default, (source, *qparams, *spec.grid), after=source)
+        qparams = self.qparams_of(edge, edge, str(edge.target).removesuffix("_observer"))
+        after = last_of(source, *qparams)
+        codes = insert_call(ops.quantize.default, (source, *qparams, *spec.grid), after=after)
         guarded = (self.guarded(source, qparams[0]), qparams[1])
         value = insert_call(ops.dequantize.default, (codes, *guarded, dtype_of(edge)), after=codes)
         edge.replace_all_uses_with(value)
@@ -178,7 +200,7 @@ class _Conversion:
             codes = insert_call(
                 ops.quantize.default,
                 (source, divisor, zero, *spec.grid),
-                after=source if not spec.dynamic else zero or scale,
+                after=last_of(source, divisor, zero),
                 like=layer,
             )
             if not spec.dynamic:
@@ -192,13 +214,9 @@ class _Conversion:
         self, layer: Node, edge: Node, spec: QuantSpec
     ) -> tuple[Node, Node, Node | None]:
         """Return the observed edge with the range its observer found."""
-        observer = self.gm.get_submodule(str(edge.target))
-        assert isinstance(observer, RangeObserver)
-        scale, zero = observer.qparams()
-        name = f"{owner_name(layer)}.input"
         source = edge.args[0]
         assert isinstance(source, Node)
-        return source, *self.qparams(layer, name, scale, None if spec.symmetric else zero)
+        return source, *self.qparams_of(edge, layer, f"{owner_name(layer)}.input")
 
     def dynamic_qparams(
         self, layer: Node, edge: Node, spec: QuantSpec
@@ -220,7 +238,8 @@ class _Conversion:
         """Return a static scale that is NaN where a row of `source` is not finite."""
         if is_constant(source):  # finite, or no input could give a finite result
             return scale
-        return insert_call(ops.guard_scale.default, (source, scale), after=source)
+        after = last_of(source, scale)
+        return insert_call(ops.guard_scale.default, (source, scale), after=after)
 
     def take_in_product(self, layer: Node, source: Node, scale: Node) -> tuple[Node, Node]:
         """Return what to quantize and with which scale: a product with a constant per channel that
@@ -233,6 +252,16 @@ class _Conversion:
         name = f"{owner_name(layer)}.input_channel_scale"
         divisor = add_buffer(self.gm, name, step / factor.float(), like=layer)
         return args_of(source)[0], divisor
+
+    def qparams_of(self, edge: Node, owner: Node, name: str) -> tuple[Node, Node | None]:
+        """Return the scale and zero-point that an observer found, or the rows of them that hold."""
+        target = str(edge.target)
+        if target in self.picked:
+            return self.picked[target], self.picked.get(f"{target}{ZERO}")
+        observer = self.gm.get_submodule(target)
+        assert isinstance(observer, RangeObserver)
+        scale, zero = observer.qparams()
+        return self.qparams(owner, name, scale, None if observer.spec.symmetric else zero)
 
     def qparams(
         self, layer: Node, name: str, scale: Tensor, zero: Tensor | None

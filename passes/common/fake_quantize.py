@@ -22,6 +22,7 @@ from fxq.graph import args_of, copy_graph, insert_module, is_constant, owner_nam
 from fxq.identity import TensorKey
 from fxq.observers import RangeObserver
 from fxq.passes.common.convert import pending_layers, quantize_weight
+from fxq.row_choice import pick
 from fxq.spec import LayerSpec, QuantSpec, block_of
 
 
@@ -86,9 +87,13 @@ class _StaticActivation(nn.Module):
         """The scale as trained so far, fp32 in the shape of the one found."""
         return self.found * self.log_gain.exp()
 
-    def forward(self, x: Tensor) -> Tensor:
-        spec = self.spec
-        return fake_quantize(x, self.scale, self.zero_point, *spec.grid)
+    def forward(self, x: Tensor, index: Tensor | None = None) -> Tensor:
+        scale, zero_point, rows = self.scale, self.zero_point, self.spec.rows
+        if rows is not None:
+            assert index is not None
+            scale = pick(scale, index, rows)
+            zero_point = None if zero_point is None else pick(zero_point, index, rows)
+        return fake_quantize(x, scale, zero_point, *self.spec.grid)
 
 
 class _DynamicActivation(nn.Module):
@@ -170,9 +175,9 @@ def _quantize_operands(student: GraphModule, layer: Node, spec: LayerSpec) -> No
     name = owner_name(layer)
     if spec.activation is not None and spec.activation.dynamic:
         module: nn.Module = _DynamicActivation(spec.activation)
-        source = insert_module(student, f"{name}.input_fake_quantize", module, after=source)
+        source = insert_module(student, f"{name}.input_fake_quantize", module, source)
     module = _Weight(spec.weight)
-    weight = insert_module(student, f"{name}.weight_fake_quantize", module, after=weight)
+    weight = insert_module(student, f"{name}.weight_fake_quantize", module, weight)
     layer.args = (source, weight, *rest)
 
 

@@ -21,6 +21,8 @@ from fxq.graph import insert_module, is_constant, is_settled, owner_name, shape_
 from fxq.layer import Skip, treat
 from fxq.observers import RangeObserver
 from fxq.pipeline import Pass
+from fxq.row_choice import check_fits, index_of
+from fxq.rows import ByStep
 from fxq.spec import LayerSpec, PerTensor, PerToken, QuantSpec, block_of, scale_shape
 
 FIRST = "<first>"  # override key: layers that no other layer comes before, by data flow
@@ -68,6 +70,13 @@ class InsertObservers(Pass):
     reads: ClassVar[Dialect] = ATEN
     writes: ClassVar[Dialect] = OBSERVED
 
+    @property
+    def needs_program(self) -> bool:
+        """Whether a range goes by a step that the user counts."""
+        specs = [self.default, *(spec for _, spec in self.overrides)]
+        activations = [spec.activation for spec in specs if spec is not None]
+        return any(a is not None and isinstance(a.rows, ByStep) for a in activations)
+
     def run(self, gm: GraphModule) -> PassResult:
         """Mark layers and insert observers."""
         layers = [n for n in gm.graph.nodes if kind_of(n) in TARGETS]
@@ -88,16 +97,16 @@ class InsertObservers(Pass):
                 )
                 treat(layer, name, Skip(why, intended=True))
                 continue
+            index = _index(gm, layer, spec)
             try:
-                fitted, remark = _fitted(layer, spec)
+                fitted, remark = _fitted(layer, spec, index)
             except (ValueError, UnsupportedError) as error:
                 treat(layer, name, Skip(str(error), intended=False))
                 continue
-            spec = fitted
-            treat(layer, name, "to be quantized", remark, spec=spec)
+            treat(layer, name, "to be quantized", remark, spec=fitted)
             modified = True
-            if spec.activation is not None and not spec.activation.dynamic:
-                _observe(gm, layer, spec.activation, observers)
+            if fitted.activation is not None and not fitted.activation.dynamic:
+                _observe(gm, layer, fitted.activation, index, observers)
         for node in gm.graph.nodes:
             kind = None if is_settled(node) else kind_of(node)
             if kind is None:
@@ -156,7 +165,14 @@ def _reachable(starts: Sequence[Node], neighbours: Callable[[Node], Iterable[Nod
     return seen
 
 
-def _fitted(layer: Node, spec: LayerSpec) -> tuple[LayerSpec, str]:
+def _index(gm: GraphModule, layer: Node, spec: LayerSpec) -> Node | None:
+    """Return the index that chooses a row of the layer's input range, None where there is one."""
+    if spec.activation is None or spec.activation.rows is None:
+        return None
+    return index_of(gm, spec.activation.rows, layer.all_input_nodes[0])
+
+
+def _fitted(layer: Node, spec: LayerSpec, index: Node | None) -> tuple[LayerSpec, str]:
     """Return `spec` as it can be applied to `layer` and what to know about it, or raise with the
     reason why it cannot."""
     if not is_constant(layer.args[1]):
@@ -179,17 +195,23 @@ def _fitted(layer: Node, spec: LayerSpec) -> tuple[LayerSpec, str]:
         raise UnsupportedError(
             f"a static {activation.granularity} needs fixed sizes, found {list(shape)}"
         )
+    if index is not None and activation.rows is not None:
+        check_fits(shape_of(index), shape, activation.rows)
     return replace(spec, activation=activation), remark
 
 
 def _observe(
-    gm: GraphModule, layer: Node, spec: QuantSpec, observers: dict[tuple[Node, QuantSpec], Node]
+    gm: GraphModule,
+    layer: Node,
+    spec: QuantSpec,
+    index: Node | None,
+    observers: dict[tuple[Node, QuantSpec], Node],
 ) -> None:
     edge = layer.args[0]
     assert isinstance(edge, Node)
     if (edge, spec) not in observers:
         module = RangeObserver(spec, shape_of(edge), owner_name(layer))
-        observers[edge, spec] = insert_module(
-            gm, f"{owner_name(layer)}.input_observer", module, after=edge
-        )
+        name = f"{owner_name(layer)}.input_observer"
+        reads = [edge] if index is None else [edge, index]
+        observers[edge, spec] = insert_module(gm, name, module, *reads)
     layer.replace_input_with(edge, observers[edge, spec])

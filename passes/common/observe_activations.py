@@ -19,6 +19,7 @@ from fxq.graph import dtype_of, insert_module, is_constant, is_op, owner_name, s
 from fxq.layer import layer_of
 from fxq.observers import RangeObserver
 from fxq.pipeline import Pass
+from fxq.row_choice import check_fits, index_of
 from fxq.spec import QuantSpec
 
 aten = torch.ops.aten
@@ -61,8 +62,13 @@ class ObserveActivations(Pass):
 
     def _observe(self, gm: GraphModule, edge: Node) -> None:
         readers = [user for user in edge.users if user.op != "call_module"]
-        module = RangeObserver(self.spec, shape_of(edge), f"{owner_name(edge)}.{edge.name}")
-        observed = insert_module(gm, f"{edge.name}_observer", module, after=edge)
+        name = f"{owner_name(edge)}.{edge.name}"
+        module = RangeObserver(self.spec, shape_of(edge), name)
+        rows = self.spec.rows
+        index = [] if rows is None else [index_of(gm, rows, edge)]
+        if rows is not None:
+            check_fits(shape_of(index[0]), shape_of(edge), rows)
+        observed = insert_module(gm, f"{edge.name}_observer", module, edge, *index)
         # A layer's own observer keeps reading the edge: quantizing twice would round twice.
         for user in readers:
             user.replace_input_with(edge, observed)

@@ -13,23 +13,16 @@ attention is found in graphs, not by replacing methods of model classes.
 
 from fxq.passes.rectified_spaattn.calibration import Calibration, Measurement, calibrate_density
 from fxq.passes.rectified_spaattn.curve import block_adjacency, curve_order
+from fxq.passes.rectified_spaattn.densities import set_densities
 from fxq.passes.rectified_spaattn.layout import TokenLayout
 from fxq.passes.rectified_spaattn.recipes import ONLINE_20, TOPK_11, TOPK_20, W8A8_TOPK_20
 from fxq.passes.rectified_spaattn.replace_attention import ReplaceAttention
-from fxq.passes.rectified_spaattn.schedule import (
-    ByStep,
-    ByTimestep,
-    set_densities,
-    set_step,
-)
 
 __all__ = [
     "ONLINE_20",
     "TOPK_11",
     "TOPK_20",
     "W8A8_TOPK_20",
-    "ByStep",
-    "ByTimestep",
     "Calibration",
     "Measurement",
     "ReplaceAttention",
@@ -38,5 +31,4 @@ __all__ = [
     "calibrate_density",
     "curve_order",
     "set_densities",
-    "set_step",
 ]

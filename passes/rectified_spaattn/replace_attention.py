@@ -21,19 +21,18 @@ from fxq.errors import did_you_mean
 from fxq.graph import add_buffer, args_of, insert_call, is_op, is_settled, owner_name, val_of
 from fxq.layer import NOT_SEEN, Skip, hand_on, layer_of, treat
 from fxq.passes.rectified_spaattn.curve import Grid, block_adjacency, curve_order
+from fxq.passes.rectified_spaattn.densities import (
+    check_densities,
+    density_table,
+    insert_densities,
+)
 from fxq.passes.rectified_spaattn.form import is_causal, option, unfit
 from fxq.passes.rectified_spaattn.layout import Segments, TokenLayout, find_segments
 from fxq.passes.rectified_spaattn.padding import valid_text
 from fxq.passes.rectified_spaattn.positions import Positions, find_positions
-from fxq.passes.rectified_spaattn.schedule import (
-    ByStep,
-    ByTimestep,
-    Schedule,
-    densities_of,
-    insert_densities,
-)
 from fxq.pipeline import Pass
 from fxq.rectified_attention.layout import check_choices
+from fxq.rows import ByStep, Rows
 
 aten = torch.ops.aten
 DENSE = ATTENTION - {SPARSE_ATTENTION}
@@ -59,8 +58,9 @@ class ReplaceAttention(Pass):
     Defaults are the published code's for HunyuanVideo (arXiv:2511.19835).
 
     Args:
-        density: share of visual key blocks that each query block keeps at least; a number or a
-            schedule over steps. 1 and more is dense.
+        density: share of visual key blocks that each query block keeps at least; a number, or one
+            for each row. 1 and more is dense.
+        rows: what chooses among several densities: `ByTimestep` or `ByStep` of `fxq.rows`.
         mode: "paper"; "online", where dropped blocks join the softmax as pooled pseudo-keys: closer
             to dense at 4 to 7 % more work (not in the paper); "sparse", without correction.
         top_p: keep more blocks until their implicit probability exceeds this.
@@ -77,10 +77,11 @@ class ReplaceAttention(Pass):
         layout: what is known about the sequence and not to be found in the graph.
         overrides: (pattern, density) pairs. A pattern is a qualified module name with shell
             wildcards (`"blocks.0.*"`); a density of None keeps the layer dense. The first match
-            wins. At steps that the schedule makes dense these are dense too.
+            wins. Where a row is dense these are dense too.
     """
 
-    density: Schedule = 0.2  # README: drop rate 0.8 on HunyuanVideo
+    density: float | tuple[float, ...] = 0.2  # README: drop rate 0.8 on HunyuanVideo
+    rows: Rows | None = None
     mode: Literal["paper", "online", "sparse"] = "paper"
     top_p: float = 0.3  # p_remain of the published code
     block_size: int = 128  # B_M and B_N of the published kernel
@@ -97,7 +98,7 @@ class ReplaceAttention(Pass):
     writes: ClassVar[Dialect] = QUANTIZED
 
     def __post_init__(self) -> None:
-        densities_of(self.density)
+        check_densities(self.densities, self.rows)
         check_choices(self.mode, self.mass)
         if not 0 <= self.top_p <= 1:
             raise ValueError(f"ReplaceAttention.top_p: expected 0 to 1, found {self.top_p}")
@@ -116,7 +117,12 @@ class ReplaceAttention(Pass):
     @property
     def needs_program(self) -> bool:
         """Whether its steps are counted by the user."""
-        return isinstance(self.density, ByStep)
+        return isinstance(self.rows, ByStep)
+
+    @property
+    def densities(self) -> tuple[float, ...]:
+        """The density of each row."""
+        return self.density if isinstance(self.density, tuple) else (self.density,)
 
     def run(self, gm: GraphModule) -> PassResult:
         """Replace what can be replaced and mark the rest."""
@@ -188,7 +194,8 @@ class ReplaceAttention(Pass):
 
     def _replace(self, gm: GraphModule, sites: Sequence[_Site]) -> None:
         own = [site.density for site in sites]
-        densities = insert_densities(gm, self.density, own, sites[0].node)
+        table = density_table(self.densities, own)
+        densities = insert_densities(gm, table, self.rows, sites[0].node)
         curves: dict[tuple[Grid, torch.device], tuple[Node | None, Node | None]] = {}
         for site, density in zip(sites, densities, strict=True):
             order, adjacency = self._curve(gm, site, curves)
@@ -235,11 +242,11 @@ class ReplaceAttention(Pass):
         return curves[grid, device]
 
     def _format(self, own: float | None) -> str:
-        densities = {d if own is None or d >= 1 else own for d in densities_of(self.density)}
+        densities = {d if own is None or d >= 1 else own for d in self.densities}
         low, high = min(*densities, 1.0), min(max(densities), 1.0)
         share = f"{'>=' if low < 1 else ''}{100 * low:.4g}%"  # neighbours and top_p add blocks
         share += f" to {100 * high:.4g}%" if low != high else ""
-        by = {ByStep: " by step", ByTimestep: " by timestep"}.get(type(self.density), "")
+        by = "" if self.rows is None else f" {self.rows}"
         return f"sparse {share}{by}, {self.mode}"
 
     def _note(self, site: _Site) -> str:

@@ -76,7 +76,7 @@ def test_the_sparse_attention_of_the_readme_is_accepted() -> None:
     model, _ = seeded(ZOO["wan"])
     scope: dict[str, Any] = {"torch": torch, "pipe": SimpleNamespace(transformer=model)}
 
-    exec(block("ReplaceAttention(density=ByTimestep"), scope)
+    exec(block("ReplaceAttention(density=(0.2, 1.0)"), scope)
 
-    assert scope["sparse"].density.densities == (0.2, 1.0)
+    assert scope["sparse"].densities == (0.2, 1.0)
     assert callable(scope["pipe"].transformer)

@@ -12,25 +12,19 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch.utils._pytree import tree_leaves
 
 import fxq
-from fxq import backend
+from fxq import backend, set_step
 from fxq.errors import FxqWarning
 from fxq.lowering import apply_where_it_pays
 from fxq.lowering.devices import x86
 from fxq.lowering.rule import Decision
 from fxq.passes import w8a8
-from fxq.passes.rectified_spaattn import (
-    TOPK_20,
-    ByStep,
-    ByTimestep,
-    ReplaceAttention,
-    set_densities,
-    set_step,
-)
+from fxq.passes.rectified_spaattn import TOPK_20, ReplaceAttention, set_densities
 from fxq.pipeline import Recipe
+from fxq.rows import ByStep, ByTimestep
 
 NOISE = (1000.0, 750.0, 500.0, 250.0, 1.0)
 SMALL = ReplaceAttention(
-    density=ByTimestep((600.0,), (0.3, 1.0)), block_size=4, min_tokens=8, keep_neighbours=False
+    density=(0.3, 1.0), rows=ByTimestep((600.0,)), block_size=4, min_tokens=8, keep_neighbours=False
 )
 
 
@@ -62,10 +56,10 @@ def check_loop(model: Any, example: dict[str, Any], attention: ReplaceAttention)
     """Denoise with the compiled model: dense at high noise, as simulated below."""
     program = fxq.compress(model, example, Recipe("test", (attention,)))
     fast = compiled(model, attention)
-    schedule = attention.density
-    assert isinstance(schedule, ByTimestep)
+    rows = attention.rows
+    assert isinstance(rows, ByTimestep)
     for noise in NOISE:
-        scale = schedule.levels[0] / 600
+        scale = rows.levels[0] / 600
         step = torch.full_like(example["timestep"], 1) * (noise * scale)
         example["timestep"] = step.to(example["timestep"].dtype)
 
@@ -89,7 +83,7 @@ def test_one_graph_serves_a_loop_from_dense_to_sparse(compilations: list[Any]) -
 def test_unmodified_families_denoise_in_one_graph(family: str, compilations: list[Any]) -> None:
     model, example = seeded(ZOO[family])
     level = 0.6 if family == "flux" else 600.0  # its pipeline divides time-steps by 1000
-    attention = replace(SMALL, density=ByTimestep((level,), (0.3, 1.0)))
+    attention = replace(SMALL, density=(0.3, 1.0), rows=ByTimestep((level,)))
 
     check_loop(model, example, attention)
 
@@ -98,7 +92,7 @@ def test_unmodified_families_denoise_in_one_graph(family: str, compilations: lis
 
 def test_a_step_counter_and_new_densities_do_not_compile_again(compilations: list[Any]) -> None:
     model, example = JointAttention().eval(), joint_inputs()
-    recipe = Recipe("test", (replace(SMALL, density=ByStep((1.0, 0.3))),))
+    recipe = Recipe("test", (replace(SMALL, density=(1.0, 0.3), rows=ByStep(2)),))
     program = fxq.compress(model, example, recipe)
     fast = torch.compile(program, backend="fxq", fullgraph=True)
     expected = outputs(model, example)
@@ -120,7 +114,7 @@ def test_quantized_linears_and_sparse_attention_compile_together(
     monkeypatch.setattr(x86, "WITH_VNNI", x86.Thresholds(0, 0))
     monkeypatch.setattr(x86, "WITHOUT_VNNI", x86.Thresholds(0, 0))
     model, example = JointAttention(head_dim=32).eval(), joint_inputs()
-    attention = replace(SMALL, density=0.3)
+    attention = replace(SMALL, density=0.3, rows=None)
     recipe = Recipe("both", (*w8a8.DYNAMIC.passes, attention))
 
     program = fxq.compress(model, example, recipe, strict=True)
@@ -140,7 +134,7 @@ def test_quantized_linears_and_sparse_attention_compile_together(
 
 def test_overrides_name_layers_as_in_the_model(compilations: list[Any]) -> None:
     model, example = seeded(ZOO["wan"])
-    attention = replace(SMALL, density=0.3, overrides=(("blocks.0.attn1", None),))
+    attention = replace(SMALL, density=0.3, rows=None, overrides=(("blocks.0.attn1", None),))
     with pytest.raises(BackendCompilerFailed, match=r"or 'blocks\.0\.attn1'"):
         outputs(compiled(model, replace(attention, overrides=(("blocks.7", None),))), example)
 
@@ -161,7 +155,7 @@ def test_sparse_attention_without_a_kernel_stays_dense(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(apply_where_it_pays, "lower", declining)
     model, example = JointAttention().eval(), joint_inputs()
-    attention = replace(SMALL, density=0.3)
+    attention = replace(SMALL, density=0.3, rows=None)
     with pytest.warns(FxqWarning, match=r"changed nothing and left 1 of 1 layers.* too odd \(1\)"):
         found = outputs(compiled(model, attention), example)
 
@@ -204,7 +198,7 @@ def test_short_sequences_stay_dense_with_the_papers_recipe(compilations: list[An
 
 
 def test_a_counter_of_steps_needs_a_program() -> None:
-    recipe = Recipe("counted", (replace(SMALL, density=ByStep((1.0, 0.2))),))
+    recipe = Recipe("counted", (replace(SMALL, density=(1.0, 0.2), rows=ByStep(2)),))
     fast = torch.compile(JointAttention().eval(), backend="fxq", options={"recipe": recipe})
 
     with pytest.raises(BackendCompilerFailed, match=r"call fxq\.compress"):

@@ -204,6 +204,7 @@ def _fake_quantize_rows(rows: Tensor, seen: Tensor, spec: QuantSpec) -> Tensor:
     The last two rows seen are the smallest and largest values of all data. A static scale per token
     becomes one for all of them: rows have lost their position.
     """
+    spec = replace(spec, rows=None)
     if spec.dynamic:
         low, high = numerics.block_amin_amax(rows, block_of(spec.granularity, 2, dynamic=True))
     else:

@@ -10,23 +10,21 @@ from sparse_models import JointAttention, joint_inputs
 from torch import Tensor, nn
 
 import fxq
-from fxq.passes.rectified_spaattn import (
-    ByStep,
-    ByTimestep,
-    ReplaceAttention,
-    set_densities,
-    set_step,
-)
-from fxq.passes.rectified_spaattn.schedule import density_table
+from fxq import set_step
+from fxq.passes.rectified_spaattn import ReplaceAttention, set_densities
+from fxq.passes.rectified_spaattn.densities import density_table
 from fxq.pipeline import Recipe
 from fxq.program import Program
+from fxq.rows import ByPosition, ByStep, ByTimestep, Rows
 
 SMALL = ReplaceAttention(density=0.3, block_size=4, min_tokens=8, keep_neighbours=False)
 
 
-def compressed(density: Any, **kwargs: Any) -> tuple[nn.Module, Program, dict[str, torch.Tensor]]:
+def compressed(
+    density: Any, rows: Rows | None = None, **kwargs: Any
+) -> tuple[nn.Module, Program, dict[str, torch.Tensor]]:
     model, example = JointAttention().eval(), joint_inputs() | kwargs
-    recipe = Recipe("test", (replace(SMALL, density=density),))
+    recipe = Recipe("test", (replace(SMALL, density=density, rows=rows),))
     return model, fxq.compress(model, example, recipe, strict=True), example
 
 
@@ -55,8 +53,8 @@ def is_dense(model: nn.Module, program: Program, example: dict[str, torch.Tensor
 
 
 def test_the_noise_level_chooses_the_density() -> None:
-    schedule = ByTimestep(levels=(200.0, 800.0), densities=(1.0, 0.3, 1.0))
-    model, program, example = compressed(schedule, timestep=torch.tensor([500.0, 500.0]))
+    rows, given = ByTimestep(levels=(200.0, 800.0)), torch.tensor([500.0, 500.0])
+    model, program, example = compressed((1.0, 0.3, 1.0), rows, timestep=given)
 
     dense = []
     for noise in (0.0, 200.0, 200.5, 799.0, 800.0, 801.0, 1000.0):
@@ -69,14 +67,14 @@ def test_the_noise_level_chooses_the_density() -> None:
 
 
 def test_integer_time_steps_do_as_well() -> None:
-    schedule = ByTimestep(levels=(800.0,), densities=(0.3, 1.0))
-    model, program, example = compressed(schedule, timestep=torch.tensor([801, 801]))
+    rows, given = ByTimestep(levels=(800.0,)), torch.tensor([801, 801])
+    model, program, example = compressed((0.3, 1.0), rows, timestep=given)
 
     assert is_dense(model, program, example)
 
 
 def test_a_step_counter_chooses_the_density_and_the_last_one_stays() -> None:
-    model, program, example = compressed(ByStep((1.0, 0.3)))
+    model, program, example = compressed((1.0, 0.3), ByStep(2))
 
     dense = []
     for step in (0, 1, 2, 50, 0):
@@ -88,7 +86,7 @@ def test_a_step_counter_chooses_the_density_and_the_last_one_stays() -> None:
 
 def test_a_step_reaches_every_pass_of_a_recipe() -> None:
     model, example = TwoLayers().eval(), torch.randn(1, 24, 16)
-    online = replace(SMALL, density=ByStep((0.3, 1.0)), mode="online")
+    online = replace(SMALL, density=(0.3, 1.0), rows=ByStep(2), mode="online")
     paper = replace(online, mode="paper", overrides=(("second", None),))
     program = fxq.compress(model, example, Recipe("two", (paper, online)), strict=True)
     with torch.no_grad():
@@ -110,14 +108,14 @@ def test_densities_can_be_replaced_in_place() -> None:
 
 
 def test_layers_keep_their_own_density_but_at_dense_steps() -> None:
-    table = density_table(ByStep((1.0, 0.2)), [None, 0.5])
+    table = density_table((1.0, 0.2), [None, 0.5])
 
     torch.testing.assert_close(table, torch.tensor([[1.0, 1.0], [0.2, 0.5]]))
 
 
 def test_the_report_names_the_range() -> None:
-    schedule = ByTimestep(levels=(800.0,), densities=(0.3, 1.0))
-    _, program, _ = compressed(schedule, timestep=torch.tensor([1.0, 1.0]))
+    rows, given = ByTimestep(levels=(800.0,)), torch.tensor([1.0, 1.0])
+    _, program, _ = compressed((0.3, 1.0), rows, timestep=given)
 
     (row,) = [r.row for r in fxq.report(program).rows if r.row.kind == "attention"]
 
@@ -127,16 +125,17 @@ def test_the_report_names_the_range() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ByTimestep((1.0,), (0.2,)), "one more density"),
-        (lambda: ByTimestep((2.0, 1.0), (0.2, 0.3, 1.0)), "ascending levels"),
-        (lambda: ByStep(()), "expected positive shares"),
-        (lambda: ByStep((0.2, -1.0)), "expected positive shares"),
+        (lambda: replace(SMALL, density=(0.2,), rows=ByTimestep((1.0,))), "one for each of 2 rows"),
+        (lambda: replace(SMALL, density=(0.2, 0.3)), "one for each of 1 rows"),
+        (lambda: replace(SMALL, density=()), "expected positive shares"),
+        (lambda: replace(SMALL, density=(0.2, -1.0), rows=ByStep(2)), "expected positive shares"),
+        (lambda: replace(SMALL, density=(0.2, 1.0), rows=ByPosition(2)), "is of all tokens"),
         (
-            lambda: compressed(ByTimestep((1.0,), (0.2, 1.0), "sigma")),
+            lambda: compressed((0.2, 1.0), ByTimestep((1.0,), "sigma")),
             "no input 'sigma' of the model",
         ),
         (lambda: set_step(compressed(0.3)[1], 1), "expected one whose recipe sets 'step'"),
-        (lambda: set_step(compressed(ByStep((1.0,)))[1], -1), "expected 0 or more"),
+        (lambda: set_step(compressed((1.0,), ByStep(1))[1], -1), "expected 0 or more"),
         (lambda: set_densities(nn.Linear(2, 2), [[1.0]]), "it has no sparse attention"),
         (lambda: set_densities(compressed(0.3)[1], [[0.2, 0.2]]), "found \\[1, 2\\]"),
         (lambda: set_densities(compressed(0.3)[1], [[0.0]]), "1 that are not positive"),
