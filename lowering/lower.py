@@ -5,12 +5,13 @@ from collections.abc import Mapping
 import torch
 from torch.fx import GraphModule
 
-from fxq.account import SPARSE_ATTENTION, kind_of
+from fxq.account import kind_of
 from fxq.dialect import LOWERED
 from fxq.graph import add_buffer, args_of, copy_graph, erase_dead, is_constant, is_op, tensor_of
 from fxq.lowering.decision import Decision
 from fxq.lowering.lower_attention import lower_attention
 from fxq.lowering.lower_linear import LowerLinear
+from fxq.operators import SPARSE_ATTENTION
 
 ops = torch.ops.fxq
 

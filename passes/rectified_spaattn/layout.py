@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fxq.account import Skip
+from fxq.analysis.positions import NOWHERE, UNKNOWN, Positions, Stream
 from fxq.passes.rectified_spaattn.curve import Grid
-from fxq.passes.rectified_spaattn.positions import NOWHERE, UNKNOWN, Positions, Stream
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import fxq
 from fxq.account import Skip
+from fxq.analysis.positions import Stream, find_positions
 from fxq.passes.rectified_spaattn.layout import Segments, TokenLayout, find_segments, grid_of
-from fxq.passes.rectified_spaattn.positions import Stream, find_positions
 
 
 class Attend(nn.Module):
