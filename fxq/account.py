@@ -16,7 +16,18 @@ from torch.fx import GraphModule, Node
 from fxq.einsum import Equation
 from fxq.flops import counted_flops
 from fxq.graph import constant_of, hint, is_constant, is_op, owner_name, shape_of, val_of
-from fxq.operators import SPARSE_ATTENTION, TABLE, multiplied, operand
+from fxq.operators import SPARSE_ATTENTION, TABLE, Movement, multiplied, operand
+
+KINDS: Mapping[Movement | None, str] = {
+    Movement.LINEAR: "linear",
+    Movement.CONV: "conv",
+    Movement.CONV_TRANSPOSE: "transposed conv",
+    Movement.MATMUL: "matmul",
+    Movement.ADDMM: "matmul",
+    Movement.EINSUM: "einsum",
+    Movement.ATTENTION: "attention",
+    Movement.SPARSE_ATTENTION: "attention",
+}
 
 
 @dataclass(frozen=True)
@@ -40,7 +51,7 @@ class Row:
     Args:
         node: the node's name in the graph.
         module: qualified name of the module it came from.
-        kind: `fxq.operators.Operator.kind`, or the operator's name.
+        kind: one of `KINDS`, or the operator's name.
         flops: floating-point operations, a multiply-add counting as two.
         format: `"int8 x int8"` and the like (activation x weight), how sparse an attention is, None
             where float and dense.
@@ -58,10 +69,9 @@ class Row:
 
 
 def kind_of(node: Node) -> str | None:
-    """Return what the account calls a node: a kind of the table of operators, the name of any other
-    operator that multiplies, and None for the rest."""
-    known = TABLE.get(node.target) if node.op == "call_function" else None
-    kind = known.kind if known else None
+    """Return the kind a node falls under, the name of any other operator that multiplies, and None
+    for the rest."""
+    kind = KINDS.get(TABLE.get(node.target)) if node.op == "call_function" else None
     if kind is None and counted_flops(node):
         return str(node.target._opname)  # type: ignore[union-attr]
     return None if kind == "einsum" and not Equation.of(node).contracts else kind

@@ -1,6 +1,7 @@
 """The values of what depends on parameters and buffers only."""
 
 import operator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -8,11 +9,9 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from fxq.graph import is_state, owning_module, tensor_of
+from fxq.graph import hint, is_state, owning_module, tensor_of
 from fxq.identity import TensorKey
-from fxq.operators import Movement, of
-
-EXPANDS = of(Movement.EXPAND)
+from fxq.operators import Movement, movement_of
 
 
 class _Root(NamedTuple):
@@ -45,57 +44,62 @@ class Constants:
     A value is computed anew where a node of those it depends on calls something else by now, or a
     tensor it depends on was replaced or written to. All values are kept: hold one of these for one
     walk over a graph, not for longer.
+
+    Args:
+        at_capture: count sizes among the constants, free ones as at capture.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, at_capture: bool = False) -> None:
+        self._at_capture = at_capture
         self._known: dict[Node, _Known] = {}
 
     def value(self, node: Any) -> Tensor | None:
         """Return the value of a node that depends on parameters and buffers only, else None.
 
-        A repetition along a symbolic size is left out: it then broadcasts to the node's shape.
+        A repetition along a free size is left out: the value then broadcasts to the node's shape.
         """
         result = self._find(node, {}).value if isinstance(node, Node) else None
         return result if isinstance(result, Tensor) else None
 
     def _find(self, node: Node, checked: dict[Node, _Known]) -> _Known:
         if node not in checked:
-            reads = node.all_input_nodes
-            if not is_pure(node):
-                reads = []
-            elif _repeats(node):
-                reads = reads[:1]
-            found = [self._find(read, checked) for read in reads]
-            made_of: tuple[object, ...] = (node.target, node.args, node.kwargs, *found)
-            if node.op == "get_attr" and not is_state(node):
-                value = tensor_of(owning_module(node), node)
-                made_of = (value, _Root.of(value) if isinstance(value, Tensor) else None)
+            made_of, compute = self._computation(node, checked)
             known = self._known.get(node)
             if known is None or not known.is_of(made_of):
-                known = _Known(made_of, _computed(node, dict(zip(reads, found, strict=True))))
+                known = _Known(made_of, compute())
             checked[node] = self._known[node] = known
         return checked[node]
+
+    def _computation(
+        self, node: Node, checked: dict[Node, _Known]
+    ) -> tuple[tuple[object, ...], Callable[[], Any]]:
+        """Return what a node's value is made of, and how."""
+        size = node.meta.get("val")
+        if node.op == "get_attr" and not is_state(node):
+            value = tensor_of(owning_module(node), node)
+            return (value, _Root.of(value) if isinstance(value, Tensor) else None), lambda: value
+        if self._at_capture and isinstance(size, int | torch.SymInt):
+            return (size,), lambda: hint(size)
+        if not is_pure(node):
+            return (node.target,), lambda: None
+        repeats = movement_of(node) is Movement.EXPAND and not self._at_capture
+        reads = node.all_input_nodes[:1] if repeats else node.all_input_nodes
+        inputs = {read: self._find(read, checked) for read in reads}
+
+        def compute() -> Any:
+            if any(known.value is None for known in inputs.values()):
+                return None
+            if len(inputs) < len(node.all_input_nodes):
+                return inputs[node.all_input_nodes[0]].value
+            args, kwargs = map_arg((node.args, node.kwargs), lambda read: inputs[read].value)
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+
+        return (node.target, node.args, node.kwargs, *inputs.values()), compute
 
 
 def constant_value(node: Any) -> Tensor | None:
     """Return the value of one constant, as `Constants.value` does."""
     return Constants().value(node)
-
-
-def _computed(node: Node, inputs: dict[Node, _Known]) -> Any:
-    if node.op == "get_attr" and not is_state(node):
-        return tensor_of(owning_module(node), node)
-    if not is_pure(node) or any(known.value is None for known in inputs.values()):
-        return None
-    if _repeats(node):
-        return inputs[node.all_input_nodes[0]].value
-    args, kwargs = map_arg((node.args, node.kwargs), lambda read: inputs[read].value)
-    return node.target(*args, **kwargs)  # type: ignore[operator]
-
-
-def _repeats(node: Node) -> bool:
-    """Tell whether a node is repeated along a symbolic size."""
-    return node.target in EXPANDS and len(node.all_input_nodes) > 1
 
 
 def is_pure(node: Node) -> bool:

@@ -4,8 +4,6 @@ An operator without a rule here fixes what it reads at one. A wrong rule would c
 function; a missing one only costs a site. `flow.shifts` tells whether labels stand for shifts.
 """
 
-import operator
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -15,32 +13,11 @@ from torch.fx import Node
 
 from fxq.analysis import following
 from fxq.analysis.factors import UNIT, ZERO, ChannelFlow, Slot
-from fxq.analysis.following import Labels
+from fxq.analysis.following import Labels, by_movement
 from fxq.analysis.labels import compact, settle, sizes_of
 from fxq.graph import args_of, constant_of, is_constant, is_op
 from fxq.identity import TensorKey
-from fxq.operators import (
-    ADD,
-    CONV,
-    COPIES,
-    DENSE_ATTENTION,
-    DIV,
-    LAST_NORMS,
-    LINEAR,
-    MUL,
-    NORMS,
-    REARRANGES,
-    RESHAPES,
-    SHAPE_ONLY,
-    SPLITS,
-    TABLE,
-    Movement,
-    of,
-    operand,
-)
-
-Rule = Callable[[ChannelFlow, Node], Labels]
-SUB, SUM = of(Movement.SUB), of(Movement.SUM)
+from fxq.operators import SPATIAL_AXES, Movement, movement_of, operand
 
 
 def fix_inputs(flow: ChannelFlow, node: Node) -> Labels:
@@ -88,7 +65,7 @@ def _has_constants(layer: Node) -> bool:
 def norm(flow: ChannelFlow, node: Node) -> Labels:
     """A norm has output variables only: it undoes what is done to its input."""
     fix_inputs(flow, node)
-    shape, last = sizes_of(node), node.target in LAST_NORMS
+    shape, last = sizes_of(node), movement_of(node) is Movement.LAST_NORM
     affine = [arg for arg in node.args[1:] if isinstance(arg, Node)]
     if (last and len(operand(node, "normalized_shape")) != 1) or not all(map(is_constant, affine)):
         return None
@@ -96,12 +73,6 @@ def norm(flow: ChannelFlow, node: Node) -> Labels:
     labels = out.ids if last else out.ids.reshape(-1, *[1] * (len(shape) - 2))
     flow.traits[node] = frozenset()
     return labels.expand(shape)
-
-
-def rearrange(flow: ChannelFlow, node: Node) -> Labels:
-    """Part of the result may not be scaled."""
-    flow.why[node] = next((flow.why[n] for n in node.all_input_nodes if n in flow.why), "")
-    return following.rearrange(flow, node)
 
 
 def copy(flow: ChannelFlow, node: Node) -> Labels:
@@ -133,7 +104,7 @@ def pad(flow: ChannelFlow, node: Node) -> Labels:
 def add(flow: ChannelFlow, node: Node) -> Labels:
     """Both operands of a sum are scaled alike; one of them takes the shift."""
     a, b = args_of(node)[:2]
-    if operand(node, "alpha") != 1 or (flow.shifts and is_op(node, *SUB)):
+    if operand(node, "alpha") != 1 or (flow.shifts and movement_of(node) is Movement.SUB):
         return fix_inputs(flow, node)
     if flow.shifts:
         return _add_shifts(flow, node, a, b)
@@ -206,13 +177,13 @@ def mul(flow: ChannelFlow, node: Node) -> Labels:
     if x is None and y is None:
         floats = (n for n in (b, a) if is_constant(n) and _is_float(n))
         constant = next((n for n in floats if _numel(n) > 1), None)
-        if constant is None or flow.shifts or node.target in DIV:
+        if constant is None or flow.shifts or movement_of(node) is Movement.DIV:
             return pass_reason(flow, node)
         return _constant_operand(flow, node, constant)
-    if (flow.shifts and 1 not in (a, b)) or (node.target in DIV and x is None):
+    if (flow.shifts and 1 not in (a, b)) or (movement_of(node) is Movement.DIV and x is None):
         return fix_inputs(flow, node)
     if x is not None and y is not None:
-        first = node.target in DIV or _numel(a) >= _numel(b)
+        first = movement_of(node) is Movement.DIV or _numel(a) >= _numel(b)
         flow.fix(y if first else x, f"{op_name(node)} multiplies it with what is scaled")
         y = None if first else y
         x = x if first else None
@@ -234,7 +205,7 @@ def _constant_operand(flow: ChannelFlow, node: Node, constant: Node) -> Labels:
 def reduce(flow: ChannelFlow, node: Node) -> Labels:
     """What is summed up is scaled alike; a mean also shifts."""
     labels, dims = flow.tensor(args_of(node)[0]), operand(node, "dim", None)
-    if labels is None or not dims or (flow.shifts and is_op(node, *SUM)):
+    if labels is None or not dims or (flow.shifts and movement_of(node) is Movement.SUM):
         return fix_inputs(flow, node)
     return flow.merge(labels, [d % labels.ndim for d in dims]).reshape(sizes_of(node))
 
@@ -246,7 +217,7 @@ def spatial(flow: ChannelFlow, node: Node) -> Labels:
     pads = averages and (any(operand(node, "padding")) or operand(node, "divisor_override"))
     if labels is None or (flow.shifts and pads):
         return fix_inputs(flow, node)
-    dims = range(labels.ndim - TABLE[node.target].spatial, labels.ndim)
+    dims = range(labels.ndim - SPATIAL_AXES[movement_of(node)], labels.ndim)
     return flow.merge(labels, dims).expand(sizes_of(node))
 
 
@@ -292,7 +263,7 @@ def _repeat_heads(labels: Tensor | None, heads: int) -> Tensor | None:
 def pass_reason(flow: ChannelFlow, node: Node) -> Labels:
     """Let views of what is not scaled say why; any other operator is the reason itself."""
     first = node.all_input_nodes[0] if node.all_input_nodes else None
-    if first in flow.why and (node.target in CARRIES or is_op(node, operator.getitem)):
+    if first in flow.why and movement_of(node) in CARRIES:
         flow.why[node] = flow.why[first]
     else:
         flow.why[node] = f"no factor passes through {op_name(node)}"
@@ -322,32 +293,30 @@ def _numel(value: Any) -> int:
 def _is_free(node: Node) -> bool:
     """Tell whether a value is some rows of one linear, and nobody else reads these."""
     source: Any = node
-    while source.target in CARRIES or is_op(source, operator.getitem):
-        if len(source.users) != 1 and source.target not in SPLITS:
+    while movement_of(source) in CARRIES:
+        if len(source.users) != 1 and movement_of(source) is not Movement.SPLIT:
             return False
         source = source.args[0]
         if not isinstance(source, Node):
             return False
-    return source.target in LINEAR and len(source.users) == 1
+    return movement_of(source) is Movement.LINEAR and len(source.users) == 1
 
 
-CARRIES = RESHAPES | REARRANGES | COPIES
-SOURCES: dict[Any, Rule] = {
-    **dict.fromkeys(LINEAR, linear),
-    **dict.fromkeys(CONV, conv),
-    **dict.fromkeys(NORMS, norm),
-    **dict.fromkeys(MUL | DIV, mul),
-}
-RULES: dict[Any, Rule] = {
-    **following.MOVES,
-    **dict.fromkeys(SHAPE_ONLY, pass_reason),
-    **dict.fromkeys(REARRANGES, rearrange),
-    **dict.fromkeys(COPIES, copy),
-    **dict.fromkeys(of(Movement.NEG), neg),
-    **dict.fromkeys(of(Movement.RELU), relu),
-    **dict.fromkeys(of(Movement.PAD), pad),
-    **dict.fromkeys(ADD | SUB, add),
-    **dict.fromkeys(SUM | of(Movement.MEAN), reduce),
-    **dict.fromkeys(of(Movement.SPATIAL), spatial),
-    **dict.fromkeys(DENSE_ATTENTION, attention),  # a sparse one chooses by its values
-}
+CARRIES = {*following.MOVES, Movement.COPY, Movement.DROPOUT}
+SOURCES = by_movement({
+    linear: (Movement.LINEAR,),
+    conv: (Movement.CONV,),
+    norm: (Movement.LAST_NORM, Movement.CHANNEL_NORM),
+    mul: (Movement.MUL, Movement.DIV),
+})  # fmt: skip
+RULES = following.MOVES | by_movement({
+    pass_reason: (Movement.SHAPE_ONLY, Movement.ONES),
+    copy: (Movement.COPY, Movement.DROPOUT),
+    neg: (Movement.NEG,),
+    relu: (Movement.RELU,),
+    pad: (Movement.PAD,),
+    add: (Movement.ADD, Movement.SUB),
+    reduce: (Movement.SUM, Movement.MEAN),  # not the largest of them
+    spatial: (Movement.SPATIAL_1D, Movement.SPATIAL_2D, Movement.SPATIAL_3D),
+    attention: (Movement.ATTENTION,),  # not a sparse one, which chooses by its values
+})  # fmt: skip

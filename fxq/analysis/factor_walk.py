@@ -8,8 +8,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from fxq.analysis.factor_rules import RULES, SOURCES, fix_inputs, op_name, pass_reason, weight_key
 from fxq.analysis.factors import ChannelFlow
+from fxq.analysis.following import rearrange
 from fxq.graph import args_of, constant_of, is_op
-from fxq.operators import ATTENTION, LAYERS, VIEWS
+from fxq.operators import ATTENTION, LAYERS, VIEWS, movement_of
 
 
 def channel_flow(gm: GraphModule, scales: ChannelFlow | None = None) -> ChannelFlow:
@@ -36,10 +37,14 @@ def _visit(flow: ChannelFlow, node: Node, labelled: list[Node]) -> None:
         if node.target in ATTENTION:
             query, key = args_of(node)[:2]
             flow.compared[node] = flow.tensor(query), flow.tensor(key)
-        if node.target in SOURCES:
-            flow.set(node, SOURCES[node.target](flow, node))
+        movement = movement_of(node)
+        if RULES.get(movement) is rearrange:  # part of what it joins may not be scaled
+            whys = (flow.why[n] for n in node.all_input_nodes if n in flow.why)
+            flow.why[node] = next(whys, "")
+        if movement in SOURCES:
+            flow.set(node, SOURCES[movement](flow, node))
         elif labelled:
-            flow.set(node, RULES.get(node.target, fix_inputs)(flow, node))
+            flow.set(node, RULES.get(movement, fix_inputs)(flow, node))
         else:
             pass_reason(flow, node)
 

@@ -5,9 +5,8 @@ Operators that only move elements are run on the labels themselves, so that no l
 known: their rules are here, once for every analysis.
 """
 
-import operator
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +16,7 @@ from torch.fx.node import map_arg
 
 from fxq.analysis.labels import compact, filled, settle, sizes_of
 from fxq.graph import args_of, hint, val_of
-from fxq.operators import REARRANGES, RESHAPES, operand
+from fxq.operators import Movement, operand
 
 Labels = Tensor | list[Tensor] | None  # a list for several results; None where nothing is known
 Rule = Callable[[Any, Node], Labels]
@@ -104,8 +103,15 @@ def pad(walk: Following, node: Node, label: int) -> Tensor:
     return torch.constant_pad_nd(keep(walk, node), operand(node, "pad"), label)
 
 
-MOVES: Mapping[Any, Rule] = {
-    operator.getitem: getitem,
-    **dict.fromkeys(RESHAPES, reshape),
-    **dict.fromkeys(REARRANGES, rearrange),
-}
+def by_movement(rules: Mapping[Rule, Iterable[Movement]]) -> dict[Movement | None, Rule]:
+    """Return the rule of every movement."""
+    return {movement: rule for rule, movements in rules.items() for movement in movements}
+
+
+MOVES = by_movement({
+    getitem: (Movement.ITEM,),
+    reshape: (Movement.VIEW, Movement.RESHAPE),
+    rearrange: (
+        Movement.TRANSPOSE, Movement.EXPAND, Movement.REARRANGE, Movement.SPLIT, Movement.SCATTER,
+    ),
+})  # fmt: skip

@@ -10,17 +10,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.fx import Node
-from torch.fx.node import map_arg
 
 from fxq.constants import Constants
-from fxq.graph import args_of, dtype_of, hint, is_op, shape_of, val_of
-from fxq.operators import ADD, COPIES, RESHAPES, Movement, of, operand
+from fxq.graph import args_of, dtype_of, is_op, shape_of
+from fxq.operators import COPIES, RESHAPES, Movement, movement_of, of, operand
 
 aten = torch.ops.aten
 SAME = COPIES | RESHAPES | of(Movement.EXPAND)  # changes neither the elements nor their order
-AND, NOT, ONES = of(Movement.AND), of(Movement.NOT), of(Movement.ONES)
 # Comparison -> which operand counts up.
 KEEPS = {aten.lt.Tensor: 0, aten.gt.Tensor: 1}
 HIDES = {aten.ge.Tensor: 0, aten.le.Tensor: 1}
@@ -31,7 +28,7 @@ class Masks:
     """Answers about the masks of one graph, for as long as its nodes stay as they are."""
 
     def __init__(self) -> None:
-        self._constants = Constants()
+        self._constants, self._at_capture = Constants(), Constants(at_capture=True)
         self._causal: dict[Node, bool] = {}
         self._bounds: dict[Node, int] = {}
 
@@ -55,9 +52,9 @@ class Masks:
         """Return a number n such that a mask provably shows a prefix of the keys, n or more of
         them, and hides the rest; None where that is not proved."""
         mask, size = origin(mask), shape_of(mask)[-1]
-        if is_op(mask, *NOT) and dtype_of(args_of(mask)[0]) == torch.bool:
+        if movement_of(mask) is Movement.NOT and dtype_of(args_of(mask)[0]) == torch.bool:
             length = self._compared(origin(args_of(mask)[0]), size, HIDES)
-        elif is_op(mask, *of(Movement.MASKED_FILL)):
+        elif movement_of(mask) is Movement.MASKED_FILL:
             kept, hidden, value = args_of(mask)
             shows = not value and self._all_true(kept)
             length = self._compared(origin(hidden), size, HIDES) if shows else None
@@ -66,37 +63,12 @@ class Masks:
         return None if length is None else self._at_least(length)
 
     def _hides_what_follows(self, mask: Node) -> bool:
-        if is_op(mask, *AND):
+        if movement_of(mask) is Movement.AND:
             return any(map(self.is_causal, args_of(mask)))
         if len(shape_of(mask)) < 2 or not 1 != shape_of(mask)[-1] == shape_of(mask)[-2]:
             return False
-        value = self._at_capture(mask)
+        value = self._at_capture.value(mask)
         return value is not None and not bool(value.triu(1).any())
-
-    def _at_capture(self, node: Node) -> Tensor | None:
-        """Return what depends on constants and sizes only, free sizes as at capture; else None."""
-        needed, todo = set[Node](), [node]
-        while todo:
-            read = todo.pop()
-            if read in needed:
-                continue
-            needed.add(read)
-            if _is_given(read):
-                continue
-            target = read.target
-            random = torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
-            if not isinstance(target, torch._ops.OpOverload) or random:
-                return None
-            todo += read.all_input_nodes
-        known: dict[Node, Any] = {}
-        for read in (n for n in node.graph.nodes if n in needed):
-            if _is_given(read):
-                constant = read.op == "get_attr"
-                known[read] = self._constants.value(read) if constant else hint(val_of(read))
-            else:
-                args, kwargs = map_arg((read.args, read.kwargs), known.__getitem__)
-                known[read] = read.target(*args, **kwargs)
-        return known[node]
 
     def _compared(self, node: Any, size: Any, comparisons: Mapping[Any, int]) -> Node | None:
         """Return n where `node` compares `arange(size)` along the last dimension with n `[..., 1]`;
@@ -122,21 +94,24 @@ class Masks:
         return self._bounds[length]
 
     def _bound(self, length: Node) -> int:
-        if is_op(length, *ADD) and operand(length, "alpha") == 1:
+        if movement_of(length) is Movement.ADD and operand(length, "alpha") == 1:
             return sum(map(self._at_least, args_of(length)[:2]))
         value = self._constants.value(length)
         if value is not None:
             return int(value.min())
         # A sum of booleans is not negative, nor is that of a mask among the inputs, of zeros and
         # ones; anything else may be.
-        summed = args_of(length)[0] if is_op(length, *of(Movement.SUM)) else None
+        summed = args_of(length)[0] if movement_of(length) is Movement.SUM else None
         counts = summed is not None and dtype_of(summed) == torch.bool
         given = isinstance(source := origin(summed), Node) and source.op == "placeholder"
         return 0 if counts or given else NO_BOUND
 
     def _all_true(self, node: Any) -> bool:
         node = origin(node)
-        if is_op(node, *ONES) or (is_op(node, aten.full.default) and args_of(node)[1] is True):
+        movement = movement_of(node) if isinstance(node, Node) else None
+        if movement is Movement.ONES:
+            return True
+        if is_op(node, aten.full.default) and operand(node, "fill_value") is True:
             return True
         value = self._constants.value(node)
         return value is not None and bool(value.all())
@@ -147,7 +122,3 @@ def origin(node: Any) -> Any:
     while is_op(node, *SAME):
         node = args_of(node)[0]
     return node
-
-
-def _is_given(node: Node) -> bool:
-    return node.op == "get_attr" or isinstance(node.meta.get("val"), int | torch.SymInt)

@@ -12,7 +12,7 @@ So the sequence of any attention names its tokens, text or visual, in whatever o
 them, and visual tokens still hold the coordinates of the pixels they were cut from.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,28 +21,11 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
-from fxq.analysis.following import MOVES, Following, Labels, keep, pad
+from fxq.analysis.following import MOVES, Following, Labels, by_movement, keep, pad
 from fxq.analysis.labels import compact, filled, sizes_of
-from fxq.graph import args_of, hint, input_name, is_op, val_of
-from fxq.operators import (
-    ADDMM,
-    ATTENTION,
-    CONV,
-    COPIES,
-    LINEAR,
-    MATMUL,
-    NORMS,
-    SHAPE_ONLY,
-    SOFTMAX,
-    SPARSE_ATTENTION,
-    TABLE,
-    Movement,
-    multiplied,
-    of,
-    operand,
-)
+from fxq.graph import args_of, hint, input_name, val_of
+from fxq.operators import SPATIAL_AXES, Movement, movement_of, multiplied, operand
 
-aten = torch.ops.aten
 NOWHERE = 0
 UNKNOWN = -1
 
@@ -100,8 +83,9 @@ class _Numbers(Following):
 
 
 def _visit(walk: _Numbers, node: Node, labelled: list[Node]) -> None:
+    attends = movement_of(node) in (Movement.ATTENTION, Movement.SPARSE_ATTENTION)
     by_data = any(map(_has_unbacked, node.all_input_nodes))
-    if _has_unbacked(node) or (is_op(node, *ATTENTION) and by_data):
+    if _has_unbacked(node) or (attends and by_data):
         return
     if node.op == "placeholder":
         _begin(walk, node)
@@ -111,8 +95,8 @@ def _visit(walk: _Numbers, node: Node, labelled: list[Node]) -> None:
                 walk.found.returned.add(stream.name)
     elif node.op == "call_function" and by_data:
         walk.set(node, _unknown(walk, node))
-    elif node.op == "call_function" and (labelled or is_op(node, *ATTENTION)):
-        rule = RULES.get(node.target)
+    elif node.op == "call_function" and (labelled or attends):
+        rule = RULES.get(movement_of(node))
         if rule is None:
             pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
             rule = _pointwise if pointwise else _unknown
@@ -129,9 +113,6 @@ def _begin(walk: _Numbers, node: Node) -> None:
     walk.found.streams.append(stream)
     numbers = torch.arange(stream.base, walk.next).view(1, *rest)
     walk.labels[node] = numbers.expand(batch, *rest)
-
-
-Rule = Callable[[_Numbers, Node], Labels]
 
 
 def _has_unbacked(node: Node) -> bool:
@@ -179,7 +160,7 @@ def _pointwise(walk: _Numbers, node: Node) -> Tensor:
     return result
 
 
-def _copy(walk: _Numbers, node: Node) -> Tensor:
+def _overwrite(walk: _Numbers, node: Node) -> Tensor:
     return walk.of(operand(node, "src")).expand(sizes_of(node))
 
 
@@ -197,7 +178,7 @@ def _pad(walk: _Numbers, node: Node) -> Tensor:
 
 def _mix_channels(walk: _Numbers, node: Node) -> Labels:
     """Linear and products mix the last dimension of their first operand."""
-    left = args_of(node)[0] if is_op(node, *LINEAR) else multiplied(node)[0]
+    left = multiplied(node)[0]
     if val_of(left).ndim != val_of(node).ndim:
         return _unknown(walk, node)
     return walk.of(left)[..., :1].expand(sizes_of(node))
@@ -221,7 +202,7 @@ def _conv(walk: _Numbers, node: Node) -> Labels:
 def _resample(walk: _Numbers, node: Node) -> Tensor:
     """Pooling and interpolation: where in the input each place of the output lies."""
     numbers, sizes = keep(walk, node), sizes_of(node)
-    for dim in range(len(sizes) - TABLE[node.target].spatial, len(sizes)):
+    for dim in range(len(sizes) - SPATIAL_AXES[movement_of(node)], len(sizes)):
         at = torch.arange(sizes[dim]) * numbers.shape[dim] // sizes[dim]
         numbers = numbers.index_select(dim, at)
     return numbers
@@ -244,7 +225,7 @@ def _attention(walk: _Numbers, node: Node) -> Labels:
     """The result stands where the queries do."""
     query, key, value = (walk.of(operand) for operand in args_of(node)[:3])
     result = query[..., :1].expand(*query.shape[:-1], value.shape[-1])
-    if is_op(node, SPARSE_ATTENTION):
+    if movement_of(node) is Movement.SPARSE_ATTENTION:
         return [result, result[..., 0]]
     walk.found.attention[node] = tuple(map(_along_sequence, (query, key, value)))  # type: ignore[assignment]
     return result
@@ -257,17 +238,19 @@ def _along_sequence(numbers: Tensor) -> Tensor:
     return torch.where(low == high, low, UNKNOWN).expand(numbers.shape[-2])
 
 
-RULES: Mapping[Any, Rule] = {
-    **MOVES,
-    **dict.fromkeys(COPIES | NORMS | SOFTMAX | of(Movement.QUANTIZE), keep),
-    **dict.fromkeys(of(Movement.PAD), _pad),
-    **dict.fromkeys(LINEAR | MATMUL | ADDMM, _mix_channels),
-    **dict.fromkeys(CONV, _conv),
-    **dict.fromkeys(of(Movement.SPATIAL), _resample),
-    **dict.fromkeys(of(Movement.MEAN, Movement.SUM, Movement.REDUCE), _reduce),
-    **dict.fromkeys(ATTENTION, _attention),
-    **dict.fromkeys(SHAPE_ONLY | of(Movement.LOOKUP, Movement.QPARAMS), _placeless),
-    aten.copy.default: _copy,
-    aten.view_as_complex.default: _as_complex,
-    aten.view_as_real.default: _as_real,
-}
+RULES = MOVES | by_movement({
+    keep: (
+        Movement.COPY, Movement.DROPOUT, Movement.QUANTIZE, Movement.LAST_NORM,
+        Movement.CHANNEL_NORM, Movement.SOFTMAX,
+    ),
+    _overwrite: (Movement.OVERWRITE,),
+    _as_complex: (Movement.AS_COMPLEX,),
+    _as_real: (Movement.AS_REAL,),
+    _pad: (Movement.PAD,),
+    _mix_channels: (Movement.LINEAR, Movement.MATMUL, Movement.ADDMM),
+    _conv: (Movement.CONV,),
+    _resample: (Movement.SPATIAL_1D, Movement.SPATIAL_2D, Movement.SPATIAL_3D),
+    _reduce: (Movement.MEAN, Movement.SUM, Movement.REDUCE),
+    _attention: (Movement.ATTENTION, Movement.SPARSE_ATTENTION),
+    _placeless: (Movement.SHAPE_ONLY, Movement.ONES, Movement.LOOKUP, Movement.QPARAMS),
+})  # fmt: skip
