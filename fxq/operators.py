@@ -169,7 +169,7 @@ def _operands(target: torch._ops.OpOverload) -> dict[str, tuple[int, Any]]:
 def canonical_form(node: Node) -> str | None:
     """Return what canonicalisation always puts in the place of a node, None where it is canonical
     or may stay."""
-    if node.target in Movement.ADJOINT.value and node.meta["val"].is_complex():
+    if movement_of(node) is Movement.ADJOINT and node.meta["val"].is_complex():
         return None
     return CANONICAL.get(node.target)
 
