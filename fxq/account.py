@@ -10,42 +10,25 @@ operator that multiplies is quantized or sparse, or its record (`fxq.layer`) say
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
-import torch
 from torch.fx import GraphModule, Node
 
-import fxq.rectified_attention.op  # noqa: F401  registers the operator
 from fxq.einsum import Equation
 from fxq.flops import counted_flops
-from fxq.graph import args_of, constant_of, hint, is_constant, is_op, owner_name, shape_of, val_of
+from fxq.graph import constant_of, hint, is_constant, is_op, owner_name, shape_of, val_of
 from fxq.layer import Layer, Skip, layer_of
+from fxq.operators import SPARSE_ATTENTION, TABLE, Movement, multiplied, operand
 
-aten = torch.ops.aten
-
-LINEAR = frozenset({aten.linear.default})
-CONV = frozenset({
-    aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.convolution.default,
-    aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding,
-})  # fmt: skip
-CONV_TRANSPOSE = frozenset({
-    aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input,
-})  # fmt: skip
-MATMUL = frozenset({
-    aten.matmul.default, aten.mm.default, aten.bmm.default, aten.mv.default, aten.dot.default,
-    aten.addmm.default, aten.baddbmm.default,
-})  # fmt: skip
-SPARSE_ATTENTION = torch.ops.fxq.rectified_attention.default
-ATTENTION = frozenset({aten.scaled_dot_product_attention.default, SPARSE_ATTENTION})
-KINDS = {
-    "linear": LINEAR,
-    "conv": CONV,
-    "transposed conv": CONV_TRANSPOSE,
-    "matmul": MATMUL,
-    "einsum": frozenset({aten.einsum.default}),
-    "attention": ATTENTION,
+KINDS: Mapping[Movement | None, str] = {
+    Movement.LINEAR: "linear",
+    Movement.CONV: "conv",
+    Movement.CONV_TRANSPOSE: "transposed conv",
+    Movement.MATMUL: "matmul",
+    Movement.ADDMM: "matmul",
+    Movement.EINSUM: "einsum",
+    Movement.ATTENTION: "attention",
+    Movement.SPARSE_ATTENTION: "attention",
 }
-KIND_OF: dict[Any, str] = {target: kind for kind, targets in KINDS.items() for target in targets}
 
 
 @dataclass(frozen=True)
@@ -55,7 +38,7 @@ class Row:
     Args:
         node: the node's name in the graph.
         module: qualified name of the module it came from.
-        kind: a key of `KINDS`, or the operator's name.
+        kind: one of `KINDS`, or the operator's name.
         flops: floating-point operations, a multiply-add counting as two.
         layer: its record.
     """
@@ -79,9 +62,9 @@ class Row:
 
 
 def kind_of(node: Node) -> str | None:
-    """Return the key of `KINDS` a node falls under, the name of any other operator that multiplies,
-    and None for the rest."""
-    kind = KIND_OF.get(node.target) if node.op == "call_function" else None
+    """Return the kind a node falls under, the name of any other operator that multiplies, and None
+    for the rest."""
+    kind = KINDS.get(TABLE.get(node.target)) if node.op == "call_function" else None
     if kind is None and counted_flops(node):
         return str(node.target._opname)  # type: ignore[union-attr]
     return None if kind == "einsum" and not Equation.of(node).contracts else kind
@@ -97,31 +80,34 @@ def flops_of(node: Node, sizes: Mapping[str, int] | None = None) -> int:
         node: any node.
         sizes: values of the graph's free sizes by name; those at capture where left out.
     """
-    kind = kind_of(node)
-    if kind not in KINDS or kind == "einsum":
-        return counted_flops(node, sizes)
-    shapes = [[hint(size, sizes) for size in shape_of(n)] for n in node.args if isinstance(n, Node)]
+
+    def shape(name: str) -> list[int]:
+        return [hint(size, sizes) for size in shape_of(operand(node, name))]
+
     result = val_of(node)
     result = result[0] if isinstance(result, tuple | list) else result
-    out = math.prod(hint(size, sizes) for size in result.shape)
-    match kind:
+    match kind_of(node):
         case "linear":
-            return 2 * out * shapes[1][-1]
+            of_one = shape("weight")[-1]
         case "conv":
-            return 2 * out * math.prod(shapes[1][1:])
+            of_one = math.prod(shape("weight")[1:])
         case "transposed conv":
-            return 2 * math.prod(shapes[0]) * math.prod(shapes[1][1:])
+            return 2 * math.prod(shape("input")) * math.prod(shape("weight")[1:])
         case "attention":
-            return 2 * (math.prod(shapes[0]) + out) * shapes[1][-2]
-    adds = is_op(node, aten.addmm.default, aten.baddbmm.default)
-    return 2 * out * shapes[1 if adds else 0][-1]
+            query, key, value = map(shape, ("query", "key", "value"))
+            return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+        case "matmul":
+            of_one = hint(shape_of(multiplied(node)[0])[-1], sizes)
+        case _:
+            return counted_flops(node, sizes)
+    return 2 * math.prod(hint(size, sizes) for size in result.shape) * of_one
 
 
 def sparse_format(node: Node) -> str | None:
     """Return how sparse an attention is, None for any other operator."""
     if not is_op(node, SPARSE_ATTENTION):
         return None
-    density, mode = args_of(node)[3], args_of(node)[11]
+    density, mode = operand(node, "density"), operand(node, "mode")
     if not is_constant(density):
         return f"sparse ({mode}), density by policy"
     return f"sparse ({mode}), density {float(constant_of(density)):.3g}"

@@ -1,6 +1,7 @@
 """The four dialects of a graph, as executable predicates.
 
-    ATEN       aten operators, in canonical form: what `fxq.capture` gives
+    ATEN       aten operators, none of which canonicalisation would rewrite whatever its operands
+               (`fxq.operators.CANONICAL`): what `fxq.capture` gives
     OBSERVED   ATEN, with range observers on edges and a `LayerSpec` in the meta of every layer to
                be quantized
     QUANTIZED  ATEN, with fxq::quantize, fxq::dequantize and fxq::rectified_attention: runs
@@ -8,8 +9,9 @@
     LOWERED    QUANTIZED, with kernels of `fxq.lowering` in place of what they compute
 
 A dialect is a function from a node to a complaint, or None. `check` collects the complaints of a
-whole graph. Settled nodes (`fxq.graph.SETTLED`), those of a `Program` inside a model that is being
-compiled, may be QUANTIZED wherever the rest is in ATEN or OBSERVED.
+whole graph; in each dialect every node that has a value has its fake value in `meta["val"]`.
+Settled nodes (`fxq.graph.SETTLED`), those of a `Program` inside a model that is being compiled, may
+be QUANTIZED wherever the rest is in ATEN or OBSERVED.
 """
 
 import operator
@@ -19,12 +21,11 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule, Node
 
-import fxq.ops
-import fxq.rectified_attention.op  # noqa: F401  like fxq.ops, registers operators of QUANTIZED
 from fxq.errors import PassError
 from fxq.formats import CONTAINERS
 from fxq.graph import is_settled
 from fxq.observers import RangeObserver
+from fxq.operators import canonical_form
 
 QUANTIZED_OPS = frozenset({
     "quantize", "dequantize", "choose_qparams", "guard_scale", "rectified_attention",
@@ -56,13 +57,25 @@ class Dialect:
 
     def check(self, gm: GraphModule, after: str = "") -> None:
         """Raise `PassError` listing every node of `gm` that is not in this dialect."""
-        found = [f"{n.format_node()}: {why}" for n in gm.graph.nodes if (why := self.complaint(n))]
+        found = [
+            f"{node.format_node()}: {why}"
+            for node in gm.graph.nodes
+            if (why := self.complaint(node) or _valueless(node))
+        ]
         if found:
             where = f" after {after}" if after else ""
             listing = "\n  ".join(found[:10]) + ("\n  ..." if len(found) > 10 else "")
             raise PassError(
                 f"expected a graph in the {self.name} dialect{where}, found\n  {listing}"
             )
+
+
+def _valueless(node: Node) -> str | None:
+    if node.op == "output" or "val" in node.meta:
+        return None
+    if isinstance(node.target, torch._ops.OpOverload) and not node.target._schema.returns:
+        return None
+    return 'no fake value; expected one in meta["val"], as fxq.graph.insert_call gives'
 
 
 def _namespace(node: Node) -> str:
@@ -84,6 +97,8 @@ def _aten(node: Node) -> str | None:
         return "a Python function; expected an operator"
     if _namespace(node) == "fxq" and not is_settled(node):
         return "an fxq operator; expected none yet"
+    if (form := canonical_form(node)) is not None:
+        return f"not canonical; expected {form} in its place, as fxq.canonicalize gives"
     return None
 
 

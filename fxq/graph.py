@@ -14,20 +14,7 @@ from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
 from fxq.layer import LAYER
-
-aten = torch.ops.aten
-
-# Operators that only re-index a constant: what a weight may go through before it is used.
-VIEWS = frozenset(
-    {
-        aten.t.default,
-        aten.permute.default,
-        aten.transpose.int,
-        aten.view.default,
-        aten.reshape.default,
-    }
-)
-
+from fxq.operators import VIEWS
 
 # Submodule of a graph whose buffers may change in place between calls, as a step counter does. The
 # backend hands them to every call instead of compiling their values in.

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from fxq.canonicalize.pattern import ADD, DIV, MUL, POW, Call, Var, match_any
+from fxq.canonicalize.pattern import Call, Var, match_any
 from fxq.graph import insert_call
+from fxq.operators import ADD, DIV, MUL
 
 aten = torch.ops.aten
 
@@ -31,7 +32,7 @@ GELU_ERF = [
     for argument in (Call(MUL, X, math.sqrt(0.5)), Call(DIV, X, math.sqrt(2.0)))
     for pattern in _halved(Call(ADD, Call(ERF, argument), 1.0))
 ]
-CUBE = Call(ADD, X, Call(MUL, 0.044715, Call(POW, X, 3.0)))
+CUBE = Call(ADD, X, Call(MUL, 0.044715, Call((aten.pow.Tensor_Scalar,), X, 3.0)))
 GELU_TANH = _halved(Call(ADD, Call(TANH, Call(MUL, math.sqrt(2.0 / math.pi), CUBE)), 1.0))
 SILU = [Call(MUL, X, Call(SIGMOID, X))]
 

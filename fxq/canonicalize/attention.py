@@ -12,23 +12,20 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from fxq.canonicalize.pattern import ADD, DIV, MUL
-from fxq.constants import constant_value
+from fxq.constants import Constants, constant_value
 from fxq.graph import args_of, dtype_of, insert_call, is_op, shape_of, val_of
+from fxq.operators import ADD, DIV, MATMUL, MUL, SOFTMAX, Movement, of
 
 aten = torch.ops.aten
-SOFTMAX = (aten.softmax.int, aten._softmax.default)
-MATMUL = (aten.matmul.default, aten.bmm.default)
-WHERE = (aten.where.self, aten.where.ScalarOther)
-MOST_NEGATIVE = (
-    -1e4
-)  # any replacement value below this vanishes in the softmax of a row with a real score
+WHERE = of(Movement.WHERE)
+MOST_NEGATIVE = -1e4  # what is below vanishes in the softmax of a row with a real score
 
 
 @dataclass
 class _Scores:
     """What lies between the first product and the softmax."""
 
+    constants: Constants
     product: Node | None = None
     scale: float = 1.0
     additive: list[Node] = field(default_factory=list)
@@ -38,7 +35,7 @@ class _Scores:
 
 def scaled_dot_product_attention(gm: GraphModule) -> int:
     """Replace every attention that is provably one."""
-    count = 0
+    count, constants = 0, Constants()  # layers share masks
     for node in list(gm.graph.nodes):
         if not is_op(node, *MATMUL) or not is_op(args_of(node)[0], *SOFTMAX):
             continue
@@ -48,7 +45,7 @@ def scaled_dot_product_attention(gm: GraphModule) -> int:
             continue
         if dtype_of(softmax) != dtype_of(args_of(softmax)[0]):
             continue
-        scores = _unwrap(args_of(softmax)[0])
+        scores = _unwrap(args_of(softmax)[0], constants)
         if scores is not None:
             count += _rewrite(node, scores)
     return count
@@ -89,9 +86,9 @@ def _rewrite(node: Node, scores: _Scores) -> bool:
     return True
 
 
-def _unwrap(node: Any) -> _Scores | None:
+def _unwrap(node: Any, constants: Constants) -> _Scores | None:
     """Walk from the softmax's input to the product; None where something else is in between."""
-    scores = _Scores()
+    scores = _Scores(constants)
     grouped = False
     while isinstance(node, Node) and len(node.users) == 1:
         if is_op(node, *MATMUL):
@@ -108,7 +105,7 @@ def _unwrap(node: Any) -> _Scores | None:
                 return None  # (scores + mask) * scale scales the mask too
             if scores.windows is not None and not grouped and shape_of(term)[0] != 1:
                 return None
-            value = constant_value(term)
+            value = constants.value(term)
             if value is None or value.any():
                 scores.additive.append(term)
             node = inner
@@ -136,11 +133,11 @@ def _provable(scores: _Scores) -> bool:
     """Tell whether a boolean mask, if there is one, leaves every query a key."""
     if scores.keep is None:
         return True
-    keep = constant_value(scores.keep)
+    keep = scores.constants.value(scores.keep)
     if keep is None:
         return False
     for term in scores.additive:
-        value = constant_value(term)
+        value = scores.constants.value(term)
         if value is None:
             return False
         keep = keep & (value > MOST_NEGATIVE)

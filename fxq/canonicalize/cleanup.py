@@ -6,25 +6,18 @@ import torch
 from torch.fx import GraphModule, Node
 
 from fxq.graph import args_of, dtype_of, is_op, shape_of, val_of, writes
+from fxq.operators import Movement, canonical_form, of, operand
 
 aten = torch.ops.aten
 
-DROPOUT = (aten.dropout.default, aten.feature_dropout.default)
-ALIASES = (
-    aten.detach.default,
-    aten.detach_.default,
-    aten.alias.default,
-)
-CHECKS = (
-    aten._assert_tensor_metadata.default,
-)  # of dtypes that the signature checks once per call
+DROPOUT = of(Movement.DROPOUT)
 
 
 def drop_no_ops(gm: GraphModule) -> int:
     """Remove eval-mode dropout, detach, alias, casts to the same dtype and slices of everything."""
     count = 0
     for node in list(gm.graph.nodes):
-        if is_op(node, *CHECKS):
+        if canonical_form(node) == "nothing":
             gm.graph.erase_node(node)
         elif node.op == "call_function" and _does_nothing(node):
             node.replace_all_uses_with(args_of(node)[0])
@@ -35,8 +28,8 @@ def drop_no_ops(gm: GraphModule) -> int:
 
 def _does_nothing(node: Node) -> bool:
     if is_op(node, *DROPOUT):
-        return bool(args_of(node)[1] == 0.0 or args_of(node)[2] is False)
-    if is_op(node, *ALIASES):
+        return bool(operand(node, "p") == 0.0 or operand(node, "train") is False)
+    if canonical_form(node) == "its input":
         return True
     if is_op(node, aten.lift_fresh_copy.default):  # of a constant; needed only to write to it
         return not any(writes(user) for user in node.users)
@@ -46,8 +39,8 @@ def _does_nothing(node: Node) -> bool:
     if is_op(node, aten._to_copy.default):
         return set(node.kwargs) == {"dtype"} and dtype_of(node) == dtype_of(args_of(node)[0])
     if is_op(node, aten.slice.Tensor):
-        start, end, step = (*args_of(node)[2:], None, None, None)[:3]
-        everything = start in (None, 0) and end in (None, sys.maxsize) and step in (None, 1)
+        start, end, step = (operand(node, name) for name in ("start", "end", "step"))
+        everything = start in (None, 0) and end in (None, sys.maxsize) and step == 1
         return everything and shape_of(node) == shape_of(args_of(node)[0])
     if is_op(node, aten.expand.default, aten.reshape.default):
         return list(map(str, shape_of(node))) == list(map(str, shape_of(args_of(node)[0])))
@@ -72,6 +65,6 @@ def _trains(node: Node) -> bool:
     if is_op(node, *DROPOUT):
         return not _does_nothing(node)
     if is_op(node, aten.batch_norm.default, aten.instance_norm.default):
-        running_mean, by_batch = args_of(node)[3], args_of(node)[5]
-        return by_batch is True and running_mean is not None
-    return is_op(node, aten.rrelu.default) and True in args_of(node)[3:4]
+        name = "training" if is_op(node, aten.batch_norm.default) else "use_input_stats"
+        return operand(node, name) is True and operand(node, "running_mean") is not None
+    return is_op(node, aten.rrelu.default) and operand(node, "training") is True

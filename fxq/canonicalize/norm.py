@@ -3,13 +3,14 @@
 import torch
 from torch.fx import GraphModule
 
-from fxq.canonicalize.pattern import ADD, DIV, MUL, POW, Call, Var, match_any
+from fxq.canonicalize.pattern import Call, Var, match_any
 from fxq.graph import dtype_of, insert_call, is_constant, shape_of, val_of
+from fxq.operators import ADD, DIV, MUL
 
 aten = torch.ops.aten
 
 X, EPS, WEIGHT = Var("x"), Var("eps"), Var("weight")
-SQUARES = Call(POW, X, 2), Call((aten.square.default,), X)
+SQUARES = Call((aten.pow.Tensor_Scalar,), X, 2), Call((aten.square.default,), X)
 VARIANCES = [
     Call(ADD, Call((aten.mean.dim,), square, Var("dims"), True), EPS) for square in SQUARES
 ]

@@ -9,19 +9,15 @@ that occurs twice must bind to the same node.
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch.fx import Node
 
-aten = torch.ops.aten
-ADD = (aten.add.Tensor, aten.add.Scalar)
-MUL = (aten.mul.Tensor, aten.mul.Scalar)
-DIV = (aten.div.Tensor, aten.div.Scalar)
-POW = (aten.pow.Tensor_Scalar,)
-COMMUTATIVE = {ADD, MUL}
+from fxq.operators import ADD, MUL
+
+COMMUTATIVE = (ADD, MUL)
 
 
 @dataclass(frozen=True)
@@ -36,10 +32,10 @@ class Call:
     """A call of one of `targets`. Trailing arguments of the node beyond `args` are left to the
     rewrite's own checks."""
 
-    targets: tuple[Any, ...]
+    targets: Collection[Any]
     args: tuple[Any, ...]
 
-    def __init__(self, targets: tuple[Any, ...], *args: Any) -> None:
+    def __init__(self, targets: Collection[Any], *args: Any) -> None:
         object.__setattr__(self, "targets", targets)
         object.__setattr__(self, "args", args)
 

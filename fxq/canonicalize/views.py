@@ -3,7 +3,8 @@
 import torch
 from torch.fx import GraphModule
 
-from fxq.graph import args_of, insert_call, is_op, val_of
+from fxq.graph import args_of, insert_call, val_of
+from fxq.operators import canonical_form
 
 aten = torch.ops.aten
 
@@ -13,7 +14,7 @@ def reshape_of_view(gm: GraphModule) -> int:
     when the graph was captured: another rewrite in front of it may lay it out otherwise."""
     count = 0
     for node in gm.graph.nodes:
-        if is_op(node, aten.view.default, aten._unsafe_view.default):
+        if canonical_form(node) == "reshape":
             node.target = aten.reshape.default
             count += 1
     return count
@@ -23,14 +24,12 @@ def transpose_of_property(gm: GraphModule) -> int:
     """x.mT, x.T and, of real numbers, x.mH and x.H equal a transpose or permute of the axes."""
     count = 0
     for node in list(gm.graph.nodes):
-        if is_op(node, aten.numpy_T.default):
+        form = canonical_form(node)
+        if form == "permute":
             source = args_of(node)[0]
             args = (source, list(reversed(range(val_of(source).ndim))))
             new = insert_call(aten.permute.default, args, before=node)
-        elif is_op(node, aten.mT.default) or (
-            is_op(node, aten.mH.default, aten.adjoint.default, aten.matrix_H.default)
-            and not val_of(node).is_complex()
-        ):
+        elif form == "transpose":
             new = insert_call(aten.transpose.int, (args_of(node)[0], -2, -1), before=node)
         else:
             continue

@@ -12,10 +12,10 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
-from fxq.account import ATTENTION
 from fxq.dialect import ATEN, Dialect
-from fxq.graph import args_of, dtype_of, insert_call, is_op, is_settled, shape_of
+from fxq.graph import dtype_of, insert_call, is_op, is_settled, shape_of
 from fxq.layer import Skip, hand_on, treat
+from fxq.operators import ATTENTION, operand
 from fxq.pipeline import Pass
 
 aten = torch.ops.aten
@@ -42,20 +42,18 @@ class DecomposeAttention(Pass):
 
 def _decompose(node: Node) -> str | None:
     """Rewrite one attention, or return why not."""
-    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
-    given: dict[str, Any] = dict(zip(names, args_of(node), strict=False)) | dict(node.kwargs)
-    if given.get("is_causal") or given.get("dropout_p"):
+    if operand(node, "is_causal") or operand(node, "dropout_p"):
         return "its scores are not written out: is_causal or dropout"
-    q, k, v = given["query"], given["key"], given["value"]
-    if given.get("enable_gqa"):
+    q, k, v = (operand(node, name) for name in ("query", "key", "value"))
+    if operand(node, "enable_gqa"):
         groups = shape_of(q)[-3] // shape_of(k)[-3]
         k, v = (_call(aten.repeat_interleave.self_int, (x, groups, -3), node) for x in (k, v))
-    scale = given.get("scale")
+    scale = operand(node, "scale")
     scale = 1 / math.sqrt(shape_of(q)[-1]) if scale is None else scale
     transposed = _call(aten.transpose.int, (k, -2, -1), node)
     product = _call(aten.matmul.default, (q, transposed), node)
     scores = _call(aten.mul.Tensor, (product, scale), node)
-    mask = given.get("attn_mask")
+    mask = operand(node, "attn_mask")
     if mask is not None and dtype_of(mask) == torch.bool:
         hidden = _call(aten.logical_not.default, (mask,), node)
         scores = _call(aten.masked_fill.Scalar, (scores, hidden, -math.inf), node)

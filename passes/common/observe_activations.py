@@ -13,18 +13,18 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
-from fxq.canonicalize.pattern import ADD, DIV, MUL
 from fxq.dialect import OBSERVED, Dialect
 from fxq.graph import dtype_of, insert_module, is_constant, is_op, owner_name, shape_of
 from fxq.layer import layer_of
 from fxq.observers import RangeObserver
+from fxq.operators import ADD, DIV, MATMUL, MUL, SOFTMAX, Movement, of
 from fxq.pipeline import Pass
 from fxq.row_choice import check_fits, index_of
 from fxq.spec import QuantSpec
 
 aten = torch.ops.aten
-NONLINEAR = (aten.gelu.default, aten.silu.default, aten.relu.default, aten.mul.Tensor)
-SOFTMAX = (aten.softmax.int, aten._softmax.default)
+NONLINEAR = of(Movement.ACTIVATION, Movement.RELU, Movement.MUL)  # a product may be a gate's
+WHERE, MASKED_FILL = of(Movement.WHERE), of(Movement.MASKED_FILL)
 Kind = Literal["layer", "sum", "cat", "constant", "scores"]
 
 
@@ -119,9 +119,9 @@ def _scores(gm: GraphModule) -> Iterable[Node]:
         if not is_op(node, *SOFTMAX):
             continue
         source = node.args[0]
-        while is_op(source, *ADD, aten.masked_fill.Scalar, aten.where.self):
-            source = source.args[1] if is_op(source, aten.where.self) else source.args[0]
-        if is_op(source, *MUL, *DIV, aten.matmul.default, aten.bmm.default):
+        while is_op(source, *ADD, *MASKED_FILL, *WHERE):
+            source = source.args[1] if is_op(source, *WHERE) else source.args[0]
+        if is_op(source, *MUL, *DIV, *MATMUL):
             yield source
 
 

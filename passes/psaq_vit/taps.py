@@ -19,19 +19,17 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
-from fxq.account import ATTENTION, MATMUL
 from fxq.errors import FxqWarning, UnsupportedError, did_you_mean
-from fxq.graph import VIEWS, args_of, is_op, owner_name, shape_of
+from fxq.graph import args_of, is_op, owner_name, shape_of
+from fxq.operators import ATTENTION, COPIES, LINEAR, MATMUL, RESHAPES, SOFTMAX, Movement, of
 from fxq.pipeline import Progress
 
 aten = torch.ops.aten
-SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
-# What may stand between the softmax and the product with the values.
-THROUGH = VIEWS | {
-    aten.expand.default, aten.clone.default, aten.dropout.default, aten._to_copy.default,
-    aten.where.self, aten.masked_fill.Scalar, aten._unsafe_view.default, aten.unsqueeze.default,
-    aten.squeeze.dim, aten.contiguous.default, aten.linear.default,  # heads may talk
-}  # fmt: skip
+WHERE = of(Movement.WHERE)
+# What may stand between the softmax and the product with the values; heads may talk.
+THROUGH = RESHAPES | COPIES | LINEAR | WHERE | of(
+    Movement.TRANSPOSE, Movement.EXPAND, Movement.MASKED_FILL
+)  # fmt: skip
 CHANGED = 1e-3  # of the largest change: a token that changes by less does not see the image
 MIN_PATCHES = 4  # fewer have too few pairs to speak of a density
 
@@ -176,7 +174,7 @@ def _unreadable(gm: GraphModule) -> dict[str, str]:
 def _is_softmax(node: Any) -> bool:
     while is_op(node, *THROUGH):
         tensors = [n for n in args_of(node) if isinstance(n, Node) and len(shape_of(n)) > 1]
-        node = tensors[-1] if is_op(node, aten.where.self) else args_of(node)[0]
+        node = tensors[-1] if is_op(node, *WHERE) else args_of(node)[0]
     return is_op(node, *SOFTMAX)
 
 

@@ -24,9 +24,10 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
-from fxq.account import SPARSE_ATTENTION, account
+from fxq.account import account
 from fxq.capturing import capture
 from fxq.graph import is_op, owner_name
+from fxq.operators import SPARSE_ATTENTION
 from fxq.passes.rectified_spaattn.replace_attention import ReplaceAttention
 from fxq.pipeline import CheckedBatches, Progress, Recipe, device_of
 from fxq.rectified_attention.layout import BlockLayout

@@ -13,9 +13,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fxq.analysis.positions import NOWHERE, UNKNOWN, Positions, Stream
 from fxq.layer import Skip
 from fxq.passes.rectified_spaattn.curve import Grid
-from fxq.passes.rectified_spaattn.positions import NOWHERE, UNKNOWN, Positions, Stream
 
 
 @dataclass(frozen=True)

@@ -15,27 +15,26 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
-from fxq.account import ATTENTION, SPARSE_ATTENTION, kind_of
+from fxq.account import kind_of
+from fxq.analysis.masks import Masks
+from fxq.analysis.positions import Positions, find_positions
 from fxq.dialect import QUANTIZED, Dialect
 from fxq.errors import did_you_mean
 from fxq.graph import add_buffer, args_of, insert_call, is_op, is_settled, owner_name, val_of
 from fxq.layer import NOT_SEEN, Skip, hand_on, layer_of, treat
+from fxq.operators import ATTENTION, DENSE_ATTENTION, SPARSE_ATTENTION, operand
 from fxq.passes.rectified_spaattn.curve import Grid, block_adjacency, curve_order
 from fxq.passes.rectified_spaattn.densities import (
     check_densities,
     density_table,
     insert_densities,
 )
-from fxq.passes.rectified_spaattn.form import is_causal, option, unfit
+from fxq.passes.rectified_spaattn.form import unfit
 from fxq.passes.rectified_spaattn.layout import Segments, TokenLayout, find_segments
 from fxq.passes.rectified_spaattn.padding import valid_text
-from fxq.passes.rectified_spaattn.positions import Positions, find_positions
 from fxq.pipeline import Pass
 from fxq.rectified_attention.layout import check_choices
 from fxq.rows import ByStep, Rows
-
-aten = torch.ops.aten
-DENSE = ATTENTION - {SPARSE_ATTENTION}
 
 Override = tuple[str, float | None]
 Masked = tuple[Node | None, Segments]
@@ -129,12 +128,10 @@ class ReplaceAttention(Pass):
         positions = find_positions(gm)
         attentions = [node for node in positions.attention if not is_settled(node)]
         overridden = self._overridden(list(positions.attention))
-        masks = {option(node, 3, "attn_mask", None) for node in attentions}
-        causal = {mask for mask in masks if is_causal(mask)}
         name = type(self).__name__
-        sites, lengths = [], dict[Masked, Node | Skip | None]()
+        masks, sites, lengths = Masks(), [], dict[Masked, Node | Skip | None]()
         for node in attentions:
-            found = self._examine(node, positions, overridden, causal, lengths)
+            found = self._examine(node, positions, overridden, masks, lengths)
             if isinstance(found, Skip):
                 treat(node, name, found)
             else:
@@ -142,7 +139,7 @@ class ReplaceAttention(Pass):
         for node in gm.graph.nodes:
             if is_settled(node):
                 continue
-            if is_op(node, *DENSE) and node not in positions.attention:
+            if is_op(node, *DENSE_ATTENTION) and node not in positions.attention:
                 treat(node, name, Skip("a size of it depends on the data", intended=False))
             seen = is_op(node, *ATTENTION) or layer_of(node).skip is not NOT_SEEN
             if kind_of(node) is not None and not seen:
@@ -157,22 +154,22 @@ class ReplaceAttention(Pass):
         node: Node,
         positions: Positions,
         overridden: dict[Node, Override],
-        causal: set[Node],
+        masks: Masks,
         lengths: dict[Masked, Node | Skip | None],
     ) -> _Site | Skip:
         """Return what to replace, or why not. `lengths` has the valid text of masks seen so far."""
         pattern, density = overridden.get(node, (None, None))
         if pattern is not None and (density is None or density >= 1):
             return Skip(f"override {pattern!r}", intended=True)
-        if reason := unfit(node, self.min_tokens, causal):
+        if reason := unfit(node, self.min_tokens, masks):
             return reason
         segments = find_segments(positions.attention[node], positions, self.layout)
         if isinstance(segments, Skip):
             return segments
-        mask = option(node, 3, "attn_mask", None)
+        mask = operand(node, "attn_mask")
         masked = mask, segments
         if masked not in lengths:
-            lengths[masked] = valid_text(mask, segments, self.layout.prefix_masks, node)
+            lengths[masked] = valid_text(mask, masks, segments, self.layout.prefix_masks, node)
         text_len = lengths[masked]
         if isinstance(text_len, Skip):
             return text_len
@@ -205,7 +202,7 @@ class ReplaceAttention(Pass):
             args = (
                 query, key, value, density, site.text_len, order, adjacency, segments.text_start,
                 segments.text_size, self.block_size, self.top_p, self.mode, self.mass, gate,
-                self.center_keys, False, node.kwargs.get("scale"),
+                self.center_keys, False, operand(node, "scale"),
             )  # fmt: skip
             sparse = insert_call(SPARSE_ATTENTION, args, before=node)
             hand_on(node, sparse)

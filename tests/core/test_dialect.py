@@ -37,12 +37,25 @@ def graph_of(kind: str) -> GraphModule:
             y = graph.call_function(
                 OPS.int8_linear.default, (x, x, None, x, x, None, torch.float32)
             )
+        case "adjoint of complex numbers":
+            y = graph.call_function(torch.ops.aten.adjoint.default, (x,))
+        case "adjoint" | "view" | "mT" | "detach":
+            operator = getattr(torch.ops.aten, kind).default
+            y = graph.call_function(operator, (x, [6]) if kind == "view" else (x,))
     graph.output(y)
+    dtype = torch.complex64 if "complex" in kind else torch.int8
+    for node in (x, y):
+        node.meta["val"] = torch.zeros(2, 3, dtype=dtype)
     return GraphModule(root, graph)
 
 
 MEMBERS = {
     "aten": {ATEN, OBSERVED, QUANTIZED, LOWERED},
+    "adjoint of complex numbers": {ATEN, OBSERVED, QUANTIZED, LOWERED},
+    "adjoint": set(),
+    "view": set(),
+    "mT": set(),
+    "detach": set(),
     "observer": {OBSERVED},
     "quantize": {QUANTIZED, LOWERED},
     "kernel": {LOWERED},
@@ -64,3 +77,23 @@ def test_dialect_accepts_its_members_only(kind: str, dialect: Dialect) -> None:
             PassError, match=f"expected a graph in the {dialect} dialect after Tested"
         ):
             dialect.check(gm, after="Tested")
+
+
+@pytest.mark.parametrize("dialect", [ATEN, OBSERVED, QUANTIZED, LOWERED], ids=repr)
+def test_every_node_with_a_value_needs_a_fake_one(dialect: Dialect) -> None:
+    gm = graph_of("aten")
+    relu = next(iter(gm.graph.find_nodes(op="call_function", target=torch.ops.aten.relu.default)))
+    with gm.graph.inserting_before(relu):
+        check = torch.ops.aten._assert_async.default  # it has no result
+        gm.graph.call_function(check, (relu.args[0],))
+    dialect.check(gm)
+
+    del relu.meta["val"]
+
+    with pytest.raises(PassError, match=r"relu.*: no fake value"):
+        dialect.check(gm)
+
+
+def test_what_is_not_canonical_is_told_with_what_to_expect() -> None:
+    with pytest.raises(PassError, match=r"aten\.view\.default.*: not canonical; expected reshape"):
+        ATEN.check(graph_of("view"))

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 import fxq
-from fxq.account import SPARSE_ATTENTION
 from fxq.graph import is_op
+from fxq.operators import SPARSE_ATTENTION
 from fxq.passes.rectified_spaattn import ReplaceAttention
 from fxq.pipeline import Recipe
 from fxq.program import Program

@@ -10,9 +10,9 @@ from small_models import ZOO, seeded
 from torch import Tensor, nn
 
 import fxq
+from fxq.analysis.positions import Stream, find_positions
 from fxq.layer import Skip
 from fxq.passes.rectified_spaattn.layout import Segments, TokenLayout, find_segments, grid_of
-from fxq.passes.rectified_spaattn.positions import Stream, find_positions
 
 
 class Attend(nn.Module):

@@ -10,11 +10,11 @@ from small_models import ZOO, seeded
 from torch import Tensor, nn
 
 import fxq
+from fxq.analysis.factors import connected_components
 from fxq.graph import is_op, owner_name
 from fxq.numerics import sqnr_db
 from fxq.passes import repq_vit, smoothquant
 from fxq.passes.common.scaling import ScaleSite, ScaleSites, fold_scaling, scale_sites
-from fxq.passes.common.scaling.labels import connected_components
 from fxq.pipeline import Recipe
 
 # kind -> how many, by family. A number that changes is a finder that sees more, or less.
@@ -184,11 +184,11 @@ def test_an_edge_that_something_else_reads_is_refused_with_the_reason(
 
 def scale_reasons(model: nn.Module, *inputs: Tensor) -> dict[str, str]:
     """Return the reason each layer has before a quantizer site takes it in."""
+    from fxq.analysis.factor_walk import channel_flow
     from fxq.passes.common.scaling.sites import _refusals
-    from fxq.passes.common.scaling.trace import trace
 
     gm = fxq.capture(model.eval(), inputs).graph_module
-    flow = trace(gm)
+    flow = channel_flow(gm)
     return {owner_name(n): why for n, why in _refusals(gm, flow, []).items()}
 
 

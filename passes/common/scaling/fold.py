@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from fxq.account import CONV, LINEAR
+from fxq.analysis.labels import sizes_of
 from fxq.errors import UnsupportedError
 from fxq.graph import (
     add_buffer,
@@ -30,17 +30,11 @@ from fxq.graph import (
 )
 from fxq.identity import TensorKey
 from fxq.layer import layer_of, state
-from fxq.passes.common.scaling.labels import sizes_of
+from fxq.operators import LAYERS, NORMS, operand, set_operand
 from fxq.passes.common.scaling.sites import Part, ScaleSite
 
 aten = torch.ops.aten
 CHUNK = 1 << 18  # elements of a weight that are in fp64 at a time: 2 MB, which caches hold
-# Operator -> positions of weight and bias among its arguments.
-AFFINE: dict[Any, tuple[int, int | None]] = {
-    aten.layer_norm.default: (2, 3), aten.group_norm.default: (2, 3),
-    aten.batch_norm.default: (1, 2), aten.rms_norm.default: (2, None),
-    **dict.fromkeys(LINEAR | CONV, (1, 2)),
-}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,14 +120,14 @@ def fold_scaling(gm: GraphModule, scalings: Iterable[Scaling]) -> None:
             quantizers.append(scaling)
     cache: dict[object, Node] = {}
     for node, change in changes.items():
-        if node.target in LINEAR | CONV:
+        if node.target in LAYERS:
             _rewrite_layer(gm, node, change, cache)
             # What must be undone before the layer compares with the model's module (fxq.judging).
             state(node, scaled=tuple(sorted({*layer_of(node).scaled, *change.sides})))
-        elif node.target in AFFINE:
+        elif node.target in NORMS:
             _rewrite_norm(gm, node, change)
-        for index, operand in change.operands.items():
-            _rewrite_operand(gm, node, index, operand)
+        for index, term in change.operands.items():
+            _rewrite_operand(gm, node, index, term)
     for scaling in quantizers:
         _divide_edge(gm, scaling)
     erase_dead(gm)
@@ -171,11 +165,11 @@ def _rewrite_layer(gm: GraphModule, node: Node, change: _Change, cache: dict[obj
         cache[key] = add_buffer(gm, f"{owner_name(node)}.weight_scaled", scaled, like=node)
     bias = _parameter(node, "bias")
     new_bias = _bias(value, bias, change)
-    _set_parameter(gm, node, "weight", cache[key])
+    set_operand(node, "weight", cache[key])
     if new_bias is not None:
         name = f"{owner_name(node)}.bias_scaled"
         buffer = add_buffer(gm, name, new_bias.to(value.dtype), like=node)
-        _set_parameter(gm, node, "bias", buffer)
+        set_operand(node, "bias", buffer)
 
 
 def _factors(change: _Change) -> tuple[Tensor | None, Tensor | None]:
@@ -254,18 +248,18 @@ def _rewrite_norm(gm: GraphModule, node: Node, change: _Change) -> None:
     divisor = torch.ones_like(some) if change.scale_out is None else change.scale_out
     divisor = divisor.to(device)
     scaled = (1.0 if weight is None else weight.double()) / divisor
-    _set_parameter(gm, node, "weight", _add(gm, node, "weight_scaled", scaled.to(dtype)))
+    set_operand(node, "weight", _add(gm, node, "weight_scaled", scaled.to(dtype)))
     if bias is None and change.shift_out is None:
         return
     total = torch.zeros_like(divisor) if bias is None else bias.double()
     if change.shift_out is not None:
         total = total - change.shift_out.to(device)
     moved = _add(gm, node, "bias_scaled", (total / divisor).to(dtype))
-    if AFFINE[node.target][1] is None:
+    if node.target is aten.rms_norm.default:  # it has no bias
         result = insert_call(aten.add.Tensor, (node, moved), after=node)
         node.replace_all_uses_with(result, delete_user_cb=lambda user: user is not result)
     else:
-        _set_parameter(gm, node, "bias", moved)
+        set_operand(node, "bias", moved)
 
 
 def _rewrite_operand(gm: GraphModule, node: Node, index: int, change: _Change) -> None:
@@ -309,19 +303,6 @@ def _add(gm: GraphModule, node: Node, name: str, value: Tensor) -> Node:
     return add_buffer(gm, f"{owner_name(node)}.{name}", value, like=node)
 
 
-def _position(node: Node, name: str) -> int | None:
-    return AFFINE[node.target][0 if name == "weight" else 1]
-
-
 def _parameter(node: Node, name: str) -> Tensor | None:
-    position = _position(node, name)
-    value = node.args[position] if position is not None and len(node.args) > position else None
+    value = operand(node, name, None)
     return constant_of(value) if isinstance(value, Node) else None
-
-
-def _set_parameter(gm: GraphModule, node: Node, name: str, value: Node) -> None:
-    position = _position(node, name)
-    assert position is not None
-    args = list(node.args) + [None] * (position + 1 - len(node.args))
-    args[position] = value
-    node.args = tuple(args)

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from fxq.account import ATTENTION
+from fxq.analysis.factor_rules import op_name
+from fxq.analysis.factor_walk import WeightReaders, channel_flow
+from fxq.analysis.factors import UNIT, ChannelFlow, Slot
+from fxq.analysis.labels import sizes_of
 from fxq.graph import is_constant, owner_name
-from fxq.passes.common.scaling.flow import ChannelFlow, Slot
-from fxq.passes.common.scaling.labels import UNIT, sizes_of
-from fxq.passes.common.scaling.rules import LAYERS, NORMS, op_name
-from fxq.passes.common.scaling.trace import WeightReaders, trace
+from fxq.operators import ATTENTION, LAYERS, NORMS
 
 Kind = Literal["norm", "modulate", "value", "gated", "relu", "linear", "quantizer", "query_key"]
 KINDS: tuple[Kind, ...] = (
@@ -99,8 +99,8 @@ def scale_sites(gm: GraphModule) -> ScaleSites:
     A linear that no factor can reach gets a quantizer site: the factor becomes a product on its
     input, which the quantizer behind it takes in.
     """
-    scales = trace(gm)
-    shifts = _Shifts(trace(gm, scales))
+    scales = channel_flow(gm)
+    shifts = _Shifts(channel_flow(gm, scales))
     component, reasons = scales.components
     sites = []
     for parts in _groups(scales, component, reasons):
@@ -294,8 +294,7 @@ def _query_key_refusal(
     node: Node, flow: ChannelFlow, component: Tensor, reasons: Mapping[int, str]
 ) -> str:
     reads: Any = node.args[:2]
-    for read in reads:
-        labels = flow.tensor(read)
+    for read, labels in zip(reads, flow.compared[node], strict=True):
         if labels is None:
             return flow.why.get(read, "query or key cannot be scaled")
         ids = labels.unique()

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from fxq.analysis.labels import sizes_of
 from fxq.calibrate import Batches, sweep
 from fxq.graph import weight_of
-from fxq.passes.common.scaling.labels import sizes_of
 from fxq.passes.common.scaling.sites import Part, ScaleSite
 
 N_FOLDS = 2

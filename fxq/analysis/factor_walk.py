@@ -1,4 +1,4 @@
-"""Trace: run the rules over a graph, and fix what shares its weight with something else."""
+"""The walk that finds factors, and what shares its weight with something else."""
 
 from collections import defaultdict
 
@@ -6,20 +6,14 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from fxq.graph import VIEWS, args_of, constant_of, is_op
-from fxq.passes.common.scaling.flow import ChannelFlow
-from fxq.passes.common.scaling.rules import (
-    LAYERS,
-    RULES,
-    SOURCES,
-    fix_inputs,
-    op_name,
-    pass_reason,
-    weight_key,
-)
+from fxq.analysis.factor_rules import RULES, SOURCES, fix_inputs, op_name, pass_reason, weight_key
+from fxq.analysis.factors import ChannelFlow
+from fxq.analysis.following import rearrange
+from fxq.graph import args_of, constant_of, is_op
+from fxq.operators import ATTENTION, LAYERS, VIEWS, movement_of
 
 
-def trace(gm: GraphModule, scales: ChannelFlow | None = None) -> ChannelFlow:
+def channel_flow(gm: GraphModule, scales: ChannelFlow | None = None) -> ChannelFlow:
     """Return the channel flow of a canonical graph (dialect ATEN).
 
     Args:
@@ -27,23 +21,32 @@ def trace(gm: GraphModule, scales: ChannelFlow | None = None) -> ChannelFlow:
         scales: give the flow of scales to get the flow of shifts.
     """
     flow = ChannelFlow(scales)
-    for node in gm.graph.nodes:
-        labelled = [read for read in node.all_input_nodes if read in flow.labels]
-        if node.op == "output":
-            for read in labelled:
-                flow.fix(flow.labels[read], "it is an output of the model")
-        elif node.op == "placeholder":
-            flow.why[node] = "it reads an input of the model"
-        elif node.op == "call_function":
-            flow.traits[node] = frozenset().union(*(flow.traits_of(n) for n in labelled))
-            if node.target in SOURCES:
-                SOURCES[node.target](flow, node)
-            elif labelled:
-                RULES.get(node.target, fix_inputs)(flow, node)
-            else:
-                pass_reason(flow, node)
+    flow.walk(gm, _visit)
     _fix_shared_weights(flow, gm)
     return flow
+
+
+def _visit(flow: ChannelFlow, node: Node, labelled: list[Node]) -> None:
+    if node.op == "output":
+        for read in labelled:
+            flow.fix(flow.labels[read], "it is an output of the model")
+    elif node.op == "placeholder":
+        flow.why[node] = "it reads an input of the model"
+    elif node.op == "call_function":
+        flow.traits[node] = frozenset().union(*(flow.traits_of(n) for n in labelled))
+        if node.target in ATTENTION:
+            query, key = args_of(node)[:2]
+            flow.compared[node] = flow.tensor(query), flow.tensor(key)
+        movement = movement_of(node)
+        if RULES.get(movement) is rearrange:  # part of what it joins may not be scaled
+            whys = (flow.why[n] for n in node.all_input_nodes if n in flow.why)
+            flow.why[node] = next(whys, "")
+        if movement in SOURCES:
+            flow.set(node, SOURCES[movement](flow, node))
+        elif labelled:
+            flow.set(node, RULES.get(movement, fix_inputs)(flow, node))
+        else:
+            pass_reason(flow, node)
 
 
 def _fix_shared_weights(flow: ChannelFlow, gm: GraphModule) -> None:

@@ -1,13 +1,15 @@
-"""Channel flow: which channels of a graph can be scaled, or shifted, without changing its function.
+"""Factors: which channels of a graph can be scaled, or shifted, without changing its function.
 
 Every output channel of a linear, convolution or norm and every input channel of a linear or
 convolution is a *variable*: the factor it is divided by. One pass over the graph finds which
 variables must be equal and which must stay one. Each node's value gets labels that name the
-variable of every element (`labels.py`), and each operator has a rule (`rules.py`). It
+variable of every element: 0 (`ZERO`) labels zeros, which any factor leaves as they are; 1 (`UNIT`)
+what is not scaled; larger numbers are variables, negative ones their inverses. Each operator has a
+rule (`factor_rules.py`). It
 
-- carries labels along: views, concatenation and the like are run on the labels themselves, so that
-  no layout has to be known; a positive factor also passes through ReLU, pooling, a product with
-  something else, and from the values to the result of attention;
+- carries labels along, through operators that move elements (`following.py`); a positive factor
+  also passes through ReLU, pooling, a product with something else, and from the values to the
+  result of attention;
 - equates variables: both operands of a sum, both halves of a rotated pair, all tokens that
   attention mixes, a layer's input channel and what arrives there; query and key as inverses;
 - or fixes them at one: everything else, with the reason.
@@ -27,8 +29,12 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fxq.passes.common.scaling.labels import UNIT, ZERO, compact, connected_components, settle
+from fxq.analysis.following import Following, Labels
+from fxq.analysis.labels import compact
+from fxq.constants import Constants
 
+ZERO = 0
+UNIT = 1
 Side = Literal["out", "in", "operand"]
 
 
@@ -73,20 +79,25 @@ class Variables:
         return self.bases[key]
 
 
-class ChannelFlow:
-    """Labels, equations and fixed variables of one graph. `trace.trace` fills it.
+class ChannelFlow(Following):
+    """Labels, equations and fixed variables of one graph. `factor_walk.channel_flow` fills it.
 
     Args:
         scales: the flow of scales of the same graph makes this the flow of shifts.
     """
 
+    blank = UNIT
+
     def __init__(self, scales: "ChannelFlow | None" = None) -> None:
+        super().__init__()
         self.scales = scales
+        self.constants: Constants = scales.constants if scales else Constants()
         self.variables: Variables = scales.variables if scales else Variables()
-        self.labels: dict[Node, Any] = {}  # a Tensor, or a list of them for several results
         self.why: dict[Node, str] = {}  # why a node's value, or part of it, is not scaled
         self.traits: dict[Node, frozenset[str]] = {}  # what a node's labels went through
         self.slots: list[Slot] = []
+        # Labels of the queries and keys of every attention.
+        self.compared: dict[Node, tuple[Tensor | None, Tensor | None]] = {}
         self._equal: list[Tensor] = []
         self._fixed: list[tuple[Tensor, str]] = []
 
@@ -120,24 +131,18 @@ class ChannelFlow:
         self.slots.append(slot)
         return slot
 
-    def tensor(self, value: Any) -> Tensor | None:
-        """Return the labels of an argument, None where it is a number or is not scaled."""
-        found = self.labels.get(value) if isinstance(value, Node) else None
-        return found if isinstance(found, Tensor) else None
-
     def traits_of(self, value: Any) -> frozenset[str]:
         """Return what the labels of an argument went through."""
         return self.traits.get(value, frozenset())
 
-    def set(self, node: Node, labels: Tensor | list[Tensor]) -> None:
-        """Give `node`'s value (or values) labels, unless none of it is scaled."""
-        if isinstance(labels, list):
-            self.labels[node] = [settle(part) for part in labels]
-            return
-        labels = settle(labels)
-        if bool((compact(labels) > UNIT).any()):
-            self.labels[node] = labels
-        else:
+    def says(self, labels: Tensor) -> bool:
+        """Tell whether labels name a variable."""
+        return bool((compact(labels) > UNIT).any())
+
+    def set(self, node: Node, labels: Labels) -> None:
+        """Give `node`'s value (or values) labels, or the reason why none of it is scaled."""
+        super().set(node, labels)
+        if labels is not None and node not in self.labels:
             whys = (self.why[n] for n in node.all_input_nodes if self.why.get(n))
             self.why[node] = next(whys, "nothing in front of it can be scaled")
 
@@ -186,3 +191,24 @@ class ChannelFlow:
 
 def _vertex(labels: Tensor) -> Tensor:
     return 2 * labels.abs() + (labels < 0)
+
+
+def connected_components(n: int, a: Tensor, b: Tensor) -> Tensor:
+    """Return the smallest member of each vertex's component `[n]`.
+
+    Args:
+        n: number of vertices.
+        a: one end of each edge `[n_edges]`, int64.
+        b: the other end.
+    """
+    component = torch.arange(n)
+    while True:
+        lowest = torch.minimum(component[a], component[b])
+        following = component.clone()
+        # An edge lowers its ends and what these pointed to, so that long chains collapse fast.
+        for ends in (a, b, component[a], component[b]):
+            following.scatter_reduce_(0, ends, lowest, "amin")
+        following = following[following]
+        if torch.equal(following, component):
+            return component
+        component = following
