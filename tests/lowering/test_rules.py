@@ -17,8 +17,8 @@ from torch.fx import Node
 
 import fxq
 from fxq.graph import insert_call, is_op
-from fxq.lowering import devices, lower
-from fxq.lowering.rule import Decision, Device, Lowering, Rule
+from fxq.lowering import devices, lower, lower_linear
+from fxq.lowering.rule import Decision, Device, Lowering, Rule, close
 
 CPU = torch.device("cpu")
 
@@ -268,11 +268,13 @@ def test_entry_points_are_read_at_the_first_lowering_and_once(
     assert (before, read.count("fxq.rules")) == (0, 1)
 
 
-HOMELESS = """
+BAR = """
 from fxq.lowering.lower_linear import Int8Linear
 class Astray(Int8Linear):
     devices = ("x68",)
-NOWHERE, ASTRAY = Int8Linear(), Astray()
+class AtHome(Int8Linear):
+    devices = ("other",)
+NOWHERE, ASTRAY, ONE, TWO = Int8Linear(), Astray(), AtHome(), AtHome()
 """
 
 
@@ -288,9 +290,58 @@ def test_an_entry_point_that_is_no_rule_is_named(
     value: str, error: type[Exception], message: str, fresh: None,
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
 ) -> None:  # fmt: skip
-    distribute(tmp_path, "bar", HOMELESS, {"odd": value})
+    distribute(tmp_path, "bar", BAR, {"odd": value})
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "bar", raising=False)
 
     with pytest.raises(error, match=rf"entry point 'odd' \({value}\).*{message}"):
         devices.device_at(CPU)
+
+
+def test_rules_of_others_go_by_device_and_by_name_of_the_entry_point(
+    fresh: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    distribute(tmp_path, "bar", BAR, {"b": "bar:TWO", "a": "bar:ONE"})
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "bar", raising=False)
+
+    found = {device.name: device.rules for device in devices.installed()}
+
+    bar = importlib.import_module("bar")
+    assert found["other"][0] is bar.ONE
+    assert found["other"][1] is bar.TWO
+    assert not any(isinstance(rule, bar.AtHome) for rule in found["cuda"])
+
+
+@pytest.mark.parametrize(
+    ("found", "same"),
+    [
+        (torch.full((4, 3), 1 + 1e-7), True),
+        (torch.full((4, 3), 1.001), False),
+        (torch.ones(3), False),
+    ],
+    ids=["rounding", "error", "shape"],
+)
+def test_results_that_differ_by_more_than_rounding_are_told(found: Tensor, same: bool) -> None:
+    assert close(torch.ones(4, 3), found) is same
+
+
+@pytest.mark.parametrize(
+    ("off", "accumulator_off", "verdict"),
+    [(0.0, 0, (True, True)), (1.0, 0, (True, False)), (0.0, 1, (False, False))],
+    ids=["right", "wrong outputs", "wrong accumulators"],
+)
+def test_int8_needs_equal_accumulators_and_outputs(
+    off: float, accumulator_off: int, verdict: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes, weight = torch.tensor([[10, 20]]).to(torch.int8), torch.tensor([[1, 2]]).to(torch.int8)
+    graph, unit, y = torch.fx.Graph(), torch.ones(1, 1), torch.tensor([[50.0]])  # 10 + 40
+    inputs = dict(zip(map(graph.placeholder, "cwu"), (codes, weight, unit), strict=True))
+    c, w, u = inputs
+    kernel = graph.call_function(
+        torch.ops.fxq.int8_linear.default, (c, u, None, w, u, None, torch.float32)
+    )
+    exact = lower_linear.accumulate
+    monkeypatch.setattr(lower_linear, "accumulate", lambda *args: exact(*args) + accumulator_off)
+
+    assert lower_linear.Int8Linear().check(y, y + off, kernel, inputs.__getitem__) == verdict
