@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._guards import TracingContext, tracing
-from torch._inductor.compile_fx import compile_fx
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses import FakeTensor
 from torch.fx import GraphModule, Node
@@ -35,7 +35,7 @@ from fxq.lowering.apply_where_it_pays import Applied, apply_where_it_pays, summa
 from fxq.lowering.derived import version_of
 from fxq.ops import decompositions
 from fxq.pipeline import Recipe, resolve_recipe
-from fxq.writes import check_apart, write_back
+from fxq.writes import check_apart, read_before_writing, write_back
 
 DEFAULT_RECIPE = "w8a8_dynamic"
 MAX_SLOW_SHARE = 0.02  # of a program's operations, in layers without a kernel: a classifier's head
@@ -111,8 +111,7 @@ def fxq(
         if settings.strict:
             raise UnsupportedError(f"strict=True, and a graph stays as it is: {why}")
         warnings.warn(f"Inductor compiles a graph as it is: {why}", FxqWarning, stacklevel=2)
-        as_it_is: Any = compile_fx(gm, example_inputs, config_patches=config)
-        return as_it_is
+        return _inductor(gm, example_inputs, config)
     return Compiled(gm, example_inputs, recipe, settings.strict, config, settings.check)
 
 
@@ -213,7 +212,7 @@ class Compiled:
             written = {nodes[i].name for i in self.written}
             write_back(lowered, [n for n in lowered.graph.nodes if n.name in written])
             table = select_decomp_table() | decompositions()
-            run: Any = compile_fx(lowered, inputs, config_patches=self.config, decompositions=table)
+            run = _inductor(lowered, inputs, self.config, decompositions=table)
         versions = tuple(map(version_of, weights))
         judge = None
         if self.eager is not None:
@@ -276,6 +275,21 @@ class Compiled:
                 FxqWarning,
                 stacklevel=2,
             )
+
+
+def _inductor(gm: GraphModule, inputs: Sequence[Any], config: dict[str, Any], **kwargs: Any) -> Any:
+    """Compile a graph with Inductor, whose last step gets it with every read before the writes.
+
+    The tag keeps torch's caches on disk from returning what Inductor compiled without that step.
+    """
+
+    def inner_compile(gm: GraphModule, inputs: Sequence[Any], **settings: Any) -> Any:
+        read_before_writing(gm)
+        return compile_fx_inner(gm, inputs, **settings)
+
+    tag = f"{torch.compiler.config.cache_key_tag} fxq reads before it writes"
+    with torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
+        return compile_fx(gm, inputs, inner_compile, config_patches=config, **kwargs)
 
 
 def _share_of(gm: GraphModule, names: Container[str]) -> float:

@@ -137,6 +137,30 @@ def write_back(gm: GraphModule, written: Sequence[Node]) -> None:
     gm.recompile()
 
 
+def read_before_writing(gm: GraphModule) -> None:
+    """Copy, before the first write, what a later one reads from an input that was written by then.
+
+    Inductor of torch 2.11 takes a clone for its source, also where the source is overwritten
+    afterwards: two buffers that exchange their values get the same one. Releases that keep such
+    clones give nothing to do here.
+
+    Args:
+        gm: writes with `copy_`, at its end, as AOTAutograd gives it to Inductor.
+    """
+    copies = list(gm.graph.find_nodes(op="call_function", target=aten.copy_.default))
+    written = set[Node]()
+    for copy in copies:
+        target, value = args_of(copy)[:2]
+        root = value
+        while root not in written and len(root.all_input_nodes) == 1:
+            root = root.all_input_nodes[0]  # through what may be a view, or be dropped as a no-op
+        if root in written:  # not by a clone, which would be dropped again
+            own = insert_call(aten.lift_fresh_copy.default, (value,), before=copies[0])
+            copy.replace_input_with(value, own)
+        written.add(target)
+    gm.recompile()
+
+
 def _on_copies(value: Any, copies: dict[Node, Node], output: Node) -> Any:
     """Return `value`, or the same view of the input that a copied value went to."""
     if value in copies:
