@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Node
 
 from fxq.einsum import Equation
 from fxq.flops import counted_flops
-from fxq.graph import constant_of, hint, is_constant, is_op, owner_name, shape_of, val_of
+from fxq.graph import constant_of, hint, is_constant, is_op, owner_name, shape_of
 from fxq.layer import Layer, Skip, layer_of
 from fxq.operators import SPARSE_ATTENTION, TABLE, Movement, multiplied, operand
 
@@ -84,8 +84,6 @@ def flops_of(node: Node, sizes: Mapping[str, int] | None = None) -> int:
     def shape(name: str) -> list[int]:
         return [hint(size, sizes) for size in shape_of(operand(node, name))]
 
-    result = val_of(node)
-    result = result[0] if isinstance(result, tuple | list) else result
     match kind_of(node):
         case "linear":
             of_one = shape("weight")[-1]
@@ -100,7 +98,7 @@ def flops_of(node: Node, sizes: Mapping[str, int] | None = None) -> int:
             of_one = hint(shape_of(multiplied(node)[0])[-1], sizes)
         case _:
             return counted_flops(node, sizes)
-    return 2 * math.prod(hint(size, sizes) for size in result.shape) * of_one
+    return 2 * math.prod(hint(size, sizes) for size in shape_of(node)) * of_one
 
 
 def sparse_format(node: Node) -> str | None:
