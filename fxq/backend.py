@@ -1,41 +1,32 @@
 """The `torch.compile` backend: bind the constants, quantize where asked, lower, and leave the rest
 to Inductor.
 
-Dynamo hands over a graph whose parameters are inputs. Those that belong to a module are bound as
-constants here, because integer kernels need the weights' values; each call checks that they are
-still the same tensors with the same version, and compiles again where they are not. So a weight
-that changes in place is always seen.
-
 This module is an entry point (`torch_dynamo_backends`): `torch.compile(model, backend="fxq")` finds
 it without `import fxq`.
 """
 
 import logging
 import warnings
-import weakref
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._guards import TracingContext, tracing
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
-from torch._subclasses import FakeTensor
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
-from fxq.account import account, flops_of, kind_of
-from fxq.canonicalize import canonicalize
-from fxq.dynamo import from_dynamo, qualified_name
+from fxq.account import account, flops_of
+from fxq.bound_graph import BoundGraph, Run
 from fxq.errors import FxqWarning, SkippedError, UnsupportedError, did_you_mean
 from fxq.first_call import FirstCall
-from fxq.graph import RUNTIME_STATE, bind, copy_graph, is_settled, why_unreadable
+from fxq.graph import copy_graph, is_settled, why_unreadable
 from fxq.lowering.apply_where_it_pays import Applied, apply_where_it_pays, summary
-from fxq.lowering.derived import version_of
 from fxq.ops import decompositions
 from fxq.pipeline import Recipe, resolve_recipe
-from fxq.writes import check_apart, read_before_writing, write_back
+from fxq.writes import read_before_writing, write_back
 
 DEFAULT_RECIPE = "w8a8_dynamic"
 MAX_SLOW_SHARE = 0.02  # of a program's operations, in layers without a kernel: a classifier's head
@@ -115,29 +106,8 @@ def fxq(
     return Compiled(gm, example_inputs, recipe, settings.strict, config, settings.check)
 
 
-@dataclass(frozen=True)
-class Build:
-    """What was compiled for one set of weights, and their versions then.
-
-    Args:
-        versions: how often each weight had been written to.
-        weights: as long as they live their ids are not given to others; with the first that dies
-            the build goes.
-        run: what was compiled.
-        judge: what to compare its first call with, where that is asked for.
-    """
-
-    versions: tuple[int, ...]
-    weights: list[weakref.ref[Tensor]]
-    run: Callable[..., Any]
-    judge: FirstCall | None = None
-
-
-class Compiled:
-    """A Dynamo graph, compiled once for every set of weights it meets.
-
-    More than one set, because Dynamo runs one graph for all instances of a module class.
-    """
+class Compiled(BoundGraph):
+    """A Dynamo graph, compiled once for every set of weights it meets."""
 
     def __init__(
         self,
@@ -148,15 +118,9 @@ class Compiled:
         config: dict[str, Any],
         check: bool = False,
     ) -> None:
+        super().__init__(gm, example_inputs)
         self.eager = gm if check else None
         self.recipe, self.strict, self.config = recipe, strict, config
-        self.graph_module, self.written = from_dynamo(gm)
-        placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-        self.names = [qualified_name(node) for node in placeholders]
-        self.static = [
-            i for i, node in enumerate(placeholders) if _is_static(node) and i not in self.written
-        ]
-        self.live = [i for i in range(len(placeholders)) if i not in self.static]
         _refuse_gradients([example_inputs[i] for i in self.live])
         if torch.is_grad_enabled() and any(example_inputs[i].requires_grad for i in self.static):
             warnings.warn(
@@ -165,63 +129,35 @@ class Compiled:
                 FxqWarning,
                 stacklevel=2,
             )
-        self.is_program = _is_all_settled(self.graph_module)
         if recipe.needs_program and not self.is_program:
             raise ValueError(
                 f"recipe {recipe.name!r} has state to be set between calls, and nothing here to "
                 "set it on; call fxq.compress(model, example_inputs, recipe) and compile the "
                 "program it returns"
             )
-        self.builds: dict[tuple[int, ...], Build] = {}
-        self._build(example_inputs)
+        self.build(example_inputs)
 
-    def __call__(self, *args: Any) -> Any:
-        """Run on Dynamo's arguments, building first where these weights are new or have changed."""
-        if self.written:
-            named = list(zip(self.names, args, strict=True))
-            check_apart(named, self.written, "torch.compile")
-        static = [args[i] for i in self.static]
-        build = self.builds.get(tuple(map(id, static)))
-        if build is None:
-            build = self._build(args)
-        elif build.versions != tuple(map(version_of, static)):
-            warnings.warn(
-                "weights have changed in place: compiling again", FxqWarning, stacklevel=2
-            )
-            build = self._build(args)
-        live = [args[i] for i in self.live]
-        if build.judge is None or build.judge.done:
-            return build.run(*live)
-        return build.judge(args, lambda: build.run(*live))
+    def make(self, bound: GraphModule, inputs: Sequence[Any], args: Sequence[Any]) -> Run:
+        """Quantize, lower, and leave the rest to Inductor."""
+        float_graph = copy_graph(bound)
+        recipe = None if self.is_program else self.recipe
+        applied = apply_where_it_pays(bound, recipe, _device_of([args[i] for i in self.static]))
+        self._tell_of_missing_kernels(applied)
+        self._tell_of_skips(applied)
+        lowered, live = applied.lowered, self.live
+        write_back(lowered, self.written_nodes(lowered))
+        table = select_decomp_table() | decompositions()
+        compiled = _inductor(lowered, inputs, self.config, decompositions=table)
+        if self.eager is None:
+            return lambda args: compiled(*(args[i] for i in live))
+        graphs = (self.eager, float_graph, applied.quantized)
+        judge = FirstCall(*graphs, live, self.written, self.names)
 
-    def _build(self, args: Sequence[Any]) -> Build:
-        weights = [args[i] for i in self.static]
-        nodes = [n for n in self.graph_module.graph.nodes if n.op == "placeholder"]
-        inputs = [nodes[i].meta["val"] for i in self.live]
-        with torch.inference_mode(False), torch.no_grad(), _tracing(inputs):
-            bound = bind(self.graph_module, {nodes[i].name: args[i].detach() for i in self.static})
-            if not self.is_program:
-                # Once more: a product with a weight is a linear only where the weight is constant.
-                bound = canonicalize(bound)
-            float_graph = copy_graph(bound)
-            recipe = None if self.is_program else self.recipe
-            applied = apply_where_it_pays(bound, recipe, _device_of(weights))
-            self._tell_of_missing_kernels(applied)
-            self._tell_of_skips(applied)
-            simulated, lowered = applied.quantized, applied.lowered
-            written = {nodes[i].name for i in self.written}
-            write_back(lowered, [n for n in lowered.graph.nodes if n.name in written])
-            table = select_decomp_table() | decompositions()
-            run = _inductor(lowered, inputs, self.config, decompositions=table)
-        versions = tuple(map(version_of, weights))
-        judge = None
-        if self.eager is not None:
-            graphs = (self.eager, float_graph, simulated)
-            judge = FirstCall(*graphs, self.live, self.written, self.names)
-        key, builds = tuple(map(id, weights)), self.builds
-        kept = [weakref.ref(weight, lambda _: builds.pop(key, None)) for weight in weights]
-        builds[key] = Build(versions, kept, run, judge)
-        return builds[key]
+        def run(args: Sequence[Any]) -> Any:
+            call = partial(compiled, *(args[i] for i in live))
+            return call() if judge.done else judge(args, call)
+
+        return run
 
     def _tell_of_skips(self, applied: Applied) -> None:
         """Log what the recipe left as it was; raise, or warn, where it could not do what it is for,
@@ -297,31 +233,6 @@ def _share_of(gm: GraphModule, names: Container[str]) -> float:
     flops = {node.name: flops_of(node) for node in gm.graph.nodes}
     part = sum(count for name, count in flops.items() if name in names)
     return part / max(sum(flops.values()), 1)
-
-
-def _is_all_settled(gm: GraphModule) -> bool:
-    """Tell whether a graph came from a `Program`, or from a model in which nothing else multiplies:
-    then there is nothing left to quantize."""
-    open_nodes = (n for n in gm.graph.nodes if kind_of(n) is not None and not is_settled(n))
-    return any(map(is_settled, gm.graph.nodes)) and next(open_nodes, None) is None
-
-
-def _is_static(placeholder: Node) -> bool:
-    """Tell whether a placeholder of a Dynamo graph is a parameter or buffer of a module whose value
-    can be compiled in."""
-    if RUNTIME_STATE in qualified_name(placeholder).split("."):
-        return False
-    tensor_dict = placeholder.meta.get("tensor_dict") or {}
-    value = placeholder.meta.get("example_value")
-    return isinstance(value, Tensor) and (
-        "_dynamo_static_input_type" in tensor_dict or isinstance(value, torch.nn.Parameter)
-    )
-
-
-def _tracing(inputs: Sequence[Any]) -> Any:
-    """Make the fake mode of `inputs` current, so that sizes Dynamo left free stay free."""
-    modes = [v.fake_mode for v in inputs if isinstance(v, FakeTensor)]
-    return tracing(TracingContext(modes[0]) if modes else None)
 
 
 def _device_of(tensors: Sequence[Any]) -> torch.device:

@@ -49,3 +49,9 @@ class TensorKey(NamedTuple):
     def expired(self) -> bool:
         """Whether the memory has been freed."""
         return bool(self.storage.expired())
+
+
+def version_of(tensor: Tensor) -> int:
+    """Return how often a tensor has been written to; 0 for inference tensors, which do not
+    count."""
+    return 0 if tensor.is_inference() else tensor._version

@@ -11,15 +11,9 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from fxq.identity import TensorKey
+from fxq.identity import TensorKey, version_of
 
 T = TypeVar("T")
-
-
-def version_of(tensor: Tensor) -> int:
-    """Return how often a tensor has been written to; 0 for inference tensors, which do not
-    count."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 class Derived:
