@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fxq.capturing import capture
     from fxq.errors import FxqWarning, PassError, SkippedError, UnsupportedError
+    from fxq.observing import Observed, observe
     from fxq.pipeline import DataPass, Pass, Recipe, compress
     from fxq.program import Program
     from fxq.reporting import report
@@ -35,6 +36,8 @@ _HOMES = {
     "save": "fxq.saving",
     "set_step": "fxq.row_choice",
     "load": "fxq.saving",
+    "observe": "fxq.observing",
+    "Observed": "fxq.observing",
     "FxqWarning": "fxq.errors",
     "PassError": "fxq.errors",
     "SkippedError": "fxq.errors",
@@ -44,6 +47,7 @@ _HOMES = {
 __all__ = [
     "DataPass",
     "FxqWarning",
+    "Observed",
     "Pass",
     "PassError",
     "Program",
@@ -53,6 +57,7 @@ __all__ = [
     "capture",
     "compress",
     "load",
+    "observe",
     "report",
     "save",
     "set_step",

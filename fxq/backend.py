@@ -20,9 +20,16 @@ from torch.fx import GraphModule
 
 from fxq.account import account, flops_of
 from fxq.bound_graph import BoundGraph, Run
-from fxq.errors import FxqWarning, SkippedError, UnsupportedError, did_you_mean
+from fxq.dynamo import readable
+from fxq.errors import (
+    FxqWarning,
+    SkippedError,
+    UnreadableGraphError,
+    UnsupportedError,
+    did_you_mean,
+)
 from fxq.first_call import FirstCall
-from fxq.graph import copy_graph, is_settled, why_unreadable
+from fxq.graph import copy_graph, is_settled
 from fxq.lowering.apply_where_it_pays import Applied, apply_where_it_pays, summary
 from fxq.ops import decompositions
 from fxq.pipeline import Recipe, resolve_recipe
@@ -98,12 +105,14 @@ def fxq(
     config = dict(settings.inductor or {})
     if mode is not None:
         config |= torch._inductor.list_mode_options(mode)
-    if why := why_unreadable(gm.graph):
+    try:
+        with readable():
+            return Compiled(gm, example_inputs, recipe, settings.strict, config, settings.check)
+    except UnreadableGraphError as why:
         if settings.strict:
-            raise UnsupportedError(f"strict=True, and a graph stays as it is: {why}")
+            raise UnsupportedError(f"strict=True, and a graph stays as it is: {why}") from why
         warnings.warn(f"Inductor compiles a graph as it is: {why}", FxqWarning, stacklevel=2)
         return _inductor(gm, example_inputs, config)
-    return Compiled(gm, example_inputs, recipe, settings.strict, config, settings.check)
 
 
 class Compiled(BoundGraph):

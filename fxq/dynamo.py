@@ -1,10 +1,13 @@
 """From the graph that `torch.compile` hands to a backend to canonical aten operators."""
 
+import contextlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch._dynamo.exc import exceptions_allowed_to_be_fallback
 from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensor
 from torch.fx import GraphModule, Interpreter, Node
@@ -13,7 +16,8 @@ from torch.fx.traceback import preserve_node_meta
 
 from fxq.canonicalize import canonicalize
 from fxq.canonicalize.cleanup import refuse_train_mode
-from fxq.graph import is_transform, settle_marked, writes
+from fxq.errors import UnreadableGraphError
+from fxq.graph import is_transform, settle_marked, why_unreadable, writes
 from fxq.writes import Functionalized, give_own_memory
 
 
@@ -27,11 +31,14 @@ def from_dynamo(gm: GraphModule) -> tuple[GraphModule, tuple[int, ...]]:
 
     Raises:
         ValueError: an operator is in train mode.
+        UnreadableGraphError: it calls other graphs, or does what only real values can answer.
     """
+    if why := why_unreadable(gm.graph):
+        raise UnreadableGraphError(why)
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     values = [n.meta["example_value"] for n in placeholders]
     mode = next(v.fake_mode for v in values if isinstance(v, FakeTensor))
-    run = Interpreter(gm).run  # node by node: so the new nodes know the modules they come from
+    run = _Run(gm).run  # node by node: so the new nodes know the modules they come from
     with tracing(TracingContext(mode)), mode, torch.no_grad(), preserve_node_meta():
         if any(map(is_transform, gm.graph.nodes)):
             # Below their dispatch transforms are operators like any other; composites come apart.
@@ -52,6 +59,36 @@ def from_dynamo(gm: GraphModule) -> tuple[GraphModule, tuple[int, ...]]:
             }
         settle_marked(flat)
         return canonicalize(flat), functionalized.written
+
+
+class _Run(Interpreter):
+    """Runs Dynamo's graph. A number that changes from call to call comes as a tensor, which it is
+    read off; it stays a tensor here, with results in the dtypes that a number gives."""
+
+    def run_node(self, n: Node) -> Any:
+        expected = n.meta.get("example_value")
+        if n.op == "call_method" and n.target == "item" and isinstance(expected, torch.SymFloat):
+            return self.fetch_args_kwargs_from_env(n)[0][0]
+        result = super().run_node(n)
+        if isinstance(expected, Tensor) and isinstance(result, Tensor):
+            return result.to(expected.dtype)
+        return result
+
+
+@contextlib.contextmanager
+def readable() -> Iterator[None]:
+    """Turn what Dynamo would take for a reason to run a frame in eager, without a word, into an
+    error of our own."""
+    try:
+        yield
+    except exceptions_allowed_to_be_fallback as error:
+        raise UnreadableGraphError(f"{type(error).__name__}: {error}") from error
+
+
+def up_to_graphs(limit: int) -> Any:
+    """Return a context in which Dynamo makes as many graphs of a function, and raises when it would
+    need more, instead of leaving the function as it is."""
+    return torch._dynamo.config.patch(recompile_limit=limit, fail_on_recompile_limit_hit=True)
 
 
 def _trace(forward: Callable[..., Any], values: Sequence[Any]) -> GraphModule:

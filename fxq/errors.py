@@ -19,6 +19,10 @@ class PassError(RuntimeError):
     function."""
 
 
+class UnreadableGraphError(UnsupportedError):
+    """A graph of Dynamo's that fxq cannot bring to operators on tensors. It stays as it is."""
+
+
 class SkippedError(RuntimeError):
     """`strict=True` was asked for and something would have stayed float."""
 

@@ -24,13 +24,15 @@ TYPES = {
 
 def encode_layer(node: Node) -> Any:
     """Return the record of a node without its tensors, None where it has none."""
-    return _encode(replace(layer_of(node), weight=None, mask=None)) if LAYER in node.meta else None
+    if LAYER not in node.meta:
+        return None
+    return encode_value(replace(layer_of(node), weight=None, mask=None))
 
 
 def decode_layer(node: Node, meta: Mapping[str, Any]) -> None:
     """Give a node the record that its entry in a file has, if any."""
     if "layer" in meta:
-        node.meta[LAYER] = _decode(meta["layer"])
+        node.meta[LAYER] = decode_value(meta["layer"])
     elif before := {key for key in meta if key.startswith("fxq_")}:
         node.meta[LAYER] = _of_version_2(node.name, {key: meta[key] for key in before})
 
@@ -64,21 +66,23 @@ def adopt_tensors(gm: GraphModule, values: Mapping[str, Tensor]) -> None:
         raise ValueError(f"expected records of nodes of the graph, found {sorted(parts)}")
 
 
-def _encode(value: Any) -> Any:
+def encode_value(value: Any) -> Any:
+    """Return a spec, or another value of the listed classes, as JSON."""
     if isinstance(value, tuple):
-        return [_encode(item) for item in value]
+        return [encode_value(item) for item in value]
     if type(value) not in TYPES.values():
         return value
-    kept = {f.name: _encode(getattr(value, f.name)) for f in fields(value)}
+    kept = {f.name: encode_value(getattr(value, f.name)) for f in fields(value)}
     return {"type": type(value).__name__, **kept}
 
 
-def _decode(data: Any) -> Any:
+def decode_value(data: Any) -> Any:
+    """Return what `encode_value` was given."""
     if isinstance(data, list):
-        return tuple(map(_decode, data))
+        return tuple(map(decode_value, data))
     if not isinstance(data, dict):
         return data
-    kept = {name: _decode(value) for name, value in data.items() if name != "type"}
+    kept = {name: decode_value(value) for name, value in data.items() if name != "type"}
     return TYPES[data["type"]](**kept)
 
 

@@ -1,0 +1,250 @@
+"""Observe: calibrate a model on whatever runs it, not only on what exports.
+
+    with fxq.observe(model, recipe) as seen:
+        model.generate(...)                     # or pipe(...), or an evaluation loop
+    fast = torch.compile(model, backend="fxq", options={"recipe": seen.recipe})
+
+Inside the block Dynamo compiles every call of the model to graphs that observe: prefill and decode,
+every length, what is between graph breaks. All graphs fill one state per layer, known by the
+layer's qualified name. `seen.recipe` quantizes statically with these ranges, while compiling or
+through `fxq.compress`, with the same numbers.
+"""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from fxq.bound_graph import BoundGraph, Run
+from fxq.dialect import OBSERVED
+from fxq.dynamo import readable, up_to_graphs
+from fxq.errors import UnreadableGraphError, UnsupportedError
+from fxq.graph import val_of
+from fxq.layer_json import decode_value, encode_value
+from fxq.observers import RangeObserver
+from fxq.passes.common.calibrate import Calibrate
+from fxq.passes.common.observed_ranges import ObservedLayer, ObservedRanges, observed_layers
+from fxq.pipeline import DataPass, Recipe, resolve_recipe
+from fxq.spec import block_of
+from fxq.writes import write_back
+
+MAX_GRAPHS = 64  # per function that Dynamo compiles: lengths, and instances of a module class
+FILE = "fxq_observed"  # key of the metadata
+
+
+@dataclass
+class Observed:
+    """What was seen.
+
+    Attributes:
+        calibrating: the recipe that was observed.
+        layers: everything seen, in the order in which it was first met.
+        missed: qualified names of layers that were in no graph: not called, or by code that Dynamo
+            leaves to Python.
+        unread: why a graph was run as it is, and nothing in it observed.
+    """
+
+    calibrating: Recipe
+    layers: dict[tuple[str, int], ObservedLayer] = field(default_factory=dict)
+    missed: tuple[str, ...] = ()
+    unread: list[str] = field(default_factory=list)
+
+    @property
+    def recipe(self) -> Recipe:
+        """The same recipe, with the ranges that were seen in the place of calibration."""
+        ranges = ObservedRanges(tuple(self.layers.values()))
+        passes = [ranges if isinstance(p, Calibrate) else p for p in self.calibrating.passes]
+        return Recipe(f"{self.calibrating.name} as observed", tuple(passes))
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.layers)} layers observed, {len(self.missed)} in no graph"]
+        lines += [f"  in no graph: {name}" for name in self.missed]
+        return "\n".join([*lines, *(f"  not read: {why}" for why in dict.fromkeys(self.unread))])
+
+    def save(self, path: str | Path) -> None:
+        """Write what was seen to a safetensors file."""
+        observers = list(dict.fromkeys(layer.observer for layer in self.layers.values()))
+        place = {observer: index for index, observer in enumerate(observers)}
+        about = {
+            "recipe": repr(self.calibrating),
+            "observers": [[encode_value(o.spec), list(o.scale_shape), o.name] for o in observers],
+            "layers": [
+                [layer.name, layer.call, layer.weight, place[layer.observer]]
+                for layer in self.layers.values()
+            ],
+            "missed": list(self.missed),
+        }
+        tensors = {
+            f"{index}.{name}": buffer.cpu().contiguous()
+            for index, observer in enumerate(observers)
+            for name, buffer in observer.named_buffers()
+        }
+        safetensors.torch.save_file(tensors, path, {FILE: json.dumps(about)})
+
+    @classmethod
+    def load(cls, path: str | Path, recipe: Recipe | str) -> "Observed":
+        """Return what `save` wrote.
+
+        Args:
+            path: the file.
+            recipe: the one that was observed.
+        Raises:
+            ValueError: no such file of fxq, or of another recipe.
+        """
+        recipe = resolve_recipe(recipe)
+        with safetensors.safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get(FILE)
+            if text is None:
+                raise ValueError(f"{path}: expected a file that Observed.save wrote, found another")
+            about = json.loads(text)
+            if about["recipe"] != repr(recipe):
+                raise ValueError(
+                    f"{path}: expected what was seen with {recipe!r}, found {about['recipe']}; "
+                    "give the recipe that was observed"
+                )
+            observers = [_observer(file, i, *entry) for i, entry in enumerate(about["observers"])]
+        layers = [ObservedLayer(n, c, w, observers[o]) for n, c, w, o in about["layers"]]
+        known = {(layer.name, layer.call): layer for layer in layers}
+        return cls(recipe, known, tuple(about["missed"]))
+
+
+def _observer(
+    file: Any, index: int, spec: Any, scale_shape: Sequence[int], name: str
+) -> RangeObserver:
+    spec = decode_value(spec)
+    # Of the observed tensor's shape only the dimensions along which the scale varies matter.
+    block = block_of(spec.granularity, len(scale_shape))
+    shape = [max(size * width, 1) for size, width in zip(scale_shape, block, strict=True)]
+    observer = RangeObserver(spec, shape, name)
+    for key, buffer in observer.named_buffers():
+        buffer.copy_(file.get_tensor(f"{index}.{key}"))
+    return observer
+
+
+@contextlib.contextmanager
+def observe(model: nn.Module, recipe: Recipe | str) -> Iterator[Observed]:
+    """Have every call of `model` inside the block fill the observers of `recipe`.
+
+    The model computes what it always does, slower, and is left as it was.
+
+    Args:
+        model: in eval mode; the module that is called, such as `pipe.transformer`.
+        recipe: static, and calibrating by `Calibrate` alone.
+    Raises:
+        TypeError: not a module.
+        ValueError: a recipe without calibration, or nothing was observed.
+        UnsupportedError: a recipe with a pass that would do something else in every graph.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, found {type(model).__name__}")
+    recipe = resolve_recipe(recipe)
+    seen, prepare = Observed(recipe), _preparing(recipe)
+    names = {id(value): name for name, value in model.named_parameters(remove_duplicate=False)}
+    names |= {id(value): name for name, value in model.named_buffers(remove_duplicate=False)}
+
+    def backend(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        try:
+            with readable():
+                return Observing(gm, inputs, prepare, seen, names)
+        except UnreadableGraphError as why:
+            seen.unread.append(str(why))
+            return gm.forward
+
+    before = model._compiled_call_impl
+    try:
+        with up_to_graphs(MAX_GRAPHS):
+            model.compile(backend=backend)
+            yield seen
+    finally:
+        vars(model).pop("_compiled_call_impl", None)
+        if before is not None:
+            model._compiled_call_impl = before
+    if not seen.layers:
+        raise ValueError(
+            "observe: expected calls of the model inside the block, found none that reached a "
+            f"layer which {recipe.name!r} quantizes{''.join(f'; {why}' for why in seen.unread)}"
+        )
+    seen.missed = tuple(_missed(model, seen))
+
+
+def _preparing(recipe: Recipe) -> Recipe:
+    """Return the passes in front of calibration."""
+    kinds = [type(step) for step in recipe.passes]
+    if Calibrate not in kinds:
+        raise ValueError(
+            f"recipe {recipe.name!r}: expected one that calibrates, found none to observe for; "
+            "compile with it as it is"
+        )
+    prepare = recipe.passes[: kinds.index(Calibrate)]
+    for step in recipe.passes:
+        if isinstance(step, DataPass) and not isinstance(step, Calibrate):
+            raise UnsupportedError(
+                f"recipe {recipe.name!r}: {type(step).__name__} changes a graph by what flows "
+                "through it, and there are several here, with caches between them that would be "
+                "scaled in one and not in the other; use fxq.compress, or a recipe without it"
+            )
+        if step in prepare and step.reads is OBSERVED:
+            raise UnsupportedError(
+                f"recipe {recipe.name!r}: {type(step).__name__} observes more than inputs of "
+                "layers, and what is between them has no name that several graphs share; use "
+                "fxq.compress"
+            )
+    return Recipe(recipe.name, prepare)
+
+
+def _missed(model: nn.Module, seen: Observed) -> Iterator[str]:
+    reached = {name for name, _ in seen.layers}
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        is_layer = isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
+        if is_layer and isinstance(weight, Tensor) and name not in reached:
+            yield name
+
+
+class Observing(BoundGraph):
+    """A graph of Dynamo's that runs as it is and observes."""
+
+    def __init__(
+        self,
+        gm: GraphModule,
+        inputs: Sequence[Any],
+        prepare: Recipe,
+        seen: Observed,
+        names: Mapping[int, str],
+    ) -> None:
+        super().__init__(gm, inputs)
+        self.prepare, self.seen, self.of_model = prepare, seen, names
+        self.build(inputs)
+
+    def name_of(self, index: int, weight: Tensor) -> str:
+        """Return the name that the whole model has for a weight."""
+        return self.of_model.get(id(weight), self.names[index])
+
+    def make(self, bound: GraphModule, inputs: Sequence[Any], args: Sequence[Any]) -> Run:
+        """Insert the observers that earlier graphs have filled."""
+        observed = self.prepare.apply(bound)
+        for node, layer in observed_layers(observed):
+            self._share(observed, node.all_input_nodes[0], layer)
+        write_back(observed, self.written_nodes(observed))
+        live = self.live
+        return lambda args: observed(*(args[i] for i in live))
+
+    def _share(self, gm: GraphModule, edge: Node, layer: ObservedLayer) -> None:
+        """Have an observed edge fill the state that the layer has already, if any."""
+        known = self.seen.layers.setdefault((layer.name, layer.call), layer)
+        if known is layer:
+            layer.observer.to(val_of(edge).device)  # now: a call may be in inference mode
+            return
+        mine, theirs = layer.observer, known.observer
+        if mine.spec != theirs.spec or mine.scale_shape != theirs.scale_shape:
+            raise ValueError(
+                f"observe: {layer.name} has a scale of shape {theirs.scale_shape} in one graph and "
+                f"{mine.scale_shape} in another; use PerTensor(), or rows by position"
+            )
+        gm.set_submodule(str(edge.target), theirs)

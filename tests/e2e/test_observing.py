@@ -1,0 +1,284 @@
+"""Calibration of whatever runs: ranges against hooks on the eager model, and static programs."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import fxq
+from fxq.errors import FxqWarning, UnsupportedError
+from fxq.lowering.devices import x86
+from fxq.numerics import sqnr_db
+from fxq.observing import Observed
+from fxq.passes import w8a8
+from fxq.passes.common import Calibrate, Convert, InsertObservers, ObserveActivations
+from fxq.passes.smoothquant import SmoothQuant
+from fxq.pipeline import Recipe
+from fxq.spec import LayerSpec, PerChannel, PerTensor, PerToken, QuantSpec
+
+ACTIVATION = QuantSpec(symmetric=False, granularity=PerTensor())
+LAYER = LayerSpec(ACTIVATION, QuantSpec(granularity=PerChannel(0)))
+STATIC = Recipe("static", (InsertObservers(LAYER), Calibrate(), Convert()))
+
+
+@pytest.fixture
+def every_layer_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(x86, "WITH_VNNI", x86.Thresholds(0, 0))
+    monkeypatch.setattr(x86, "WITHOUT_VNNI", x86.Thresholds(0, 0))
+
+
+@contextmanager
+def hooked(model: nn.Module) -> Iterator[dict[str, tuple[float, float]]]:
+    """Smallest and largest input of every linear while the eager model runs."""
+    found: dict[str, tuple[float, float]] = {}
+
+    def hook(name: str) -> Callable[..., None]:
+        def see(module: nn.Module, args: tuple[Tensor]) -> None:
+            low, high = found.get(name, (torch.inf, -torch.inf))
+            found[name] = min(low, float(args[0].min())), max(high, float(args[0].max()))
+
+        return see
+
+    linears = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    handles = [module.register_forward_pre_hook(hook(name)) for name, module in linears]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def ranges(seen: Observed) -> dict[str, tuple[float, float]]:
+    return {
+        layer.name: (float(layer.observer.low), float(layer.observer.high))
+        for layer in seen.layers.values()
+    }
+
+
+class Block(nn.Module):
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.up, self.down, self.scale = nn.Linear(16, 32), nn.Linear(32, 16), scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * self.scale
+        torch._dynamo.graph_break()
+        return x + self.down(torch.relu(self.up(x)))
+
+
+class Blocks(nn.Module):
+    """Blocks of one class that Dynamo compiles one by one, and a head that is left out at times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(scale) for scale in (1.0, 2.0, 3.0))
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor, head: bool = True) -> Tensor:
+        x = self.blocks[2](self.blocks[1](self.blocks[0](x)))
+        return self.head(x) if head else x
+
+
+def test_every_block_has_its_own_ranges_across_graph_breaks_and_lengths() -> None:
+    model = Blocks().eval()
+    batches = [torch.randn(n, t, 16) for n, t in ((2, 5), (1, 9), (4, 3))]
+
+    with torch.no_grad(), fxq.observe(model, STATIC) as seen:
+        found = [model(x) for x in batches]
+
+    with torch.no_grad(), hooked(model) as expected:
+        eager = [model(x) for x in batches]
+    for a, b in zip(found, eager, strict=True):
+        torch.testing.assert_close(a, b)
+    assert ranges(seen).keys() == expected.keys()
+    for name, range_ in ranges(seen).items():
+        torch.testing.assert_close(torch.tensor(range_), torch.tensor(expected[name]))
+    assert seen.missed == ()
+
+
+def test_layers_that_no_run_reached_are_listed_and_stay_float(every_layer_pays: None) -> None:
+    model, x = Blocks().eval(), torch.randn(2, 5, 16)
+    with torch.no_grad(), fxq.observe(model, STATIC) as seen:
+        model(x, head=False)
+
+    assert seen.missed == ("head",)
+    assert "in no graph: head" in str(seen)
+    fast = torch.compile(model, backend="fxq", options={"recipe": seen.recipe})
+    with torch.no_grad(), pytest.warns(FxqWarning, match="head: no graph reached it"):
+        found = fast(x)
+    assert sqnr_db(model(x), found) > 30
+
+
+def test_observed_equals_compressed_bit_for_bit(every_layer_pays: None) -> None:
+    model = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 8)).eval()
+    batches = [torch.randn(n, 5, 16) for n in (2, 3, 4)]
+    with torch.no_grad(), fxq.observe(model, STATIC) as seen:
+        for batch in batches:
+            model(batch)
+
+    observed = fxq.compress(model, batches[0], seen.recipe)
+    calibrated = fxq.compress(model, batches[0], STATIC, data=batches)
+
+    a, b = (dict(p.graph_module.named_buffers()) for p in (observed, calibrated))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    other = torch.randn(7, 5, 16)
+    assert torch.equal(observed(other), calibrated(other))
+    fast = torch.compile(model, backend="fxq", options={"recipe": seen.recipe, "strict": True})
+    program = torch.compile(calibrated, backend="fxq", options={"strict": True})
+    with torch.no_grad():
+        assert torch.equal(fast(other), program(other))
+
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "vocab_size": 61, "max_position_embeddings": 32,
+}  # fmt: skip
+
+
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+
+
+def generate(model: LlamaForCausalLM, cache: str, prompt: Tensor) -> tuple[Tensor, Tensor]:
+    kwargs = {} if cache == "dynamic" else {"cache_implementation": cache}
+    result = model.generate(
+        prompt, do_sample=False, max_new_tokens=6, min_new_tokens=6, pad_token_id=0,
+        return_dict_in_generate=True, output_logits=True, **kwargs,
+    )  # fmt: skip
+    return result.sequences, torch.stack(result.logits, 1)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_prefill_and_decode_of_a_llama_quantize_statically(
+    cache: str, every_layer_pays: None
+) -> None:
+    model, prompt = llama(), torch.randint(1, 61, (2, 7))
+    with hooked(model) as expected:
+        tokens, logits = generate(model, cache, prompt)
+
+    with fxq.observe(model, STATIC) as seen:
+        observed_tokens, _ = generate(model, cache, prompt)
+
+    assert torch.equal(observed_tokens, tokens)
+    assert seen.missed == ()
+    assert ranges(seen).keys() == expected.keys()
+    for name, range_ in ranges(seen).items():
+        torch.testing.assert_close(torch.tensor(range_), torch.tensor(expected[name]))
+    with torch.no_grad():
+        model.forward = torch.compile(
+            model.forward, backend="fxq", options={"recipe": seen.recipe, "strict": True}
+        )
+        found = generate(model, cache, prompt)[1]
+    # Of the first token after the prompt, before tokens may differ; measured 27 dB and more.
+    assert sqnr_db(logits[:, 0], found[:, 0]) > 24
+
+
+def test_what_was_seen_can_be_saved(tmp_path: Path) -> None:
+    model = Blocks().eval()
+    x = torch.randn(2, 5, 16)
+    with torch.no_grad(), fxq.observe(model, STATIC) as seen:
+        model(x, head=False)
+
+    seen.save(tmp_path / "seen.safetensors")
+    loaded = Observed.load(tmp_path / "seen.safetensors", STATIC)
+
+    assert ranges(loaded) == ranges(seen)
+    assert loaded.missed == ("head",)
+    assert loaded.layers.keys() == seen.layers.keys()
+    first, second = (fxq.compress(model.blocks[0].up, x, s.recipe) for s in (seen, loaded))
+    assert torch.equal(first(x), second(x))
+    with pytest.raises(ValueError, match="give the recipe that was observed"):
+        Observed.load(tmp_path / "seen.safetensors", w8a8.STATIC)
+
+
+def test_a_model_called_twice_in_a_graph_has_a_range_for_each_call() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(10 * self.layer(x))
+
+    model, x = Twice().eval(), torch.randn(3, 8)
+    with torch.no_grad(), fxq.observe(model, STATIC) as seen:
+        model(x)
+
+    observed = fxq.compress(model, x, seen.recipe)
+
+    assert list(seen.layers) == [("layer", 0), ("layer", 1)]
+    assert torch.equal(observed(x), fxq.compress(model, x, STATIC, data=[x])(x))
+
+
+def test_the_model_is_left_as_it_was_also_where_the_run_raises() -> None:
+    model = Blocks().eval()
+    before = dict(vars(model))
+
+    with pytest.raises(RuntimeError, match="mine"), fxq.observe(model, STATIC):
+        raise RuntimeError("mine")
+
+    assert vars(model) == before
+
+
+def test_a_recipe_observed_on_another_model_is_told() -> None:
+    model, other = Blocks().eval(), Blocks().eval()
+    x = torch.randn(2, 5, 16)
+    with torch.no_grad(), fxq.observe(model, STATIC) as seen:
+        model(x)
+
+    with torch.no_grad(), pytest.raises(BackendCompilerFailed, match="observe this model"):
+        torch.compile(other, backend="fxq", options={"recipe": seen.recipe})(x)
+
+
+def test_a_layer_whose_scale_has_another_shape_in_another_graph_is_told() -> None:
+    per_token = LayerSpec(QuantSpec(granularity=PerToken()), LAYER.weight)
+    recipe = Recipe("tokens", (InsertObservers(per_token), Calibrate(), Convert()))
+    model = nn.Sequential(nn.Linear(16, 8)).eval()
+
+    def run() -> None:
+        with torch.no_grad(), fxq.observe(model, recipe):
+            for t in (5, 6):
+                model(torch.randn(2, t, 16))
+
+    with pytest.raises(BackendCompilerFailed, match="use PerTensor"):
+        run()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "error", "message"),
+    [
+        ("w8a8_dynamic", ValueError, "expected one that calibrates"),
+        (
+            Recipe("smooth", (SmoothQuant(), *STATIC.passes)),
+            UnsupportedError,
+            "SmoothQuant changes a graph by what flows through it",
+        ),
+        (
+            Recipe(
+                "edges",
+                (InsertObservers(LAYER), ObserveActivations(ACTIVATION), *STATIC.passes[1:]),
+            ),
+            UnsupportedError,
+            "ObserveActivations observes more than inputs of layers",
+        ),
+    ],
+)
+def test_recipes_that_cannot_be_observed_say_why(
+    recipe: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message), fxq.observe(Blocks().eval(), recipe):
+        pass
+
+
+def test_nothing_observed_is_an_error() -> None:
+    nothing = pytest.raises(ValueError, match="found none that reached a layer")
+    with nothing, fxq.observe(Blocks().eval(), STATIC):
+        pass
