@@ -57,8 +57,8 @@ class Decision:
 class Rule(ABC):
     """How one kernel takes the place of an operator. Subclasses are frozen dataclasses.
 
-    A rule of a third party names in `devices` those it is for. `instead` is what computes a node
-    where all rules decline, if there is more to say than that its operators run as they are.
+    A rule of a third party names in `devices` those it is for. `instead` names what computes a node
+    where all rules decline, if reasons alone do not say it.
     """
 
     devices: ClassVar[tuple[str, ...]] = ()
