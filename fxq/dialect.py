@@ -35,6 +35,7 @@ SYMBOLIC = {
     torch.sym_not,
     torch.sym_float,
     torch.sym_ite,
+    torch.sym_sum,
 }
 
 
