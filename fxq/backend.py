@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from torch._inductor.custom_graph_pass import get_hash_for_files
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx import GraphModule
 
+from fxq import numerics, ops, writes
 from fxq.account import account, flops_of
 from fxq.bound_graph import BoundGraph, Run
 from fxq.dynamo import readable
@@ -225,14 +227,16 @@ class Compiled(BoundGraph):
 def _inductor(gm: GraphModule, inputs: Sequence[Any], config: dict[str, Any], **kwargs: Any) -> Any:
     """Compile a graph with Inductor, whose last step gets it with every read before the writes.
 
-    The tag keeps torch's caches on disk from returning what Inductor compiled without that step.
+    torch's caches on disk know a graph as it was before that step and before operators of fxq were
+    decomposed. The tag makes them forget what other definitions of these gave.
     """
 
     def inner_compile(gm: GraphModule, inputs: Sequence[Any], **settings: Any) -> Any:
         read_before_writing(gm)
         return compile_fx_inner(gm, inputs, **settings)
 
-    tag = f"{torch.compiler.config.cache_key_tag} fxq reads before it writes"
+    definitions = get_hash_for_files((numerics.__file__, ops.__file__, writes.__file__)).hex()
+    tag = f"{torch.compiler.config.cache_key_tag} fxq {definitions}"
     with torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
         return compile_fx(gm, inputs, inner_compile, config_patches=config, **kwargs)
 

@@ -37,6 +37,7 @@ SYMBOLIC = {
     torch.sym_not,
     torch.sym_float,
     torch.sym_ite,
+    torch.sym_sum,
 }
 
 

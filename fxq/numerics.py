@@ -115,7 +115,8 @@ def guard_scale(x: Tensor, scale: Tensor) -> Tensor:
     Returns:
         fp32, `scale` broadcast against `[..., 1]`; bit-equal to it where the row is finite.
     """
-    return scale + (x.float() * 0).sum(-1, keepdim=True)  # 0 * inf is NaN
+    x = x.float()  # Inf - Inf is NaN; Inductor of torch 2.11 takes x * 0 for 0
+    return scale + (x - x).sum(-1, keepdim=True)
 
 
 def quantize(

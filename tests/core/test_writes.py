@@ -8,11 +8,12 @@ import pytest
 import torch
 from stateful_models import Assigned, Cache, Masked, Swap, calls, run, seeded
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fxq
 from fxq.errors import UnsupportedError
 from fxq.pipeline import FLOAT
-from fxq.writes import check_apart
+from fxq.writes import check_apart, read_before_writing
 
 
 @pytest.mark.parametrize("build", [Cache, Swap, Assigned, Masked])
@@ -193,3 +194,28 @@ def test_memory_meets_where_ranges_do(first: slice, second: slice, meet: bool) -
     else:
         check_apart(named, [2], "here")
         check_apart([("a", memory[first]), ("b", memory[second].clone())], [0], "here")
+
+
+@pytest.mark.parametrize("read", [torch.clone, lambda a: a.clone().t()])
+def test_every_write_reads_what_was_there_before_the_first(
+    read: Callable[[Tensor], Tensor],
+) -> None:
+    def write(a: Tensor, b: Tensor, c: Tensor) -> None:
+        old, new = read(a), c + 1
+        a.copy_(b)
+        b.copy_(old)
+        c.copy_(new)
+
+    a, b, c = torch.randn(3, 3), torch.randn(3, 3), torch.zeros(2)
+    expected = b.clone(), read(a), c + 1
+    gm = make_fx(write, tracing_mode="fake")(a, b, c)
+    for clone in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.clone.default):
+        clone.replace_all_uses_with(clone.args[0])  # as Inductor of torch 2.11 does
+        gm.graph.erase_node(clone)
+
+    read_before_writing(gm)
+    gm(a, b, c)
+
+    assert all(map(torch.equal, (a, b, c), expected))
+    own = torch.ops.aten.lift_fresh_copy.default
+    assert len(gm.graph.find_nodes(op="call_function", target=own)) == 1

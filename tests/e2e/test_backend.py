@@ -519,3 +519,14 @@ def test_compiled_code_goes_with_the_weights_it_was_compiled_for() -> None:
     gc.collect()
 
     assert [reference() for reference in seen] == [None, None]
+
+
+def test_a_sum_of_free_sizes_is_arithmetic_on_sizes() -> None:
+    def count(x: Tensor) -> Tensor:
+        return torch.arange(torch.sym_sum([len(x), x.shape[1], 1])) * x[0, 0]
+
+    compiled = torch.compile(count, backend="fxq", dynamic=True, options={"recipe": "float"})
+
+    for rows in (2, 3):
+        x = torch.full((rows, 5), 2.0)
+        assert torch.equal(compiled(x), count(x))

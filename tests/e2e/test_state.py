@@ -20,6 +20,17 @@ from fxq.pipeline import FLOAT
 OPTIONS = {"recipe": FLOAT, "check": True}
 
 
+# Ways to copy a square, of which Inductor takes some for no work.
+COPIES: dict[str, Callable[[Tensor], Tensor]] = {
+    "clone": Tensor.clone,
+    "clone of a view": lambda t: t.t().clone().t(),
+    "cast": lambda t: t.double().float(),
+    "sum with zero": lambda t: t + torch.zeros(3, 3),
+    "concatenation": lambda t: torch.cat([t]),
+    "relu": Tensor.relu,
+}
+
+
 @pytest.mark.parametrize("build", [Cache, Swap, Assigned, Masked])
 @pytest.mark.parametrize("through", ["model", "program"])
 def test_compiled_code_writes_what_the_model_writes(
@@ -35,6 +46,39 @@ def test_compiled_code_writes_what_the_model_writes(
     torch.testing.assert_close(found, expected)
     state = given.state if isinstance(given, fxq.Program) else dict(model.named_buffers())
     torch.testing.assert_close(state, dict(judge.named_buffers()))
+
+
+@pytest.mark.parametrize("taken", COPIES)
+def test_what_is_read_before_a_write_is_what_was_there_before(taken: str) -> None:
+    def swap(a: Tensor, b: Tensor) -> None:
+        old = COPIES[taken](a)
+        a.copy_(b)
+        b.copy_(old)
+
+    a, b = torch.arange(9.0).view(3, 3), torch.ones(3, 3)
+    expected = COPIES[taken](a), b.clone()
+
+    torch.compile(swap, backend="fxq", options={"recipe": FLOAT})(a, b)
+
+    torch.testing.assert_close((b, a), expected)
+
+
+def test_caches_on_disk_know_the_definitions_they_were_made_with(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tags, compile_fx = [], backend.compile_fx
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        tags.append(torch.compiler.config.cache_key_tag)
+        return compile_fx(*args, **kwargs)
+
+    monkeypatch.setattr(backend, "compile_fx", spy)
+    for path in (backend.numerics.__file__, __file__):  # definitions, and others
+        monkeypatch.setattr(backend.numerics, "__file__", path)
+        torch._dynamo.reset()
+        torch.compile(torch.sin, backend="fxq", options=OPTIONS)(torch.ones(2))
+
+    assert len({torch.compiler.config.cache_key_tag, *tags}) == 3
 
 
 def test_results_that_are_views_of_what_was_written_stay_views() -> None:
