@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
@@ -26,6 +25,7 @@ from torch.utils import _pytree as pytree
 
 from fxq.dialect import QUANTIZED
 from fxq.errors import FxqWarning, UnsupportedError
+from fxq.files import write_tensors
 from fxq.graph import propagate, val_of
 from fxq.graph_json import decode, decode_graph, encode, encode_graph
 from fxq.layer_json import adopt_tensors, tensors_of
@@ -82,15 +82,10 @@ def save(program: Program, path: str | os.PathLike[str]) -> None:
         "dropped": dropped,
     }
     text = seal(content, tensors)
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        safetensors.torch.save_file(tensors, partial, {"fxq": text})
-        os.replace(partial, path)
+        write_tensors(Path(path), tensors, {"fxq": text})
     except KeyError as error:
         raise UnsupportedError(f"expected tensors safetensors can hold, found {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Program:

@@ -61,7 +61,7 @@ def test_more_blocks_err_less_and_the_table_shows_it() -> None:
     assert [round(m.kept, 1) for m in found.measurements] == [0.2, 0.6, 0.9]
     assert all(0 < m.ratio <= 1 and 0 <= m.pass_rate <= 1 for m in found.measurements)
     assert "relative error" in str(found)
-    assert messages[-1] == "calibrate_density: batch 2, 1 layers measured"
+    assert messages[-1] == "calibrate_density: 1 layers measured"
 
 
 def test_proposals_are_the_smallest_density_within_the_bound() -> None:
