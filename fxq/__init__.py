@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fxq.errors import FxqWarning, PassError, SkippedError, UnsupportedError
     from fxq.pipeline import DataPass, Pass, Recipe, compress
     from fxq.program import Program
+    from fxq.recording import Recorded, record
     from fxq.reporting import report
     from fxq.row_choice import set_step
     from fxq.saving import load, save
@@ -30,6 +31,8 @@ _HOMES = {
     "DataPass": "fxq.pipeline",
     "Recipe": "fxq.pipeline",
     "Program": "fxq.program",
+    "record": "fxq.recording",
+    "Recorded": "fxq.recording",
     "report": "fxq.reporting",
     "verify": "fxq.verifying",
     "save": "fxq.saving",
@@ -48,11 +51,13 @@ __all__ = [
     "PassError",
     "Program",
     "Recipe",
+    "Recorded",
     "SkippedError",
     "UnsupportedError",
     "capture",
     "compress",
     "load",
+    "record",
     "report",
     "save",
     "set_step",
