@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fxq.observing import Observed, observe
     from fxq.pipeline import DataPass, Pass, Recipe, compress
     from fxq.program import Program
+    from fxq.recording import Recorded, record
     from fxq.reporting import report
     from fxq.row_choice import set_step
     from fxq.saving import load, save
@@ -31,6 +32,8 @@ _HOMES = {
     "DataPass": "fxq.pipeline",
     "Recipe": "fxq.pipeline",
     "Program": "fxq.program",
+    "record": "fxq.recording",
+    "Recorded": "fxq.recording",
     "report": "fxq.reporting",
     "verify": "fxq.verifying",
     "save": "fxq.saving",
@@ -52,12 +55,14 @@ __all__ = [
     "PassError",
     "Program",
     "Recipe",
+    "Recorded",
     "SkippedError",
     "UnsupportedError",
     "capture",
     "compress",
     "load",
     "observe",
+    "record",
     "report",
     "save",
     "set_step",

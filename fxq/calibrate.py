@@ -7,13 +7,14 @@ that one process would have found over all batches.
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, fx
 
+from fxq.checkpoint import Checkpoint, Tensors, fingerprint, run_over
 from fxq.observers import MERGE, RangeObserver
 
 Batches = Iterable[Sequence[Any]]  # a batch is the graph's positional inputs
@@ -30,7 +31,7 @@ def calibrate(
     batches: Batches,
     *,
     observers: Sequence[RangeObserver],
-    progress: Callable[[int], object] | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> int:
     """Run `gm` on every batch and merge `observers` over all processes.
 
@@ -39,24 +40,39 @@ def calibrate(
         batches: this process's inputs; the numbers may differ between processes.
         observers: the graph's observers, in the same order in every process. What they have seen
             before counts once: rank 0's, as every process has the same after an earlier call.
-        progress: called after each batch with the number of samples so far in this process.
+        checkpoint: keeps what this process's observers have seen; each process has its own.
     Returns:
         number of samples (rows of the first input) over all processes.
     Raises:
-        ValueError: there is no batch in any process.
+        ValueError: there is no batch in any process, or the checkpoint is of other work.
         UnsupportedError: several processes saw data for a `MovingAverage`.
     """
     if n_processes() > 1 and dist.get_rank() > 0:
         for observer in observers:
             observer.reset()
-    n_batches = samples = 0
-    with torch.no_grad():
+    sizes: list[int] = []
+
+    def counted() -> Iterator[Sequence[Any]]:
         for inputs in batches:
-            gm(*inputs)
-            n_batches += 1
-            samples += _batch_size(inputs)
-            if progress is not None:
-                progress(samples)
+            sizes.append(_batch_size(inputs))
+            yield inputs
+
+    def state() -> Tensors:
+        named = (
+            (f"{index}.{name}", buffer)
+            for index, observer in enumerate(observers)
+            for name, buffer in observer.named_buffers()
+        )
+        return dict(named)
+
+    def restore(kept: Tensors) -> None:
+        for name, buffer in state().items():
+            buffer.copy_(kept[name])
+
+    with torch.no_grad():
+        mark = functools.partial(fingerprint, gm, repr([(o.name, o.spec) for o in observers]))
+        run_over(counted(), lambda inputs: gm(*inputs), checkpoint, mark, state, restore)
+    n_batches, samples = len(sizes), sum(sizes)
     if n_processes() > 1:
         n_batches, samples = _all_reduce(torch.tensor([n_batches, samples]), "SUM").tolist()
     if not n_batches:

@@ -66,6 +66,7 @@ def compress(
     """
     import fxq
     from fxq.adapters.timm_images import image_batches, load_model
+    from fxq.progress import reporting
     from fxq.scorecard import measure
 
     def say(text: str) -> None:
@@ -81,7 +82,9 @@ def compress(
     n_calibrate = max(1, len(batches) // 2)
     held_out = batches[n_calibrate:] or batches
     say(f"compressing with {recipe}")
-    program = fxq.compress(module, batches[0], recipe, data=batches[:n_calibrate], progress=say)
+    data_used = batches[:n_calibrate]
+    with reporting(True, console) as report:
+        program = fxq.compress(module, batches[0], recipe, data=data_used, progress=report)
     card = measure(module, program, held_out, say=say)
     console.print(fxq.report(program, held_out[0]).table())
     console.print(card.table())

@@ -9,10 +9,12 @@ is the order; nothing else decides it. `repr(recipe)` is the whole record of an 
 import hashlib
 import importlib.metadata
 import itertools
+import operator
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -23,15 +25,16 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from fxq.account import unintended_skips
 from fxq.capturing import Captured, capture
+from fxq.checkpoint import Checkpoint
 from fxq.dialect import Dialect
 from fxq.errors import SkippedError, did_you_mean
 from fxq.graph import copy_graph, propagate
 from fxq.judging import outputs_sqnr_db
 from fxq.program import Program
+from fxq.progress import Progress, Reported, reporting
 from fxq.signature import split_inputs
 
 Batches = Iterable[Sequence[Any]]  # each batch: the graph's inputs in order
-Progress = Callable[[str], None]
 
 
 class Pass(ABC):
@@ -60,6 +63,13 @@ class DataPass(ABC):
     @abstractmethod
     def run(self, gm: GraphModule, data: Batches) -> PassResult:
         """Rewrite `gm` (which the pass owns) using `data`, which can be iterated more than once."""
+
+    def resume(self, gm: GraphModule, data: Batches, checkpoint: Checkpoint | None) -> PassResult:
+        """Do what `run` does, from where `checkpoint` says that an interrupted run was.
+
+        Unless a pass says otherwise it runs from the start and keeps nothing.
+        """
+        return self.run(gm, data)
 
 
 @dataclass(frozen=True)
@@ -102,29 +112,40 @@ class Recipe:
         return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
 
     def apply(
-        self, gm: GraphModule, data: Batches | None = None, progress: Progress | None = None
+        self,
+        gm: GraphModule,
+        data: Batches | None = None,
+        progress: Progress = None,
+        checkpoint: Checkpoint | None = None,
     ) -> GraphModule:
-        """Run every pass on `gm`, checking the dialect after each."""
-        for step in self.passes:
-            name, began = type(step).__name__, time.perf_counter()
-            if isinstance(step, DataPass):
-                if data is None:
-                    raise ValueError(
-                        f"recipe {self.name!r} calibrates ({name}) and needs data=, found none; "
-                        "give an iterable of "
-                        "batches, or choose a dynamic or weight-only recipe"
-                    )
-                result = step.run(gm, Reported(data, name, progress) if progress else data)
-            else:
-                result = step.run(gm)
-            gm = result.graph_module
-            if result.modified:
-                gm.graph.lint()
-                gm.recompile()
-            step.writes.check(gm, after=name)
-            if progress:
+        """Run every pass on `gm`, checking the dialect after each.
+
+        The last pass that reads data has the checkpoint; those before it run again after an
+        interruption, and must come to the same graph.
+        """
+        reading = (i for i, p in enumerate(self.passes) if isinstance(p, DataPass))
+        last = max(reading, default=None)
+        with reporting(progress) as report:
+            for index, step in enumerate(self.passes):
+                name, began = type(step).__name__, time.perf_counter()
+                if isinstance(step, DataPass):
+                    if data is None:
+                        raise ValueError(
+                            f"recipe {self.name!r} calibrates ({name}) and needs data=, found "
+                            "none; give an iterable of batches, or choose a dynamic or "
+                            "weight-only recipe"
+                        )
+                    kept = checkpoint if index == last else None
+                    result = step.resume(gm, Reported(data, name, report), kept)
+                else:
+                    result = step.run(gm)
+                gm = result.graph_module
+                if result.modified:
+                    gm.graph.lint()
+                    gm.recompile()
+                step.writes.check(gm, after=name)
                 change = "" if result.modified else " (changed nothing)"
-                progress(f"{name}: {time.perf_counter() - began:.1f} s{change}")
+                report(f"{name}: {time.perf_counter() - began:.1f} s{change}")
         propagate(gm)
         return gm
 
@@ -159,7 +180,8 @@ def compress(
     *,
     dynamic_shapes: Any = "batch",
     strict: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = None,
+    checkpoint: str | Path | None = None,
 ) -> Program:
     """Capture `model`, run `recipe` on it and return a program that takes the model's place.
 
@@ -175,26 +197,32 @@ def compress(
         dynamic_shapes: `"batch"` keeps dimension 0 of the inputs free, None fixes every size,
             anything else is handed to `torch.export.export`.
         strict: raise where a layer that the recipe targets had to stay float.
-        progress: called with a line of text at each stage.
+        progress: called with a line of text at each stage and every few seconds; True shows bars on
+            a terminal, and writes lines to stderr elsewhere.
+        checkpoint: a file that keeps what the observers have seen, every minute and when an
+            exception ends the work; the same call then goes on behind those batches, to the same
+            bytes. Other passes run again. It is removed at the end; under `torch.distributed` each
+            process needs its own.
     Raises:
         ValueError: train mode, no data, NaN or Inf in it, wrong shapes, dtype or device, an unknown
-            recipe.
+            recipe, a checkpoint of other work.
         TypeError: arguments the model does not take.
         UnsupportedError: the model cannot be captured.
         SkippedError: `strict` and something was skipped.
     """
-    recipe = resolve_recipe(recipe)
+    recipe, kept = resolve_recipe(recipe), Checkpoint(checkpoint, "fxq_calibration")
     with (
-        torch.inference_mode(False),
+        reporting(progress) as report,
+        torch.inference_mode(False),  # tensors made here must count their versions
         torch.no_grad(),
-    ):  # tensors made here must count their versions
+    ):
         captured = capture(model, example_inputs, dynamic_shapes)
         example = captured.inputs(example_inputs)
         expected = captured.signature.results(
             captured.graph_module(*example)
         )  # before it is rewritten
         batches = None if data is None else CheckedBatches(captured, data, device_of(model))
-        gm = recipe.apply(captured.graph_module, batches, progress)
+        gm = recipe.apply(captured.graph_module, batches, report, kept)
         if strict and (skips := unintended_skips(gm)):
             listing = "\n  ".join(f"{name}: {why}" for name, why in skips.items())
             raise SkippedError(
@@ -203,8 +231,8 @@ def compress(
         program = Program.from_captured(captured, gm, recipe=repr(recipe), model=model)
         found = captured.signature.results(program.graph_module(*example))
         program.sqnr_db, _ = outputs_sqnr_db(captured.signature.results(expected), found)
-        if progress:
-            progress(f"outputs on the example: {program.sqnr_db:.1f} dB against float")
+        report(f"outputs on the example: {program.sqnr_db:.1f} dB against float")
+        kept.remove()
         return program
 
 
@@ -212,23 +240,6 @@ def device_of(model: nn.Module | ExportedProgram) -> torch.device | None:
     """Return the device of a model's first tensor, None where it has none."""
     tensors = itertools.chain(model.parameters(), model.buffers())
     return next((tensor.device for tensor in tensors), None)
-
-
-class Reported:
-    """Batches that tell how far a pass has come, at most every few seconds."""
-
-    EVERY_S = 5.0
-
-    def __init__(self, data: Batches, name: str, progress: Progress) -> None:
-        self.data, self.name, self.progress = data, name, progress
-
-    def __iter__(self) -> Iterator[Sequence[Any]]:
-        last = time.perf_counter()
-        for index, batch in enumerate(self.data):
-            if time.perf_counter() - last > self.EVERY_S:
-                last = time.perf_counter()
-                self.progress(f"{self.name}: {index} batches done")
-            yield batch
 
 
 class CheckedBatches:
@@ -245,6 +256,9 @@ class CheckedBatches:
         self.initial_state = list(captured.state.values())
         self.float_graph = copy_graph(captured.graph_module)  # passes rewrite the other
         self.data = list(data) if isinstance(data, Iterator) else data
+
+    def __length_hint__(self) -> int:
+        return operator.length_hint(self.data)
 
     def __iter__(self) -> Iterator[Sequence[Any]]:
         state = self.initial_state

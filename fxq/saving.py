@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
@@ -26,6 +25,7 @@ from torch.utils import _pytree as pytree
 
 from fxq.dialect import QUANTIZED
 from fxq.errors import FxqWarning, UnsupportedError
+from fxq.files import write_tensors
 from fxq.graph import propagate, val_of
 from fxq.graph_json import decode, decode_graph, encode, encode_graph
 from fxq.layer_json import adopt_tensors, tensors_of
@@ -82,15 +82,10 @@ def save(program: Program, path: str | os.PathLike[str]) -> None:
         "dropped": dropped,
     }
     text = seal(content, tensors)
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        safetensors.torch.save_file(tensors, partial, {"fxq": text})
-        os.replace(partial, path)
+        write_tensors(Path(path), tensors, {"fxq": text})
     except KeyError as error:
         raise UnsupportedError(f"expected tensors safetensors can hold, found {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Program:
@@ -212,9 +207,9 @@ def _encode_signature(signature: Signature) -> dict[str, Any]:
         "known": signature.known,
         "given": signature.given,
         "defaults": encode(dict(signature.defaults)),
-        "in_spec": _encode_spec(signature.in_spec),
+        "in_spec": encode_spec(signature.in_spec),
         "leaves": [_encode_leaf(leaf) for leaf in signature.leaves],
-        "out_spec": _encode_spec(signature.out_spec),
+        "out_spec": encode_spec(signature.out_spec),
         "ranges": encode(dict(signature.ranges)),
         "example_sizes": encode(dict(signature.example_sizes)),
         "excluded": encode(dict(signature.excluded)),
@@ -230,9 +225,9 @@ def _decode_signature(data: Mapping[str, Any], device: torch.device) -> Signatur
         tuple(data["known"]),
         tuple(data["given"]),
         decode(data["defaults"], {}, device),
-        _decode_spec(data["in_spec"]),
+        decode_spec(data["in_spec"]),
         tuple(_decode_leaf(leaf, device) for leaf in data["leaves"]),
-        _decode_spec(data["out_spec"]),
+        decode_spec(data["out_spec"]),
         decode(data["ranges"], {}, device),
         decode(data["example_sizes"], {}, device),
         decode(data.get("excluded", {"dict": []}), {}, device),
@@ -257,21 +252,22 @@ def _decode_leaf(data: Mapping[str, Any], device: torch.device) -> Any:
     return decode(data["constant"], {}, device)
 
 
-def _encode_spec(spec: pytree.TreeSpec) -> dict[str, Any] | None:
+def encode_spec(spec: pytree.TreeSpec) -> dict[str, Any] | None:
     """Return the structure of a call or result as JSON; a leaf is None."""
     if spec.is_leaf():
         return None
     return {
         "type": _type_name(spec.type),
         "context": encode(spec.context),  # keys of a dict, fields of a dataclass
-        "children": [_encode_spec(child) for child in spec.children()],
+        "children": [encode_spec(child) for child in spec.children()],
     }
 
 
-def _decode_spec(data: Mapping[str, Any] | None) -> pytree.TreeSpec:
+def decode_spec(data: Mapping[str, Any] | None) -> pytree.TreeSpec:
+    """Return what `encode_spec` was given."""
     if data is None:
         return pytree.treespec_leaf()
-    children = [_decode_spec(child) for child in data["children"]]
+    children = [decode_spec(child) for child in data["children"]]
     context = decode(data["context"], {}, torch.device("cpu"))
     return pytree.TreeSpec(_resolve(data["type"]), context, children)
 

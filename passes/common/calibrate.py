@@ -8,6 +8,7 @@ from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
 from fxq.calibrate import calibrate
+from fxq.checkpoint import Checkpoint
 from fxq.dialect import OBSERVED, Dialect
 from fxq.errors import FxqWarning
 from fxq.observers import RangeObserver
@@ -24,8 +25,12 @@ class Calibrate(DataPass):
 
     def run(self, gm: GraphModule, data: Batches) -> PassResult:
         """Run every batch once. The graph is unchanged, the observers in it are not."""
+        return self.resume(gm, data, None)
+
+    def resume(self, gm: GraphModule, data: Batches, checkpoint: Checkpoint | None) -> PassResult:
+        """Likewise, but each batch once in all calls with the same checkpoint."""
         observers = [m for m in gm.modules() if isinstance(m, RangeObserver)]
-        seen = calibrate(gm, data, observers=observers)
+        seen = calibrate(gm, data, observers=observers, checkpoint=checkpoint)
         if zeros := [observer.name for observer in observers if observer.saw_only_zeros]:
             warnings.warn(
                 f"calibration saw only zeros at {', '.join(zeros)}: their range is not known and "

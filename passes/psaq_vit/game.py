@@ -16,24 +16,26 @@ long as the prior's, so that it leads and the prior still steers.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from fxq.checkpoint import Checkpoint, fingerprint
 from fxq.dialect import OBSERVED
 from fxq.errors import UnsupportedError
 from fxq.graph import copy_graph
 from fxq.passes.common import adopt, student_of
 from fxq.passes.psaq_vit.images import SyntheticImages
-from fxq.passes.psaq_vit.long_work import Checkpoint, Clock, fingerprint
 from fxq.passes.psaq_vit.players import Gap, Outputs, Painter, Student
 from fxq.passes.psaq_vit.prior import Prior, generator_of, learning_rate_factor
 from fxq.passes.psaq_vit.taps import find_taps
 from fxq.passes.psaq_vit.teacher import Teacher, capture_images
-from fxq.pipeline import CheckedBatches, Progress, Recipe, device_of, resolve_recipe
+from fxq.pipeline import CheckedBatches, Recipe, device_of, resolve_recipe
 from fxq.program import Program
+from fxq.progress import Progress, Reporter, reporting
 from fxq.signature import Inputs
 
 REFERENCE_BITS = 4  # of the learning rate
@@ -155,7 +157,7 @@ def adversarial_refine(
     seed: int = 0,
     taps: str | Sequence[str] = "*",
     n_prefix: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress = None,
     checkpoint: str | Path | None = None,
 ) -> Refinement:
     """Compress `model` by `recipe`, calibrated on `images`, and let images and result improve each
@@ -181,7 +183,7 @@ def adversarial_refine(
         seed: of all random numbers.
         taps: which attentions count in the prior, as for `synthesize`.
         n_prefix: likewise.
-        progress: called with a line of text every few seconds.
+        progress: as for `fxq.compress`.
         checkpoint: a file that keeps the state of an interrupted game, which then goes on from
             there; it is removed at the end.
     Raises:
@@ -195,7 +197,8 @@ def adversarial_refine(
         )
     recipe = resolve_recipe(recipe)
     prepare, finish = _split(recipe)
-    with torch.inference_mode(False), torch.no_grad():
+    kept = Checkpoint(checkpoint, "fxq_game")
+    with reporting(progress) as report, torch.inference_mode(False), torch.no_grad():
         captured, _ = capture_images(model, example_inputs)
         images = replace(images, pixels=images.pixels.to(device_of(model)))
         batches = CheckedBatches(captured, images, device_of(model))
@@ -203,35 +206,33 @@ def adversarial_refine(
         found = find_taps(captured.graph_module, example, taps, n_prefix)
         teacher = Teacher(captured.graph_module, found, settings.prior)
         gap = Gap(teacher, outputs, captured.signature.out_spec, example)
-        observed = prepare.apply(copy_graph(captured.graph_module), batches, progress)
+        observed = prepare.apply(copy_graph(captured.graph_module), batches, report)
         game = _Game(
             gap, Student(student_of(observed), settings.scale_learning_rate), images, settings, seed
         )
-        found.tell_of_refusals("refine", progress)
+        found.tell_of_refusals("refine", report)
         about = repr((recipe, settings, seed, found, images.mean, images.std, images.batch_size))
         # The callable that selects outputs has no name: what it selects stands for it.
         selected = gap.chosen(teacher.results(example))
         decides = (images.pixels, *selected, *(tap.patches for tap in found.taps))
         mark = fingerprint(captured.graph_module, about, *decides)
-        trace = game.play(progress, Checkpoint(checkpoint, "fxq_game", mark))
+        trace = game.play(report, kept, mark)
         made_by = repr(recipe)
         if trace.improved:
             adopt(observed, game.student.gm)
             made_by += f", refined by {settings!r}"
-            if progress:
-                progress(
-                    f"refine: disagreement {trace.before:.3g} before, {trace.after:.3g} after "
-                    f"round {trace.best_round}, which is kept"
-                )
+            report(
+                f"refine: disagreement {trace.before:.3g} before, {trace.after:.3g} after round "
+                f"{trace.best_round}, which is kept"
+            )
         else:
             note = (
                 f"the game is not part of it: disagreement {trace.before:.3g} on the images it "
                 "began with, and never less"
             )
             captured = replace(captured, notes=(*captured.notes, note))
-            if progress:
-                progress(f"refine: {note}")
-        gm = finish.apply(observed, progress=progress)
+            report(f"refine: {note}")
+        gm = finish.apply(observed, progress=report)
         program = Program.from_captured(captured, gm, recipe=made_by, model=model)
         return Refinement(program, game.painter.all_pixels, trace)
 
@@ -261,7 +262,7 @@ class _Game:
         self.seed = seed
         self.record = torch.zeros(settings.n_rounds, 4)
 
-    def play(self, progress: Progress | None, checkpoint: Checkpoint) -> GameTrace:
+    def play(self, report: Reporter, checkpoint: Checkpoint, mark: str) -> GameTrace:
         """Play all rounds."""
         before, n_rounds = self._gap_at_start(), self.settings.n_rounds
         if not math.isfinite(before):
@@ -271,31 +272,25 @@ class _Game:
             )
         best, best_round = before, 0
         judged = {1 + turn * (n_rounds - 1) // (N_JUDGEMENTS - 1) for turn in range(N_JUDGEMENTS)}
-        state, first = checkpoint.load(), 0
+        state, first = checkpoint.load(mark), 0
         if state is not None:
             about, kept = state
             first, self.record = about["round"], kept["record"]
             best, best_round = about["best"], about["best_round"]
             self.painter.restore(kept)
             self.student.restore(kept)
-            if progress:
-                progress(f"refine: going on from round {first + 1} of {n_rounds}")
-        clock = Clock(progress, n_rounds, first)
-        for turn in range(first, n_rounds):
-            self._round(turn)
-            if clock.due(1):
-                moved, *_, learned = self.record[turn].tolist()
-                clock.say(
-                    f"refine: round {turn + 1} of {n_rounds}: disagreement {moved:.3f} on the "
-                    f"images moved, {learned:.3f} while learning"
-                )
-            if turn + 1 in judged and (found := self._gap_at_start()) < best:
-                best, best_round = found, turn + 1
-                self.student.keep()
-            if checkpoint.due:
-                kept = {"record": self.record} | self.painter.state() | self.student.state()
-                about = {"round": turn + 1, "best": best, "best_round": best_round}
-                checkpoint.save(about, kept)
+            report(f"refine: going on from round {first + 1} of {n_rounds}")
+        with report.task("refine", "rounds", n_rounds, first) as task:
+            for turn in range(first, n_rounds):
+                self._round(turn)
+                task.advance(1, partial(_news, self.record[turn]))
+                if turn + 1 in judged and (found := self._gap_at_start()) < best:
+                    best, best_round = found, turn + 1
+                    self.student.keep()
+                if checkpoint.due:
+                    kept = {"record": self.record} | self.painter.state() | self.student.state()
+                    about = {"round": turn + 1, "best": best, "best_round": best_round}
+                    checkpoint.save(about, kept)
         checkpoint.remove()
         self.student.recall()
         moved, entropy, tv, learned = self.record.T
@@ -316,3 +311,8 @@ class _Game:
     def _gap_at_start(self) -> float:
         parts = [self.gap.on(batch, self.student.gm) for batch in self.images]
         return float(torch.cat(parts).mean())
+
+
+def _news(record: Tensor) -> str:
+    moved, *_, learned = record.tolist()
+    return f"disagreement {moved:.3f} on the images moved, {learned:.3f} while learning"

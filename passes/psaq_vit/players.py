@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
+from fxq.checkpoint import adam_state, restore_adam
 from fxq.errors import UnsupportedError
 from fxq.passes.common import activation_scales
 from fxq.passes.psaq_vit.images import SyntheticImages, normalize
-from fxq.passes.psaq_vit.long_work import moments, restore
 from fxq.passes.psaq_vit.prior import Prior, generator_of, total_variation
 from fxq.passes.psaq_vit.teacher import Teacher
 from fxq.spec import QuantSpec
@@ -192,7 +192,7 @@ class Painter:
         """Return everything that changes."""
         kept = {"pixels": self.all_pixels}
         for index, (adam, pixels) in enumerate(zip(self.adams, self.pixels, strict=True)):
-            kept |= moments(adam, [pixels], f"images{index}")
+            kept |= adam_state(adam, [pixels], f"images{index}")
         return kept
 
     def restore(self, kept: dict[str, Tensor]) -> None:
@@ -200,7 +200,7 @@ class Painter:
         for index, (adam, pixels) in enumerate(zip(self.adams, self.pixels, strict=True)):
             pixels.copy_(kept["pixels"][self.batches[index]])
             if f"images{index}.0.step" in kept:
-                restore(adam, [pixels], kept, f"images{index}")
+                restore_adam(adam, [pixels], kept, f"images{index}")
 
 
 class Student:
@@ -271,11 +271,11 @@ class Student:
         """Return everything that changes."""
         kept: dict[str, Tensor] = {f"student.{n}": value for n, value in self.named.items()}
         kept |= {f"best.{name}": value for name, value in self.best.items()}
-        return kept | moments(self.adam, list(self.named.values()), "student_adam")
+        return kept | adam_state(self.adam, list(self.named.values()), "student_adam")
 
     def restore(self, kept: dict[str, Tensor]) -> None:
         """Put back what `state` returned."""
         for name, value in self.named.items():
             value.copy_(kept[f"student.{name}"])
             self.best[name].copy_(kept[f"best.{name}"])
-        restore(self.adam, list(self.named.values()), kept, "student_adam")
+        restore_adam(self.adam, list(self.named.values()), kept, "student_adam")

@@ -13,6 +13,7 @@ patches are left out, and only those.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,12 +23,13 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from fxq.capturing import Captured
+from fxq.checkpoint import Checkpoint, Tensors, adam_state, fingerprint, restore_adam
 from fxq.passes.psaq_vit.images import SyntheticImages, Trace, normalize
-from fxq.passes.psaq_vit.long_work import Checkpoint, Clock, fingerprint, moments, restore
 from fxq.passes.psaq_vit.prior import Prior, generator_of, learning_rate_factor, total_variation
 from fxq.passes.psaq_vit.taps import find_taps
 from fxq.passes.psaq_vit.teacher import Teacher, capture_images, class_logits
-from fxq.pipeline import Progress, device_of
+from fxq.pipeline import device_of
+from fxq.progress import Progress, Reporter, Task, reporting
 from fxq.signature import Inputs, Leaf
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -85,7 +87,7 @@ def synthesize(
     n_prefix: int | None = None,
     logits: Callable[[Any], Tensor] | None = None,
     batch_size: int = 32,
-    progress: Progress | None = None,
+    progress: Progress = None,
     checkpoint: str | Path | None = None,
 ) -> SyntheticImages:
     """Return images on which `model` behaves as on pictures, made from nothing but the model.
@@ -109,14 +111,15 @@ def synthesize(
             not its only tensor of two dimensions.
         batch_size: images optimized together; bounds the memory. Rounding differs between batch
             sizes, and grows over many steps.
-        progress: called with a line of text every few seconds.
+        progress: as for `fxq.compress`.
         checkpoint: a file that keeps the state of an interrupted run, which then goes on from
             there; it is removed at the end.
     Raises:
         UnsupportedError: no attention over patches, or not one input of images.
         ValueError: mean or std of the wrong length, labels out of range, numbers that overflow.
     """
-    with torch.inference_mode(False), torch.no_grad():
+    kept = Checkpoint(checkpoint, "fxq_synthesis")
+    with reporting(progress) as report, torch.inference_mode(False), torch.no_grad():
         captured, leaf = capture_images(model, example_inputs)
         device = device_of(model) or torch.device("cpu")
         batch_size = _check_batch(leaf, n_images, batch_size)
@@ -128,9 +131,8 @@ def synthesize(
         means, stds = tuple(map(float, mean)), tuple(map(float, std))
         run = _Run(captured, leaf, teacher, settings, means, stds, seed, logits, device)
         run.start(n_images, batch_size, labels, probe)
-        found.tell_of_refusals("synthesize", progress)
-        state = Checkpoint(checkpoint, "fxq_synthesis", run.fingerprint)
-        return run.optimize(n_images, batch_size, progress, state)
+        found.tell_of_refusals("synthesize", report)
+        return run.optimize(n_images, batch_size, report, kept)
 
 
 def check_normalization(leaf: Leaf, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -235,54 +237,52 @@ class _Run:
         return loss, torch.cat([entropy, tv[None], classes[None]]).detach()
 
     def optimize(
-        self, n_images: int, batch_size: int, progress: Progress | None, checkpoint: Checkpoint
+        self, n_images: int, batch_size: int, report: Reporter, checkpoint: Checkpoint
     ) -> SyntheticImages:
         """Optimize batch after batch and return the images."""
         steps = self.settings.total_steps
-        record = torch.zeros(steps, len(self.teacher.taps.taps) + 2)
-        first, begin, kept_state = 0, 0, checkpoint.load()
-        if kept_state is not None:
-            first, begin = kept_state[0]["image"], kept_state[0]["step"]
-            self.pixels, record = kept_state[1]["pixels"].to(self.device), kept_state[1]["record"]
-            if progress:
-                progress(f"synthesize: going on from image {first}, step {begin} of {steps}")
-        clock = Clock(progress, n_images * steps, first * steps + begin)
-        for start in range(first, n_images, batch_size):
-            chosen = slice(start, min(start + batch_size, n_images))
-            pixels = self.pixels[chosen].clone().requires_grad_()
-            adam = torch.optim.Adam([pixels], betas=self.settings.betas)
-            if begin and kept_state is not None:
-                restore(adam, [pixels], kept_state[1], "adam")
-            for step in range(begin, steps):
-                adam.param_groups[0]["lr"] = self.settings.learning_rate_at(step)
-                with torch.enable_grad():
-                    loss, kept = self.losses(step, chosen, pixels)
-                    (pixels.grad,) = torch.autograd.grad(loss.sum(), pixels)
-                self._check_finite(loss, pixels.grad, start, step)
-                adam.step()
-                pixels.clamp_(0, 1)
-                record[step] += kept.sum(1).cpu() / n_images
-                if clock.due(len(pixels)):
-                    clock.say(self._news(chosen, n_images, step, kept))
-                if checkpoint.due:
-                    self.pixels[chosen] = pixels
-                    tensors = {"pixels": self.pixels, "record": record}
-                    tensors |= moments(adam, [pixels], "adam")
-                    checkpoint.save({"image": start, "step": step + 1}, tensors)
-            self.pixels[chosen] = pixels
-            begin = 0
-            tensors = {"pixels": self.pixels, "record": record}
-            checkpoint.save({"image": chosen.stop, "step": 0}, tensors)
+        self.record = torch.zeros(steps, len(self.teacher.taps.taps) + 2)
+        first, begin, state = 0, 0, checkpoint.load(self.fingerprint)
+        kept: Tensors = {}
+        if state is not None:
+            first, begin, kept = state[0]["image"], state[0]["step"], state[1]
+            self.pixels, self.record = kept["pixels"].to(self.device), kept["record"]
+            report(f"synthesize: going on from image {first}, step {begin} of {steps}")
+        done = first * steps + begin * min(batch_size, n_images - first)
+        with report.task("synthesize", "image steps", n_images * steps, done) as task:
+            for start in range(first, n_images, batch_size):
+                chosen = slice(start, min(start + batch_size, n_images))
+                self._optimize_batch(chosen, begin, kept, task, checkpoint)
+                begin = 0
+                tensors = {"pixels": self.pixels, "record": self.record}
+                checkpoint.save({"image": chosen.stop, "step": 0}, tensors)
         checkpoint.remove()
-        return self._result(record, batch_size)
+        return self._result(batch_size)
 
-    def _news(self, chosen: slice, n_images: int, step: int, kept: Tensor) -> str:
-        entropy, tv, classes = kept[:-2].sum(0).mean(), kept[-2].mean(), kept[-1].mean()
-        return (
-            f"synthesize: images {chosen.start} to {chosen.stop - 1} of {n_images}, step {step + 1}"
-            f" of {self.settings.total_steps}: entropy {entropy:.2f}, total variation {tv:.3f}, "
-            f"class loss {classes:.2f}"
-        )
+    def _optimize_batch(
+        self, chosen: slice, begin: int, kept: Tensors, task: Task, checkpoint: Checkpoint
+    ) -> None:
+        """Take the steps from `begin` on with a batch; `kept` has the optimizer's state there."""
+        pixels = self.pixels[chosen].clone().requires_grad_()
+        adam = torch.optim.Adam([pixels], betas=self.settings.betas)
+        if begin:
+            restore_adam(adam, [pixels], kept, "adam")
+        for step in range(begin, self.settings.total_steps):
+            adam.param_groups[0]["lr"] = self.settings.learning_rate_at(step)
+            with torch.enable_grad():
+                loss, found = self.losses(step, chosen, pixels)
+                (pixels.grad,) = torch.autograd.grad(loss.sum(), pixels)
+            self._check_finite(loss, pixels.grad, chosen.start, step)
+            adam.step()
+            pixels.clamp_(0, 1)
+            self.record[step] += found.sum(1).cpu() / len(self.pixels)
+            task.advance(len(pixels), partial(_news, chosen, step, found))
+            if checkpoint.due:
+                self.pixels[chosen] = pixels
+                tensors = {"pixels": self.pixels, "record": self.record}
+                tensors |= adam_state(adam, [pixels], "adam")
+                checkpoint.save({"image": chosen.start, "step": step + 1}, tensors)
+        self.pixels[chosen] = pixels
 
     def _check_finite(self, loss: Tensor, gradient: Tensor, start: int, step: int) -> None:
         bad = ~(loss.isfinite() & gradient.flatten(1).isfinite().all(1))
@@ -293,8 +293,8 @@ class _Run:
                 "synthesize in float32"
             )
 
-    def _result(self, record: Tensor, batch_size: int) -> SyntheticImages:
-        settings = self.settings
+    def _result(self, batch_size: int) -> SyntheticImages:
+        settings, record = self.settings, self.record
         rates = [settings.learning_rate_at(step) for step in range(settings.total_steps)]
         names = tuple(tap.module for tap in self.teacher.taps.taps)
         entropy, tv, classes = record[:, :-2], record[:, -2], record[:, -1]
@@ -308,3 +308,11 @@ class _Run:
             self.leaf.dtype,
             self.fingerprint,
         )
+
+
+def _news(chosen: slice, step: int, found: Tensor) -> str:
+    entropy, tv, classes = found[:-2].sum(0).mean(), found[-2].mean(), found[-1].mean()
+    return (
+        f"images {chosen.start} to {chosen.stop - 1}, step {step + 1}: entropy {entropy:.2f}, "
+        f"total variation {tv:.3f}, class loss {classes:.2f}"
+    )

@@ -22,7 +22,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from fxq.errors import FxqWarning, UnsupportedError, did_you_mean
 from fxq.graph import args_of, is_op, owner_name, shape_of
 from fxq.operators import ATTENTION, COPIES, LINEAR, MATMUL, RESHAPES, SOFTMAX, Movement, of
-from fxq.pipeline import Progress
+from fxq.progress import Reporter
 
 aten = torch.ops.aten
 WHERE = of(Movement.WHERE)
@@ -95,13 +95,13 @@ class Taps:
     taps: tuple[Tap, ...]
     refusals: Mapping[str, str]
 
-    def tell_of_refusals(self, what: str, progress: Progress | None) -> None:
-        """Say what was refused: through `progress`, or as a warning."""
+    def tell_of_refusals(self, what: str, report: Reporter) -> None:
+        """Say what was refused: through `report` if anybody listens, or as a warning."""
         if not self.refusals:
             return
         listing = "; ".join(f"{name}: {why}" for name, why in self.refusals.items())
-        if progress:
-            progress(f"{what}: left out {listing}")
+        if report:
+            report(f"{what}: left out {listing}")
         else:
             warnings.warn(f"{what}: left out {listing}", FxqWarning, stacklevel=3)
 

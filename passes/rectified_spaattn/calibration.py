@@ -13,8 +13,9 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from io import StringIO
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,10 +27,12 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from fxq.account import account
 from fxq.capturing import capture
+from fxq.checkpoint import Checkpoint, Tensors, fingerprint, run_over
 from fxq.graph import is_op, owner_name
 from fxq.operators import SPARSE_ATTENTION
 from fxq.passes.rectified_spaattn.replace_attention import ReplaceAttention
-from fxq.pipeline import CheckedBatches, Progress, Recipe, device_of
+from fxq.pipeline import CheckedBatches, Recipe, device_of
+from fxq.progress import Progress, Reported, reporting
 from fxq.rectified_attention.layout import BlockLayout
 from fxq.rectified_attention.reference import attend, attend_block, plan, visited_tokens
 from fxq.signature import Inputs
@@ -135,7 +138,8 @@ def calibrate_density(
     *,
     densities: Sequence[float] = DENSITIES,
     n_blocks: int = N_BLOCKS,
-    progress: Progress | None = None,
+    progress: Progress = None,
+    checkpoint: str | Path | None = None,
 ) -> Calibration:
     """Measure every attention that `attention` would replace, on a model's own activations.
 
@@ -146,16 +150,19 @@ def calibrate_density(
         attention: what to measure; its density does not matter, the default pass unless given.
         densities: to measure, each in (0, 1).
         n_blocks: query blocks sampled per layer and batch.
-        progress: told of each batch.
+        progress: as for `fxq.compress`.
+        checkpoint: a file that keeps the sums of an interrupted call, which then goes on behind
+            their batches; it is removed at the end.
     Raises:
-        ValueError: densities outside (0, 1), no block to sample, no batch, or no attention to
-            replace.
+        ValueError: densities outside (0, 1), no block to sample, no batch, no attention to replace,
+            or a checkpoint of other work.
     """
     measured = attention or ReplaceAttention()
     if not densities or any(not 0 < d < 1 for d in densities):
         raise ValueError(f"densities: expected numbers between 0 and 1, found {tuple(densities)}")
     if n_blocks < 1:
         raise ValueError(f"n_blocks: expected at least 1 per layer and batch, found {n_blocks}")
+    kept = Checkpoint(checkpoint, "fxq_density")
     captured = capture(model, example_inputs)
     recipe = Recipe("calibration", (replace(measured, density=1.0),))
     gm = recipe.apply(captured.graph_module)
@@ -164,16 +171,17 @@ def calibrate_density(
         raise ValueError(
             f"model: expected attention that can be replaced, found none; {_why_dense(gm)}"
         )
-    count = 0
-    with torch.no_grad():
-        for leaves in CheckedBatches(captured, data, device_of(model)):
-            probe.run(*leaves)
-            count += 1
-            if progress:
-                progress(f"calibrate_density: batch {count}, {len(probe.layers)} layers measured")
-    if not count:
-        raise ValueError("data: expected at least one batch, found none")
-    return Calibration(tuple(probe.measurements()), measured)
+    batches = CheckedBatches(captured, data, device_of(model))
+    about = repr((measured, probe.densities, n_blocks))
+    with torch.no_grad(), reporting(progress) as report:
+        run_over(
+            Reported(batches, "calibrate_density", report), lambda leaves: probe.run(*leaves),
+            kept, lambda: fingerprint(gm, about), probe.state, probe.restore,
+        )  # fmt: skip
+        report(f"calibrate_density: {len(probe.layers)} layers measured")
+    found = tuple(probe.measurements())
+    kept.remove()
+    return Calibration(found, measured)
 
 
 def _why_dense(gm: GraphModule) -> str:
@@ -194,7 +202,7 @@ class _Sums:
     ratio: float = 0.0
     dropped: float = 0.0
     passed: float = 0.0
-    n_plans: int = 0
+    n_plans: float = 0.0
 
 
 class _Probe(Interpreter):
@@ -217,8 +225,21 @@ class _Probe(Interpreter):
             site.measure(self.sums[n, density], density, chosen.tolist())
         return site.dense(), None
 
+    def state(self) -> Tensors:
+        """Return everything that changes."""
+        sums = torch.tensor([astuple(s) for s in self.sums.values()], dtype=torch.float64)
+        return {"sums": sums, "generator": self.generator.get_state()}
+
+    def restore(self, kept: Tensors) -> None:
+        """Put back what `state` returned."""
+        for key, numbers in zip(self.sums, kept["sums"].tolist(), strict=True):
+            self.sums[key] = _Sums(*numbers)
+        self.generator.set_state(kept["generator"])
+
     def measurements(self) -> Iterable[Measurement]:
         for (node, density), s in self.sums.items():
+            if not s.n_plans:
+                raise ValueError("data: expected at least one batch, found none")
             yield Measurement(
                 owner_name(node), density, s.kept / s.n_plans, s.ratio / s.n_plans,
                 s.passed / s.dropped if s.dropped else 1.0,

@@ -235,7 +235,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     model, example = small_models.vit()
     whole = dream(model.eval(), example, batch_size=2)
     path = tmp_path / "state.safetensors"
-    monkeypatch.setattr("fxq.passes.psaq_vit.long_work.SAVE_EVERY_S", -1.0)
+    monkeypatch.setattr("fxq.checkpoint.SAVE_EVERY_S", -1.0)
     normalized = normalize
     calls = 0
 

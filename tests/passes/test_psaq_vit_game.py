@@ -242,7 +242,7 @@ def test_an_interrupted_game_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
     images = dream(model, example, labels=None, batch_size=2)
     whole = refine(model, example, images=images)
     path = tmp_path / "game.safetensors"
-    monkeypatch.setattr("fxq.passes.psaq_vit.long_work.SAVE_EVERY_S", -1.0)
+    monkeypatch.setattr("fxq.checkpoint.SAVE_EVERY_S", -1.0)
     learn, calls = Student.learn, 0
 
     def interrupted(*args: Any) -> Tensor:

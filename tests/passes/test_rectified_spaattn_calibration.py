@@ -1,6 +1,8 @@
 """Calibration: measured on a model's activations, and what follows for its densities."""
 
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -48,6 +50,27 @@ def test_the_error_is_that_of_the_compressed_model() -> None:
         assert 0.5 * measured.error < error < 2 * measured.error
 
 
+def test_an_interrupted_measurement_goes_on_to_the_same_numbers(tmp_path: Path) -> None:
+    batches = [joint_inputs() for _ in range(3)]
+    path = tmp_path / "sums.safetensors"
+
+    def measure(data: Any, **changes: Any) -> Calibration:
+        changes = {"densities": (0.2, 0.6), "n_blocks": 2, **changes}
+        return calibrate_density(peaked(), batches[0], data, SMALL, **changes)
+
+    def stopped() -> Iterator[Any]:
+        yield from batches[:2]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        measure(stopped(), checkpoint=path)
+    with pytest.raises(ValueError, match="remove it or choose another"):
+        measure(batches, checkpoint=path, n_blocks=3)
+
+    assert measure(batches, checkpoint=path) == measure(batches)
+    assert not path.exists()
+
+
 def test_more_blocks_err_less_and_the_table_shows_it() -> None:
     messages: list[str] = []
     batches = [joint_inputs(), joint_inputs(lengths=(1, 6))]
@@ -61,7 +84,7 @@ def test_more_blocks_err_less_and_the_table_shows_it() -> None:
     assert [round(m.kept, 1) for m in found.measurements] == [0.2, 0.6, 0.9]
     assert all(0 < m.ratio <= 1 and 0 <= m.pass_rate <= 1 for m in found.measurements)
     assert "relative error" in str(found)
-    assert messages[-1] == "calibrate_density: batch 2, 1 layers measured"
+    assert messages[-1] == "calibrate_density: 1 layers measured"
 
 
 def test_proposals_are_the_smallest_density_within_the_bound() -> None:
