@@ -102,8 +102,6 @@ def flops_of(node: Node, sizes: Mapping[str, int] | None = None) -> int:
     def shape(name: str) -> list[int]:
         return [hint(size, sizes) for size in shape_of(operand(node, name))]
 
-    result = val_of(node)
-    result = result[0] if isinstance(result, tuple | list) else result
     match kind_of(node):
         case "linear":
             of_one = shape("weight")[-1]
@@ -112,13 +110,14 @@ def flops_of(node: Node, sizes: Mapping[str, int] | None = None) -> int:
         case "transposed conv":
             return 2 * math.prod(shape("input")) * math.prod(shape("weight")[1:])
         case "attention":
-            query, key, value = map(shape, ("query", "key", "value"))
-            return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+            out = val_of(node)[0] if is_op(node, SPARSE_ATTENTION) else val_of(node)
+            scored = math.prod(shape("query")) + math.prod(hint(size, sizes) for size in out.shape)
+            return 2 * scored * shape("key")[-2]
         case "matmul":
             of_one = hint(shape_of(multiplied(node)[0])[-1], sizes)
         case _:
             return counted_flops(node, sizes)
-    return 2 * math.prod(hint(size, sizes) for size in result.shape) * of_one
+    return 2 * math.prod(hint(size, sizes) for size in shape_of(node)) * of_one
 
 
 def sparse_format(node: Node) -> str | None:
