@@ -19,15 +19,10 @@ from fxq.graph import constant_of, hint, is_constant, is_op, owner_name, shape_o
 from fxq.operators import SPARSE_ATTENTION, TABLE, Movement, multiplied, operand
 
 KINDS: Mapping[Movement | None, str] = {
-    Movement.LINEAR: "linear",
-    Movement.CONV: "conv",
-    Movement.CONV_TRANSPOSE: "transposed conv",
-    Movement.MATMUL: "matmul",
-    Movement.ADDMM: "matmul",
-    Movement.EINSUM: "einsum",
-    Movement.ATTENTION: "attention",
-    Movement.SPARSE_ATTENTION: "attention",
-}
+    Movement.LINEAR: "linear", Movement.CONV: "conv", Movement.CONV_TRANSPOSE: "transposed conv",
+    Movement.MATMUL: "matmul", Movement.ADDMM: "matmul", Movement.EINSUM: "einsum",
+    Movement.ATTENTION: "attention", Movement.SPARSE_ATTENTION: "attention",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
