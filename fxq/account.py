@@ -15,20 +15,15 @@ from torch.fx import GraphModule, Node
 
 from fxq.einsum import Equation
 from fxq.flops import counted_flops
-from fxq.graph import constant_of, hint, is_constant, is_op, owner_name, shape_of
+from fxq.graph import constant_of, hint, is_constant, is_op, owner_name, shape_of, val_of
 from fxq.layer import Layer, Skip, layer_of
 from fxq.operators import SPARSE_ATTENTION, TABLE, Movement, multiplied, operand
 
 KINDS: Mapping[Movement | None, str] = {
-    Movement.LINEAR: "linear",
-    Movement.CONV: "conv",
-    Movement.CONV_TRANSPOSE: "transposed conv",
-    Movement.MATMUL: "matmul",
-    Movement.ADDMM: "matmul",
-    Movement.EINSUM: "einsum",
-    Movement.ATTENTION: "attention",
-    Movement.SPARSE_ATTENTION: "attention",
-}
+    Movement.LINEAR: "linear", Movement.CONV: "conv", Movement.CONV_TRANSPOSE: "transposed conv",
+    Movement.MATMUL: "matmul", Movement.ADDMM: "matmul", Movement.EINSUM: "einsum",
+    Movement.ATTENTION: "attention", Movement.SPARSE_ATTENTION: "attention",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -92,8 +87,9 @@ def flops_of(node: Node, sizes: Mapping[str, int] | None = None) -> int:
         case "transposed conv":
             return 2 * math.prod(shape("input")) * math.prod(shape("weight")[1:])
         case "attention":
-            query, key, value = map(shape, ("query", "key", "value"))
-            return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+            out = val_of(node)[0] if is_op(node, SPARSE_ATTENTION) else val_of(node)
+            scored = math.prod(shape("query")) + math.prod(hint(size, sizes) for size in out.shape)
+            return 2 * scored * shape("key")[-2]
         case "matmul":
             of_one = hint(shape_of(multiplied(node)[0])[-1], sizes)
         case _:

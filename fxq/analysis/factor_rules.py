@@ -302,7 +302,8 @@ def _is_free(node: Node) -> bool:
     return movement_of(source) is Movement.LINEAR and len(source.users) == 1
 
 
-CARRIES = {*following.MOVES, Movement.COPY, Movement.DROPOUT}
+# What the first operand alone decides: not SCATTER, which has two.
+CARRIES = {*following.MOVES, Movement.COPY, Movement.DROPOUT} - {Movement.SCATTER}
 SOURCES = by_movement({
     linear: (Movement.LINEAR,),
     conv: (Movement.CONV,),

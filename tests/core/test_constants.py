@@ -6,13 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph, GraphModule, Node
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxq.canonicalize import canonicalize
 from fxq.capturing import capture
-from fxq.constants import constant_value
+from fxq.constants import Constants, constant_value
 from fxq.graph import is_constant
 
 ATEN = torch.ops.aten
@@ -286,3 +286,102 @@ def test_a_value_is_computed_once_however_many_read_it() -> None:
     assert result is not None
     assert result.tolist() == [2.0**12, 2.0**12]
     assert counted.count == 12
+
+
+def doubled_twice() -> tuple[GraphModule, Node]:
+    """Return a graph whose result is a constant: (w + w) * 2."""
+    graph = Graph()
+    w = graph.get_attr("w")
+    twice = graph.call_function(ATEN.add.Tensor, (w, w))
+    value = graph.call_function(ATEN.mul.Tensor, (twice, 2))
+    graph.output(value)
+    root = nn.Module()
+    root.register_buffer("w", torch.ones(2))
+    return GraphModule(root, graph), value
+
+
+def test_values_of_one_walk_are_computed_once() -> None:
+    _, value = doubled_twice()
+    constants = Constants()
+
+    with Additions() as counted:
+        results = [constants.value(value) for _ in range(18)]
+        results.append(constants.value(value.all_input_nodes[0]))
+
+    assert counted.count == 1
+    assert [result.tolist()[0] for result in results if result is not None] == [4.0] * 18 + [2.0]
+
+
+def replace_buffer(gm: GraphModule, value: Node) -> None:
+    gm.w = torch.full((2,), 3.0)
+
+
+def replace_data(gm: GraphModule, value: Node) -> None:
+    gm.w.data = torch.full((2,), 3.0)
+
+
+def write(gm: GraphModule, value: Node) -> None:
+    gm.w.mul_(3)
+
+
+def write_to_a_view(gm: GraphModule, value: Node) -> None:
+    gm.w[:1].mul_(3)
+
+
+def change_an_argument(gm: GraphModule, value: Node) -> None:
+    value.update_arg(1, 6)
+
+
+def change_a_node_in_front(gm: GraphModule, value: Node) -> None:
+    value.all_input_nodes[0].target = ATEN.mul.Tensor
+
+
+def put_a_node_between(gm: GraphModule, value: Node) -> None:
+    source = value.all_input_nodes[0]
+    with gm.graph.inserting_before(value):
+        value.replace_input_with(source, gm.graph.call_function(ATEN.mul.Tensor, (source, 3)))
+
+
+def depend_on_an_input(gm: GraphModule, value: Node) -> None:
+    w = next(iter(gm.graph.nodes))
+    with gm.graph.inserting_before(w):
+        w.replace_all_uses_with(gm.graph.placeholder("x"))
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (replace_buffer, 12.0),
+        (replace_data, 12.0),
+        (write, 12.0),
+        (write_to_a_view, 12.0),
+        (change_an_argument, 12.0),
+        (change_a_node_in_front, 2.0),
+        (put_a_node_between, 12.0),
+        (depend_on_an_input, None),
+    ],
+)
+def test_a_value_does_not_outlive_what_it_was_made_of(
+    change: Callable[[GraphModule, Node], None], expected: float | None
+) -> None:
+    gm, value = doubled_twice()
+    constants = Constants()
+    assert constants.value(value) is not None
+
+    change(gm, value)
+
+    result = constants.value(value)
+    assert (None if result is None else result.tolist()[0]) == expected
+
+
+def test_a_write_to_an_inference_tensor_is_seen() -> None:
+    gm, value = doubled_twice()
+    constants = Constants()
+    with torch.inference_mode():
+        gm.w = torch.ones(2)
+        constants.value(value)
+        gm.w.mul_(3)
+        result = constants.value(value)
+
+    assert result is not None
+    assert result.tolist() == [12.0, 12.0]
