@@ -45,6 +45,10 @@ def written_through_a_view(h: Tensor) -> Tensor:
     return h
 
 
+def swapped(h: Tensor) -> Tensor:
+    return torch.select_scatter(torch.select_scatter(h, h[:, 1], 1, 0), h[:, 0], 1, 1)
+
+
 PASSES: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "flip": (lambda h: h.flip(-1), SHIFT),
     "roll": (lambda h: h.roll(1, -1), SHIFT),
@@ -53,6 +57,8 @@ PASSES: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "mean over tokens": (lambda h: h[:, None].expand(-1, 3, -1).mean(1), SHIFT),
     "dropout in eval mode": (lambda h: F.dropout(h, 0.5, training=False), SHIFT),
     "repeat": (lambda h: h.repeat(1, 2)[:, 4:12], SHIFT),
+    "part written over": (lambda h: h.flip(-1).slice_scatter(h[:, :2], 1, 6, 8), SHIFT),
+    "swap by writing over": (swapped, SHIFT),
     "adding a constant": (lambda h: h + EIGHT.to(h), SHIFT),
     "sum over tokens": (lambda h: h[:, None].expand(-1, 3, -1).sum(1), SCALE),
     "relu": (torch.relu, SCALE),
