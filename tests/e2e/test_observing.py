@@ -102,8 +102,20 @@ def test_every_block_has_its_own_ranges_across_graph_breaks_and_lengths() -> Non
     assert seen.missed == ()
 
 
+class TwoHeads(nn.Module):
+    """A head that is called only when asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(16, 32), nn.Linear(32, 8)
+
+    def forward(self, x: Tensor, head: bool = True) -> Tensor:
+        x = torch.relu(self.body(x))
+        return self.head(x) if head else x
+
+
 def test_layers_that_no_run_reached_are_listed_and_stay_float(every_layer_pays: None) -> None:
-    model, x = Blocks().eval(), torch.randn(2, 5, 16)
+    model, x = TwoHeads().eval(), torch.randn(2, 5, 16)
     with torch.no_grad(), fxq.observe(model, STATIC) as seen:
         model(x, head=False)
 
