@@ -6,7 +6,6 @@ batches) and returns torch's `PassResult`. A **recipe** is a name and a tuple of
 is the order; nothing else decides it. `repr(recipe)` is the whole record of an experiment.
 """
 
-import hashlib
 import importlib.metadata
 import itertools
 import operator
@@ -29,6 +28,7 @@ from fxq.checkpoint import Checkpoint
 from fxq.dialect import Dialect
 from fxq.errors import SkippedError, did_you_mean
 from fxq.graph import copy_graph, propagate
+from fxq.history import Stage, stage
 from fxq.judging import outputs_sqnr_db
 from fxq.program import Program
 from fxq.progress import Progress, Reported, reporting
@@ -106,23 +106,21 @@ class Recipe:
         """Whether any pass leaves state that the user must set between calls."""
         return any(isinstance(p, Pass) and p.needs_program for p in self.passes)
 
-    @property
-    def fingerprint(self) -> str:
-        """A hash of everything that decides the result, equal in every process."""
-        return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
-
     def apply(
         self,
         gm: GraphModule,
         data: Batches | None = None,
         progress: Progress = None,
         checkpoint: Checkpoint | None = None,
+        history: list[Stage] | None = None,
     ) -> GraphModule:
         """Run every pass on `gm`, checking the dialect after each.
 
         The last pass that reads data has the checkpoint; those before it run again after an
-        interruption, and must come to the same graph.
+        interruption, and must come to the same graph. `history` gets the graph after each.
         """
+        if history is not None:
+            history.append(stage("capture", 0.0, gm, None))
         reading = (i for i, p in enumerate(self.passes) if isinstance(p, DataPass))
         last = max(reading, default=None)
         with reporting(progress) as report:
@@ -144,8 +142,11 @@ class Recipe:
                     gm.graph.lint()
                     gm.recompile()
                 step.writes.check(gm, after=name)
+                seconds = time.perf_counter() - began
+                if history is not None:
+                    history.append(stage(name, seconds, gm, history[-1].graph_module))
                 change = "" if result.modified else " (changed nothing)"
-                report(f"{name}: {time.perf_counter() - began:.1f} s{change}")
+                report(f"{name}: {seconds:.1f} s{change}")
         propagate(gm)
         return gm
 
@@ -182,6 +183,7 @@ def compress(
     strict: bool = False,
     progress: Progress = None,
     checkpoint: str | Path | None = None,
+    history: list[Stage] | None = None,
 ) -> Program:
     """Capture `model`, run `recipe` on it and return a program that takes the model's place.
 
@@ -203,6 +205,7 @@ def compress(
             exception ends the work; the same call then goes on behind those batches, to the same
             bytes. Other passes run again. It is removed at the end; under `torch.distributed` each
             process needs its own.
+        history: a list that gets the graph after every pass (`fxq.history`).
     Raises:
         ValueError: train mode, no data, NaN or Inf in it, wrong shapes, dtype or device, an unknown
             recipe, a checkpoint of other work.
@@ -222,7 +225,7 @@ def compress(
             captured.graph_module(*example)
         )  # before it is rewritten
         batches = None if data is None else CheckedBatches(captured, data, device_of(model))
-        gm = recipe.apply(captured.graph_module, batches, report, kept)
+        gm = recipe.apply(captured.graph_module, batches, report, kept, history)
         if strict and (skips := unintended_skips(gm)):
             listing = "\n  ".join(f"{name}: {why}" for name, why in skips.items())
             raise SkippedError(

@@ -1,7 +1,11 @@
 """Recipes: order and records."""
 
 import pytest
+import torch
+from torch import nn
 
+import fxq
+from fxq.history import Stage
 from fxq.passes import w8a8
 from fxq.pipeline import Recipe
 
@@ -13,6 +17,26 @@ def test_a_recipe_in_the_wrong_order_is_refused() -> None:
         Recipe("wrong", (observe, convert, calibrate))
 
 
-def test_equal_recipes_have_equal_fingerprints() -> None:
-    assert w8a8.STATIC.fingerprint == Recipe("w8a8_static", w8a8.STATIC.passes).fingerprint
-    assert w8a8.STATIC.fingerprint != w8a8.DYNAMIC.fingerprint
+def test_equal_recipes_have_equal_records() -> None:
+    assert repr(w8a8.STATIC) == repr(Recipe("w8a8_static", w8a8.STATIC.passes))
+    assert repr(w8a8.STATIC) != repr(w8a8.DYNAMIC)
+
+
+def test_the_history_has_every_graph_as_a_pass_left_it() -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU()).eval(), torch.randn(3, 8)
+    stages: list[Stage] = []
+
+    program = fxq.compress(model, x, w8a8.STATIC, data=[x], history=stages)
+
+    assert [s.name for s in stages] == ["capture", "InsertObservers", "Calibrate", "Convert"]
+    captured, observed, calibrated, converted = stages
+    assert torch.equal(captured.graph_module(x)[0], model(x))
+    assert torch.equal(converted.graph_module(x)[0], program(x))
+    assert {"linear", "relu"} < captured.changed
+    assert calibrated.changed == calibrated.removed == frozenset()
+    assert "linear" in observed.changed & converted.changed  # it reads something else
+    assert "relu" not in converted.changed
+    assert observed.changed - {"linear"} <= converted.removed  # the observer
+    assert all(stage.seconds >= 0 for stage in stages)
+    weights = [dict(s.graph_module.named_parameters()) for s in stages[:3]]
+    assert all(w["0.weight"] is weights[0]["0.weight"] for w in weights)

@@ -1,0 +1,53 @@
+"""History: the graph as each pass of a recipe left it, for whoever wants to see what happened.
+
+    stages = []
+    fxq.compress(model, x, recipe, history=stages)
+    for stage in stages:
+        print(stage.name, f"{stage.seconds:.1f} s", len(stage.changed), "nodes")
+
+A stage has a graph of its own and shares parameters with its neighbours, so keeping all of them
+costs a list of nodes each.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch.fx import GraphModule, Node
+
+from fxq.graph import copy_graph
+from fxq.layer import LAYER
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one pass made.
+
+    Args:
+        name: of the pass; "capture" for the first stage.
+        seconds: that it took.
+        graph_module: a copy, as the pass left it.
+        changed: names of nodes that are new, or read or are known otherwise than before.
+        removed: names of nodes that were there before.
+    """
+
+    name: str
+    seconds: float
+    graph_module: GraphModule
+    changed: frozenset[str]
+    removed: frozenset[str]
+
+
+def stage(name: str, seconds: float, gm: GraphModule, before: GraphModule | None) -> Stage:
+    """Return `gm` as a stage behind the one that left `before`; of the first all is new."""
+    old, new = ({} if g is None else _nodes(g) for g in (before, gm))
+    changed = frozenset(name for name, node in new.items() if old.get(name) != node)
+    return Stage(name, seconds, copy_graph(gm), changed, frozenset(old.keys() - new.keys()))
+
+
+def _nodes(gm: GraphModule) -> dict[str, Any]:
+    return {node.name: _described(node) for node in gm.graph.nodes}
+
+
+def _described(node: Node) -> tuple[Any, ...]:
+    record = node.meta.get(LAYER)
+    return node.op, str(node.target), str(node.args), str(node.kwargs), record
