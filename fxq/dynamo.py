@@ -17,8 +17,10 @@ from torch.fx.traceback import preserve_node_meta
 from fxq.canonicalize import canonicalize
 from fxq.canonicalize.cleanup import refuse_train_mode
 from fxq.errors import UnreadableGraphError
-from fxq.graph import is_transform, settle_marked, why_unreadable, writes
+from fxq.graph import is_op, is_transform, settle_marked, why_unreadable, writes
 from fxq.writes import Functionalized, give_own_memory
+
+READS = (torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default)
 
 
 def from_dynamo(gm: GraphModule) -> tuple[GraphModule, tuple[int, ...]]:
@@ -38,13 +40,16 @@ def from_dynamo(gm: GraphModule) -> tuple[GraphModule, tuple[int, ...]]:
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     values = [n.meta["example_value"] for n in placeholders]
     mode = next(v.fake_mode for v in values if isinstance(v, FakeTensor))
-    run = _Run(gm).run  # node by node: so the new nodes know the modules they come from
+    interpreter = _Run(gm)  # node by node: so the new nodes know the modules they come from
+    run = interpreter.run
     with tracing(TracingContext(mode)), mode, torch.no_grad(), preserve_node_meta():
         if any(map(is_transform, gm.graph.nodes)):
             # Below their dispatch transforms are operators like any other; composites come apart.
             run = Interpreter(make_fx(run, _allow_non_fake_inputs=True)(*values)).run
         functionalized = Functionalized(run)
         flat = _trace(run, values)
+        if interpreter.numbers and any(is_op(node, *READS) for node in flat.graph.nodes):
+            raise UnreadableGraphError("a number that changes from call to call must stay one")
         refuse_train_mode(flat)  # before its operators are taken apart
         if any(map(writes, flat.graph.nodes)):  # as in `capture`
             flat = _trace(functionalized, values)
@@ -63,11 +68,15 @@ def from_dynamo(gm: GraphModule) -> tuple[GraphModule, tuple[int, ...]]:
 
 class _Run(Interpreter):
     """Runs Dynamo's graph. A number that changes from call to call comes as a tensor, which it is
-    read off; it stays a tensor here, with results in the dtypes that a number gives."""
+    read off; it stays a tensor here, with results in the dtypes that a number gives. (Inductor then
+    has Dynamo make a constant of it, and a graph for each value; what observes needs one graph.)"""
+
+    numbers = False
 
     def run_node(self, n: Node) -> Any:
         expected = n.meta.get("example_value")
         if n.op == "call_method" and n.target == "item" and isinstance(expected, torch.SymFloat):
+            self.numbers = True
             return self.fetch_args_kwargs_from_env(n)[0][0]
         result = super().run_node(n)
         if isinstance(expected, Tensor) and isinstance(result, Tensor):
@@ -78,10 +87,17 @@ class _Run(Interpreter):
 @contextlib.contextmanager
 def readable() -> Iterator[None]:
     """Turn what Dynamo would take for a reason to run a frame in eager, without a word, into an
-    error of our own."""
+    error of our own, and forget sizes and numbers that depend on data, which a trace has met."""
+    context = TracingContext.try_get()
+    env = context.fake_mode.shape_env if context and context.fake_mode else None
+    pending = list(env.pending_fresh_unbacked_symbols) if env else []
     try:
         yield
-    except exceptions_allowed_to_be_fallback as error:
+    except (UnreadableGraphError, *exceptions_allowed_to_be_fallback) as error:
+        if env is not None:
+            env.pending_fresh_unbacked_symbols[:] = pending
+        if isinstance(error, UnreadableGraphError):
+            raise
         raise UnreadableGraphError(f"{type(error).__name__}: {error}") from error
 
 

@@ -20,6 +20,7 @@ from fxq import numerics
 from fxq.errors import UnsupportedError
 from fxq.graph import args_of, copy_graph, insert_module, is_constant, owner_name, tensor_of
 from fxq.identity import TensorKey
+from fxq.layer import layer_of
 from fxq.observers import RangeObserver
 from fxq.passes.common.convert import pending_layers, quantize_weight
 from fxq.row_choice import pick
@@ -173,6 +174,10 @@ def activation_scales(student: GraphModule) -> list[nn.Parameter]:
 def _quantize_operands(student: GraphModule, layer: Node, spec: LayerSpec) -> None:
     source, weight, *rest = args_of(layer)
     name = owner_name(layer)
+    if layer_of(layer).weight is not None:
+        raise UnsupportedError(
+            f"{name}: expected a weight to train, found codes that a method has fixed; train first"
+        )
     if spec.activation is not None and spec.activation.dynamic:
         module: nn.Module = _DynamicActivation(spec.activation)
         source = insert_module(student, f"{name}.input_fake_quantize", module, source)

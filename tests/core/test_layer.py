@@ -14,11 +14,12 @@ from torch.fx.passes.infra.pass_base import PassResult
 import fxq
 from fxq.account import account
 from fxq.dialect import ATEN, OBSERVED, Dialect
-from fxq.errors import SkippedError
+from fxq.errors import SkippedError, UnsupportedError
 from fxq.graph import copy_graph, is_op, weight_of
 from fxq.layer import NOT_SEEN, Layer, Skip, Treatment, WeightCodes, layer_of, state, treat
 from fxq.lowering.lower import lower
 from fxq.passes.common import Convert, DecomposeAttention, InsertObservers
+from fxq.passes.common.fake_quantize import student_of
 from fxq.pipeline import Pass, Recipe
 from fxq.spec import LayerSpec, PerChannel, QuantSpec
 
@@ -121,6 +122,14 @@ def test_convert_keeps_the_codes_that_a_method_chose(tmp_path: Path) -> None:
     assert torch.equal(loaded(x), program(x))
     dids = [t.did for t in account(loaded.graph_module)[0].layer.treatments]
     assert dids == ["to be quantized", "rounded up", "float32 x int4"]
+
+
+def test_codes_that_are_fixed_are_not_trained() -> None:
+    gm = fxq.capture(TwoLayers().eval(), torch.randn(2, 16)).graph_module
+    fixed = Recipe("fixed", (InsertObservers(W4), RoundUp())).apply(gm)
+
+    with pytest.raises(UnsupportedError, match="a: expected a weight to train"):
+        student_of(fixed)
 
 
 def test_layers_that_share_a_weight_may_have_codes_of_their_own() -> None:

@@ -1,0 +1,76 @@
+"""Python numbers that change from call to call, which Dynamo makes inputs of a graph."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fxq.backend import Compiled
+from fxq.errors import FxqWarning
+from fxq.pipeline import FLOAT
+
+
+@pytest.fixture
+def builds(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Graphs that fxq compiled."""
+    made: list[Any] = []
+    make = Compiled.make
+
+    def counting(self: Compiled, bound: Any, inputs: Any, args: Any) -> Any:
+        made.append(bound)
+        return make(self, bound, inputs, args)
+
+    monkeypatch.setattr(Compiled, "make", counting)
+    return made
+
+
+class Scaled(nn.Module):
+    """A number that changes from call to call: Dynamo makes an input of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.factor = nn.Linear(8, 8), 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.layer(x * self.factor)) / self.factor + self.factor
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_graph_with_a_number_that_changes_is_never_left_to_eager(
+    dtype: torch.dtype, builds: list[Any]
+) -> None:
+    model, x = Scaled().eval().to(dtype), torch.randn(3, 8, dtype=dtype)
+    fast = torch.compile(model, backend="fxq", options={"recipe": FLOAT}, fullgraph=True)
+
+    for factor in (1.0, 2.5, 0.3, 7.0):
+        model.factor = factor
+        with torch.no_grad():
+            found = fast(x)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found, model(x))
+    # The first takes the number for a constant, the second has it as an input, which Inductor gives
+    # back: Dynamo makes constants of it from there on.
+    assert len(builds) == 5
+
+
+class Slope(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.slope = nn.Linear(8, 8), 0.1
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.leaky_relu(self.layer(x), self.slope)
+
+
+def test_a_number_that_must_not_be_a_tensor_leaves_the_graph_as_it_is_and_says_so() -> None:
+    model, x = Slope().eval(), torch.randn(3, 8)
+    fast = torch.compile(model, backend="fxq", options={"recipe": FLOAT}, fullgraph=True)
+    with torch.no_grad():
+        fast(x)
+
+    model.slope = 0.3
+    with torch.no_grad(), pytest.warns(FxqWarning, match="compiles a graph as it is.*from call to"):
+        found = fast(x)
+
+    torch.testing.assert_close(found, model(x))
