@@ -25,9 +25,10 @@ from fxq.bound_graph import BoundGraph, Run
 from fxq.dialect import OBSERVED
 from fxq.dynamo import readable, up_to_graphs
 from fxq.errors import UnreadableGraphError, UnsupportedError
-from fxq.graph import val_of
+from fxq.graph import owner_name, val_of
 from fxq.layer_json import decode_value, encode_value
 from fxq.observers import RangeObserver
+from fxq.operators import LAYERS
 from fxq.passes.common.calibrate import Calibrate
 from fxq.passes.common.observed_ranges import ObservedLayer, ObservedRanges, observed_layers
 from fxq.pipeline import DataPass, Recipe, resolve_recipe
@@ -44,7 +45,8 @@ class Observed:
 
     Attributes:
         calibrating: the recipe that was observed.
-        layers: everything seen, in the order in which it was first met.
+        layers: what was observed, in the order in which it was first met.
+        reached: qualified names of all linears and convolutions that were in a graph.
         missed: qualified names of layers that were in no graph: not called, or by code that Dynamo
             leaves to Python.
         unread: why a graph was run as it is, and nothing in it observed.
@@ -52,6 +54,7 @@ class Observed:
 
     calibrating: Recipe
     layers: dict[tuple[str, int], ObservedLayer] = field(default_factory=dict)
+    reached: set[str] = field(default_factory=set, repr=False)
     missed: tuple[str, ...] = ()
     unread: list[str] = field(default_factory=list)
 
@@ -111,7 +114,7 @@ class Observed:
             observers = [_observer(file, i, *entry) for i, entry in enumerate(about["observers"])]
         layers = [ObservedLayer(n, c, w, observers[o]) for n, c, w, o in about["layers"]]
         known = {(layer.name, layer.call): layer for layer in layers}
-        return cls(recipe, known, tuple(about["missed"]))
+        return cls(recipe, known, missed=tuple(about["missed"]))
 
 
 def _observer(
@@ -199,11 +202,10 @@ def _preparing(recipe: Recipe) -> Recipe:
 
 
 def _missed(model: nn.Module, seen: Observed) -> Iterator[str]:
-    reached = {name for name, _ in seen.layers}
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         is_layer = isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
-        if is_layer and isinstance(weight, Tensor) and name not in reached:
+        if is_layer and isinstance(weight, Tensor) and name not in seen.reached:
             yield name
 
 
@@ -228,6 +230,7 @@ class Observing(BoundGraph):
 
     def make(self, bound: GraphModule, inputs: Sequence[Any], args: Sequence[Any]) -> Run:
         """Insert the observers that earlier graphs have filled."""
+        self.seen.reached |= {owner_name(n) for n in bound.graph.nodes if n.target in LAYERS}
         observed = self.prepare.apply(bound)
         for node, layer in observed_layers(observed):
             self._share(observed, node.all_input_nodes[0], layer)
