@@ -158,7 +158,9 @@ class Compiled(BoundGraph):
         lowered, live = applied.lowered, self.live
         write_back(lowered, self.written_nodes(lowered))
         table = select_decomp_table() | decompositions()
-        compiled = _inductor(lowered, inputs, self.config, decompositions=table)
+        # The weights are constants here already, which is what freezing is for.
+        config = {**self.config, "freezing": False}
+        compiled = _inductor(lowered, inputs, config, decompositions=table)
         if self.eager is None:
             return lambda args: compiled(*(args[i] for i in live))
         graphs = (self.eager, float_graph, applied.quantized)

@@ -24,6 +24,7 @@ from fxq.binding import Bound, bind, bind_exported, check_finite, check_model
 from fxq.canonicalize import canonicalize
 from fxq.canonicalize.cleanup import refuse_train_mode
 from fxq.checking import Checked
+from fxq.dynamic_shapes import export_shapes
 from fxq.errors import UnsupportedError
 from fxq.graph import is_transform, shape_of, why_unreadable, writes
 from fxq.module_state import restored
@@ -65,8 +66,8 @@ def capture(
             where that export left them free. It is not modified.
         example_inputs: a tensor, a tuple of positional arguments or a mapping of keyword arguments.
         dynamic_shapes: `"batch"` leaves dimension 0 of the inputs that share the first one's free;
-            None fixes every size; a mapping from parameter names is handed to
-            `torch.export.export`.
+            None fixes every size; a mapping names those that are free, `{"ids": {1: "tokens"}}`
+            (`fxq.dynamic_shapes`).
     Raises:
         TypeError: not a module, or arguments it does not take.
         ValueError: train mode, NaN or Inf in the example.
@@ -154,7 +155,8 @@ def _export(
     model: nn.Module, values: dict[str, Any], dynamic_shapes: Any
 ) -> tuple[ExportedProgram, tuple[str, ...]]:
     if dynamic_shapes != "batch":
-        return _try_export(model, values, dynamic_shapes), ()
+        shapes = None if dynamic_shapes is None else export_shapes(values, dynamic_shapes)
+        return _try_export(model, values, shapes), ()
     leaves, spec = pytree.tree_flatten(values)
     sizes = [t.shape[0] for t in leaves if isinstance(t, Tensor) and t.ndim]
     batch = sizes[0] if sizes else None

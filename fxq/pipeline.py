@@ -10,6 +10,7 @@ import importlib.metadata
 import itertools
 import operator
 import time
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from fxq.account import unintended_skips
 from fxq.capturing import Captured, capture
 from fxq.checkpoint import Checkpoint
 from fxq.dialect import Dialect
-from fxq.errors import SkippedError, did_you_mean
+from fxq.errors import FxqWarning, SkippedError, did_you_mean
 from fxq.graph import copy_graph, propagate
 from fxq.history import Stage, stage
 from fxq.judging import outputs_sqnr_db
@@ -196,8 +197,8 @@ def compress(
             arguments, or a mapping of keyword arguments.
         recipe: a `Recipe`, or the name of an installed one (`"w8a8_static"`).
         data: batches for a recipe that calibrates, each in the form of `example_inputs`.
-        dynamic_shapes: `"batch"` keeps dimension 0 of the inputs free, None fixes every size,
-            anything else is handed to `torch.export.export`.
+        dynamic_shapes: `"batch"` keeps dimension 0 of the inputs free, None fixes every size, a
+            mapping names those that are free: `{"input_ids": {1: "tokens"}}`.
         strict: raise where a layer that the recipe targets had to stay float.
         progress: called with a line of text at each stage and every few seconds; True shows bars on
             a terminal, and writes lines to stderr elsewhere.
@@ -255,10 +256,25 @@ class CheckedBatches:
     def __init__(
         self, captured: Captured, data: Iterable[Any], device: torch.device | None
     ) -> None:
-        self.signature, self.device = captured.signature, device
+        self.signature, self.device, self.told = captured.signature, device, False
         self.initial_state = list(captured.state.values())
         self.float_graph = copy_graph(captured.graph_module)  # passes rewrite the other
         self.data = list(data) if isinstance(data, Iterator) else data
+
+    def _without_labels(self, batch: Any) -> Any:
+        """Return a batch of a data loader without what stands behind the model's only input."""
+        if len(self.signature.given) != 1 or not isinstance(batch, tuple | list) or len(batch) < 2:
+            return batch
+        extra = [list(v.shape) if isinstance(v, Tensor) else type(v).__name__ for v in batch[1:]]
+        if not self.told:
+            self.told = True
+            warnings.warn(
+                f"data: the model takes {self.signature.given[0]!r} alone; what batches have after "
+                f"it is left out: {extra}",
+                FxqWarning,
+                stacklevel=2,
+            )
+        return tuple(batch[:1])
 
     def __length_hint__(self) -> int:
         return operator.length_hint(self.data)
@@ -266,7 +282,7 @@ class CheckedBatches:
     def __iter__(self) -> Iterator[Sequence[Any]]:
         state = self.initial_state
         for index, batch in enumerate(self.data):
-            args, kwargs = split_inputs(batch)
+            args, kwargs = split_inputs(self._without_labels(batch))
             leaves = self.signature.flatten(args, kwargs, f"data batch {index}", self.device)
             for leaf, value in zip(self.signature.tensors, leaves, strict=True):
                 if value.is_floating_point() and (bad := int((~value.isfinite()).sum())):

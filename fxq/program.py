@@ -152,6 +152,18 @@ class Program(nn.Module):
         """Where the tensors are; the CPU where there are none."""
         return next((b.device for b in self.buffers()), torch.device("cpu"))
 
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the graph's tensors, which do not train: those in the model's dtype first, so that
+        the first one answers for dtype and device, then other floating ones, then codes."""
+        prefix = f"{prefix}.graph_module".removeprefix(".")
+        found = list(self.graph_module.named_buffers(prefix, recurse, remove_duplicate))
+        dtype = self.dtype
+        found.sort(key=lambda item: (item[1].dtype != dtype, not item[1].is_floating_point()))
+        for name, value in found:
+            yield name, nn.Parameter(value, requires_grad=False)
+
     def train(self, mode: bool = True) -> "Program":
         """Accept eval mode only.
 
@@ -170,7 +182,8 @@ class Program(nn.Module):
         Raises:
             ValueError: a change of dtype, which would change the scales.
         """
-        dtypes = {b.dtype for b in self.buffers() if b.is_floating_point()} | {torch.float32}
+        dtypes = {b.dtype for b in self.buffers() if b.is_floating_point()}
+        dtypes |= {torch.float32, self.dtype}
         for dtype in dtypes:
             probe = fn(torch.empty(0, dtype=dtype, device=self.device))
             if probe.dtype == dtype:
@@ -188,9 +201,9 @@ class Program(nn.Module):
         return self
 
     @contextlib.contextmanager
-    def cache_context(self, name: str) -> Iterator[None]:
-        """Do nothing: diffusers' pipelines enter this context to name a cache, and a graph has
-        none."""
+    def cache_context(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Do nothing: diffusers' pipelines enter this context to name a cache and a step, and a
+        graph has none."""
         yield
 
     def extra_repr(self) -> str:

@@ -1,0 +1,86 @@
+"""Which sizes of the inputs stay free: from the few that a user names to what torch.export takes.
+
+    dynamic_shapes={"input_ids": {1: "tokens"}, "mask": {1: "tokens"}}
+
+Everything that is not named is fixed. Equal names are one size; `Dim.AUTO` and the like are torch's
+own.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.export import Dim
+
+from fxq.errors import did_you_mean
+
+
+def export_shapes(
+    values: Mapping[str, Any], named: Mapping[str, Any] | Sequence[Any]
+) -> dict[str, Any]:
+    """Return the `dynamic_shapes` of torch.export for arguments of a model.
+
+    Args:
+        values: the arguments by name.
+        named: of some of them, by name or in order, which dimensions are free: of a tensor a
+            mapping from dimension to name, or a sequence with an entry for each; of a container, of
+            some of its entries.
+    Raises:
+        ValueError: an argument or dimension that is not there.
+        TypeError: a description in another form.
+    """
+    if not isinstance(named, Mapping | tuple | list):
+        raise TypeError(
+            f'dynamic_shapes: expected "batch", None or {{argument: {{dimension: name}}}}, found '
+            f"{named!r}"
+        )
+    named = dict(named) if isinstance(named, Mapping) else dict(zip(values, named, strict=False))
+    if unknown := [name for name in named if name not in values]:
+        raise ValueError(
+            f"dynamic_shapes: no argument {unknown[0]!r} in the example; "
+            f"{did_you_mean(unknown[0], values)}"
+        )
+    dims: dict[str, Any] = {}
+    return {name: _free(value, named.get(name), name, dims) for name, value in values.items()}
+
+
+def _free(value: Any, named: Any, where: str, dims: dict[str, Any]) -> Any:
+    """Return the description of one argument, with all of what it holds in it."""
+    if isinstance(value, Tensor):
+        return _of_tensor(value, named, where, dims)
+    if isinstance(value, Mapping):
+        known = named if isinstance(named, Mapping) else {}
+        return {k: _free(v, known.get(k), f"{where}[{k!r}]", dims) for k, v in value.items()}
+    if isinstance(value, tuple | list):
+        known = dict(named) if isinstance(named, Mapping) else dict(enumerate(named or ()))
+        return type(value)(
+            _free(v, known.get(i), f"{where}[{i}]", dims) for i, v in enumerate(value)
+        )
+    return named
+
+
+def _of_tensor(value: Tensor, named: Any, where: str, dims: dict[str, Any]) -> Any:
+    if named is None:
+        return None
+    if not isinstance(named, Mapping | tuple | list):
+        raise TypeError(
+            f"dynamic_shapes: expected {{dimension: name}} for {where!r}, found {named!r}"
+        )
+    entries = dict(named) if isinstance(named, Mapping) else dict(enumerate(named))
+    for dim in entries:
+        if not isinstance(dim, int) or not -value.ndim <= dim < value.ndim:
+            raise ValueError(
+                f"dynamic_shapes: expected dimensions of {where!r} {list(value.shape)}, found "
+                f"{dim!r}"
+            )
+    return {dim % value.ndim: _dim(entry, where, dims) for dim, entry in entries.items()}
+
+
+def _dim(entry: Any, where: str, dims: dict[str, Any]) -> Any:
+    if isinstance(entry, str):
+        if not entry.isidentifier():
+            raise ValueError(
+                f"dynamic_shapes: expected a Python name for {where!r}, found {entry!r}"
+            )
+        return dims.setdefault(entry, Dim(entry))
+    return entry
