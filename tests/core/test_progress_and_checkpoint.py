@@ -164,6 +164,31 @@ def test_other_weights_are_other_work(tmp_path: Path) -> None:
         fxq.compress(model, data[0], w8a8.STATIC, data, checkpoint=path)
 
 
+def test_only_the_last_pass_with_data_is_kept(tmp_path: Path) -> None:
+    observe, calibrate, convert = w8a8.STATIC.passes
+    twice = Recipe("twice", (observe, calibrate, calibrate, convert))
+    model, data, path = block(), batches(), tmp_path / "kept.safetensors"
+
+    kept = fxq.compress(model, data[0], twice, data, checkpoint=path)
+
+    assert saved(kept, tmp_path) == saved(fxq.compress(model, data[0], twice, data), tmp_path)
+
+
+def test_another_rule_for_the_range_is_other_work(tmp_path: Path) -> None:
+    def recipe(momentum: float) -> Recipe:
+        spec = QuantSpec(observer=MovingAverage(momentum))
+        return Recipe("moving", (InsertObservers(LayerSpec(spec, QuantSpec())), *MOVING.passes[1:]))
+
+    model, data, path = block(), batches(), tmp_path / "kept.safetensors"
+    bad = [*data[:2], data[2] / 0]
+    with pytest.raises(ValueError, match="NaN or Inf"):
+        fxq.compress(model, data[0], recipe(0.1), bad, checkpoint=path)
+
+    with pytest.raises(ValueError, match="remove it or choose another"):
+        fxq.compress(model, data[0], recipe(0.2), data, checkpoint=path)
+    fxq.compress(model, data[0], recipe(0.1), data, checkpoint=path)
+
+
 def test_a_folder_that_does_not_exist_is_refused_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="folder that exists"):
         fxq.compress(nn.LSTM(1, 1), (), w8a8.STATIC, checkpoint=tmp_path / "no" / "file")
