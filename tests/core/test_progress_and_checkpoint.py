@@ -14,6 +14,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 import fxq
 from fxq.checkpoint import Checkpoint, adam_state, restore_adam
+from fxq.files import write_text
 from fxq.observers import RangeObserver
 from fxq.passes import smoothquant, w8a8
 from fxq.passes.common import Calibrate, Convert, InsertObservers
@@ -213,6 +214,16 @@ def test_an_optimizer_goes_on_where_it_was(tmp_path: Path) -> None:
     half = steps(start, Checkpoint(path, "test"), 3)
 
     assert torch.equal(steps(half, Checkpoint(path, "test"), 2), whole)
+
+
+def test_a_file_that_could_not_be_written_leaves_the_one_before(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_text(path, "before")
+
+    with pytest.raises(UnicodeEncodeError):
+        write_text(path, "after \ud800")
+
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("file", "before")]
 
 
 def test_lines_tell_how_far_and_how_long(monkeypatch: pytest.MonkeyPatch) -> None:
