@@ -44,7 +44,8 @@ def record(
 ) -> "Recorded":
     """Call `run` and return the arguments with which it called `module`.
 
-    Tensors are copied, so that nothing changes them later. The module is left as it was.
+    Tensors are copied, on their device, so that nothing changes them later. The module is left as
+    it was.
 
     Args:
         module: part of a pipeline, which calls it as `module(...)`.
@@ -53,8 +54,8 @@ def record(
         max_bytes: of their tensors together, likewise.
         spread: "random" for a uniform sample; "even" for every second call, every fourth, and so
             on, which may leave half of the room empty.
-        path: a folder for the calls, which stay in memory otherwise. One that has calls goes on:
-            numbers continue, and the sample is one of all calls.
+        path: a folder for the calls, which stay in memory otherwise; they are read to the module's
+            device. One that has calls goes on: numbers continue, and the sample is one of all.
         seed: of the sample; the same one keeps the same calls.
     Raises:
         ValueError: no call was made, one alone exceeds `max_bytes`, or the folder belongs to
@@ -91,7 +92,7 @@ def record(
     if sample.n_calls == before:
         raise ValueError(
             f"run: expected calls of this {sample.module}, found none; give the very module that "
-            "the pipeline calls, as module(...) and not as module.forward(...)"
+            "the pipeline calls, as module(...) and not module.forward(...), before torch.compile"
         )
     return Recorded(calls, sample.n_calls)
 

@@ -1,8 +1,9 @@
 """Calibration runs: one process by hand, and two gloo processes that end with one process's
 bytes."""
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, fx
 
 from fxq.calibrate import calibrate, sweep
+from fxq.checkpoint import Checkpoint
 from fxq.errors import UnsupportedError
 from fxq.observers import RangeObserver
 from fxq.spec import (
@@ -65,6 +67,11 @@ def states(observers: Sequence[RangeObserver]) -> list[dict[str, bytes]]:
     return [{k: v.numpy().tobytes() for k, v in o.state_dict().items()} for o in observers]
 
 
+def stopped(data: Sequence[tuple[Tensor]]) -> Iterator[tuple[Tensor]]:
+    yield data[0]
+    raise KeyboardInterrupt
+
+
 def channel_amax(x: Tensor) -> Tensor:
     return x.abs().amax((0, 1))
 
@@ -96,6 +103,13 @@ def run_rank(rank: int, folder: str) -> None:
     gm, observers = observed([QuantSpec(observer=MovingAverage())])
     calibrate(gm, batches() if rank else [], observers=observers)
     found["moving average in one process"] = states(observers)
+    mine, path = [batches()[i] for i in SHARES["even"][rank]], Path(folder) / f"{rank}.kept"
+    with contextlib.suppress(KeyboardInterrupt):
+        gm, observers = observed(SPECS)
+        calibrate(gm, stopped(mine), observers=observers, checkpoint=Checkpoint(path, "test"))
+    gm, observers = observed(SPECS)
+    calibrate(gm, mine, observers=observers, checkpoint=Checkpoint(path, "test"))
+    found["interrupted"] = states(observers)
     torch.save(found, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -119,13 +133,16 @@ def test_two_processes_end_with_the_bytes_of_one(ranks: list[dict[str, Any]], sh
         assert rank[share][1] == states(observers)
 
 
-def test_second_call_adds_to_the_first_in_two_processes(ranks: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("way", ["in two calls", "interrupted"])
+def test_two_processes_in_two_calls_end_with_the_bytes_of_one(
+    ranks: list[dict[str, Any]], way: str
+) -> None:
     gm, observers = observed(SPECS)
 
     calibrate(gm, batches(), observers=observers)
 
     for rank in ranks:
-        assert rank["in two calls"] == states(observers)
+        assert rank[way] == states(observers)
 
 
 @pytest.mark.parametrize("share", SHARES)

@@ -14,6 +14,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 import fxq
 from fxq.checkpoint import Checkpoint, adam_state, restore_adam
+from fxq.files import write_text
 from fxq.observers import RangeObserver
 from fxq.passes import smoothquant, w8a8
 from fxq.passes.common import Calibrate, Convert, InsertObservers
@@ -164,6 +165,31 @@ def test_other_weights_are_other_work(tmp_path: Path) -> None:
         fxq.compress(model, data[0], w8a8.STATIC, data, checkpoint=path)
 
 
+def test_only_the_last_pass_with_data_is_kept(tmp_path: Path) -> None:
+    observe, calibrate, convert = w8a8.STATIC.passes
+    twice = Recipe("twice", (observe, calibrate, calibrate, convert))
+    model, data, path = block(), batches(), tmp_path / "kept.safetensors"
+
+    kept = fxq.compress(model, data[0], twice, data, checkpoint=path)
+
+    assert saved(kept, tmp_path) == saved(fxq.compress(model, data[0], twice, data), tmp_path)
+
+
+def test_another_rule_for_the_range_is_other_work(tmp_path: Path) -> None:
+    def recipe(momentum: float) -> Recipe:
+        spec = QuantSpec(observer=MovingAverage(momentum))
+        return Recipe("moving", (InsertObservers(LayerSpec(spec, QuantSpec())), *MOVING.passes[1:]))
+
+    model, data, path = block(), batches(), tmp_path / "kept.safetensors"
+    bad = [*data[:2], data[2] / 0]
+    with pytest.raises(ValueError, match="NaN or Inf"):
+        fxq.compress(model, data[0], recipe(0.1), bad, checkpoint=path)
+
+    with pytest.raises(ValueError, match="remove it or choose another"):
+        fxq.compress(model, data[0], recipe(0.2), data, checkpoint=path)
+    fxq.compress(model, data[0], recipe(0.1), data, checkpoint=path)
+
+
 def test_a_folder_that_does_not_exist_is_refused_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="folder that exists"):
         fxq.compress(nn.LSTM(1, 1), (), w8a8.STATIC, checkpoint=tmp_path / "no" / "file")
@@ -188,6 +214,16 @@ def test_an_optimizer_goes_on_where_it_was(tmp_path: Path) -> None:
     half = steps(start, Checkpoint(path, "test"), 3)
 
     assert torch.equal(steps(half, Checkpoint(path, "test"), 2), whole)
+
+
+def test_a_file_that_could_not_be_written_leaves_the_one_before(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_text(path, "before")
+
+    with pytest.raises(UnicodeEncodeError):
+        write_text(path, "after \ud800")
+
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("file", "before")]
 
 
 def test_lines_tell_how_far_and_how_long(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,12 +58,13 @@ def test_an_interrupted_measurement_goes_on_to_the_same_numbers(tmp_path: Path) 
         changes = {"densities": (0.2, 0.6), "n_blocks": 2, **changes}
         return calibrate_density(peaked(), batches[0], data, SMALL, **changes)
 
-    def stopped() -> Iterator[Any]:
-        yield from batches[:2]
-        raise KeyboardInterrupt
+    class Stopped:
+        def __iter__(self) -> Iterator[Any]:
+            yield from batches[:2]
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        measure(stopped(), checkpoint=path)
+        measure(Stopped(), checkpoint=path)
     with pytest.raises(ValueError, match="remove it or choose another"):
         measure(batches, checkpoint=path, n_blocks=3)
 
