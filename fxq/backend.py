@@ -129,8 +129,9 @@ class Compiled(BoundGraph):
         config: dict[str, Any],
         check: bool = False,
     ) -> None:
-        super().__init__(gm, example_inputs)
-        self.eager = gm if check else None
+        super().__init__(gm)
+        example_inputs = [*example_inputs, *self.attributes]
+        self.eager = self.dynamo_graph if check else None
         self.recipe, self.strict, self.config = recipe, strict, config
         _refuse_gradients([example_inputs[i] for i in self.live])
         if torch.is_grad_enabled() and any(example_inputs[i].requires_grad for i in self.static):

@@ -22,7 +22,7 @@ from torch.fx import GraphModule, Node
 
 from fxq.account import kind_of
 from fxq.canonicalize import canonicalize
-from fxq.dynamo import from_dynamo, qualified_name
+from fxq.dynamo import from_dynamo, lift_attributes, qualified_name
 from fxq.errors import FxqWarning
 from fxq.graph import RUNTIME_STATE, bind, is_settled
 from fxq.identity import version_of
@@ -53,13 +53,17 @@ class BoundGraph(ABC):
     Attributes:
         graph_module: canonical, with parameters as inputs.
         written: indices of the inputs that are written to, whose new values are the last results.
+        dynamo_graph: as Dynamo has it, with all tensors as inputs.
+        attributes: the inputs of it that are not among Dynamo's arguments, the last ones.
         names: of all inputs.
         static: indices of those that are bound.
         live: of all others.
         is_program: whether there is nothing left to quantize.
     """
 
-    def __init__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> None:
+    def __init__(self, gm: GraphModule) -> None:
+        gm, self.attributes = lift_attributes(gm)
+        self.dynamo_graph = gm
         self.graph_module, self.written = from_dynamo(gm)
         placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
         self.names = [qualified_name(node) for node in placeholders]
@@ -72,6 +76,7 @@ class BoundGraph(ABC):
 
     def __call__(self, *args: Any) -> Any:
         """Run on Dynamo's arguments, building first where these weights are new or have changed."""
+        args = (*args, *self.attributes)
         if self.written:
             named = list(zip(self.names, args, strict=True))
             check_apart(named, self.written, "torch.compile")

@@ -1,23 +1,24 @@
 """From the graph that `torch.compile` hands to a backend to canonical aten operators."""
 
 import contextlib
+import copy
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._dynamo.exc import exceptions_allowed_to_be_fallback
 from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensor
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 
 from fxq.canonicalize import canonicalize
 from fxq.canonicalize.cleanup import refuse_train_mode
 from fxq.errors import UnreadableGraphError
-from fxq.graph import is_op, is_transform, settle_marked, why_unreadable, writes
+from fxq.graph import is_op, is_transform, settle_marked, tensor_of, why_unreadable, writes
 from fxq.writes import Functionalized, give_own_memory
 
 READS = (torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default)
@@ -109,6 +110,54 @@ def up_to_graphs(limit: int) -> Any:
 
 def _trace(forward: Callable[..., Any], values: Sequence[Any]) -> GraphModule:
     return make_fx(forward, pre_dispatch=True, _allow_non_fake_inputs=True)(*values)
+
+
+def lift_attributes(gm: GraphModule) -> tuple[GraphModule, list[Tensor]]:
+    """Return a Dynamo graph whose tensors among its attributes are more inputs, the last ones, and
+    these tensors. Dynamo makes attributes of parameters where Inductor's freezing is on.
+
+    Args:
+        gm: left as it is.
+    """
+    attributes = [n for n in gm.graph.nodes if n.op == "get_attr" and _is_tensor_of(gm, n)]
+    if not attributes:
+        return gm, []
+    lifted = copy.copy(gm)
+    graph, known = Graph(), dict[Node, Node]()
+    nodes = list(gm.graph.nodes)
+    inputs = [n for n in nodes if n.op == "placeholder"]
+    for node in (*inputs, *attributes):
+        known[node] = new = graph.placeholder(node.name)
+        new.meta = dict(node.meta)
+        source = getattr(node, "_dynamo_source", None) or _Source(_attribute_name(node))
+        new._dynamo_source = source
+        if node in attributes:
+            new.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+    for node in nodes:
+        if node not in known:
+            known[node] = graph.node_copy(node, known.__getitem__)
+    lifted.graph = graph
+    return lifted, [tensor_of(gm, node) for node in attributes]
+
+
+class _Source(NamedTuple):
+    """Stands for Dynamo's own, which knows where a value comes from."""
+
+    name: str
+
+
+def _is_tensor_of(gm: GraphModule, node: Node) -> bool:
+    return isinstance(tensor_of(gm, node), Tensor)
+
+
+def _attribute_name(node: Node) -> str:
+    """Return `L['self'].blocks.0.qkv.weight` for an attribute that Dynamo calls
+    `L__self___blocks_0_qkv_weight`, of which it says the module."""
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    module = _module_path(stack[-1][0]) if stack else ""
+    last = re.sub(r"\W", "_", module) if module else "___"
+    leaf = str(node.target).rpartition(last)[2].strip("_")
+    return "L['self']" + "".join(f".{part}" for part in (*module.split("."), leaf) if part)
 
 
 def qualified_name(placeholder: Node) -> str:

@@ -220,9 +220,9 @@ class Observing(BoundGraph):
         seen: Observed,
         names: Mapping[int, str],
     ) -> None:
-        super().__init__(gm, inputs)
+        super().__init__(gm)
         self.prepare, self.seen, self.of_model = prepare, seen, names
-        self.build(inputs)
+        self.build([*inputs, *self.attributes])
 
     def name_of(self, index: int, weight: Tensor) -> str:
         """Return the name that the whole model has for a weight."""

@@ -1,0 +1,161 @@
+"""What people do first with a model, a program and the backend."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch._inductor.config
+from torch import Tensor, nn
+
+import fxq
+from fxq.backend import Compiled
+from fxq.errors import FxqWarning
+from fxq.numerics import sqnr_db
+from fxq.pipeline import FLOAT
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.out = nn.LayerNorm(16), nn.Linear(16, 48), nn.Linear(16, 16)
+        self.register_buffer("table", torch.randn(5, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm(x + self.table)).chunk(3, -1)
+        return x + self.out(nn.functional.scaled_dot_product_attention(q, k, v))
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Attention() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Names of the constants of every graph that fxq compiled."""
+    made: list[list[str]] = []
+    make = Compiled.make
+
+    def noting(self: Compiled, bound: Any, inputs: Any, args: Any) -> Any:
+        made.append([str(n.target) for n in bound.graph.nodes if n.op == "get_attr"])
+        return make(self, bound, inputs, args)
+
+    monkeypatch.setattr(Compiled, "make", noting)
+    return made
+
+
+def test_freezing_is_no_obstacle(built: list[list[str]]) -> None:
+    model, x = Model().eval(), torch.randn(3, 5, 16)
+    program = fxq.compress(model, x, "w8a8_dynamic")
+
+    with torch.no_grad(), torch._inductor.config.patch(freezing=True):
+        fast = torch.compile(model, backend="fxq", options={"recipe": FLOAT})
+        torch.testing.assert_close(fast(x), model(x))
+        with pytest.warns(FxqWarning, match="no kernel here"):
+            found = torch.compile(program, backend="fxq")(x)
+
+    assert sqnr_db(program(x), found) > 60
+    assert {"blocks.0.qkv.weight", "blocks.1.out.bias", "blocks.1.table"} <= set(built[0])
+
+
+def test_a_weight_changed_in_place_is_seen_under_freezing() -> None:
+    model, x = nn.Linear(8, 8).eval(), torch.randn(3, 8)
+    with torch.no_grad(), torch._inductor.config.patch(freezing=True):
+        fast = torch.compile(model, backend="fxq", options={"recipe": FLOAT, "check": True})
+        fast(x)
+        model.weight.mul_(2)
+        with pytest.warns(FxqWarning, match="weights have changed in place"):
+            torch.testing.assert_close(fast(x), model(x))
+
+
+def test_a_data_loader_with_labels_calibrates_and_says_what_it_leaves_out() -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8)).eval(), torch.randn(6, 8)
+    labels = torch.zeros(6, dtype=torch.int64)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, labels), batch_size=3)
+
+    with pytest.warns(FxqWarning, match=r"takes 'input' alone; .*left out: \[\[3\]\]") as told:
+        program = fxq.compress(model, x[:3], "w8a8_static", data=loader)
+
+    assert len([w for w in told if "left out" in str(w.message)]) == 1
+    assert torch.equal(program(x), fxq.compress(model, x[:3], "w8a8_static", data=[x])(x))
+
+
+def test_a_model_of_two_inputs_is_not_told_what_its_labels_are() -> None:
+    class Two(nn.Module):
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return a @ b
+
+    a, b = torch.randn(2, 4, 4), torch.randn(2, 4, 4)
+    with pytest.raises(TypeError, match="expected at most 2 positional arguments"):
+        fxq.compress(Two().eval(), (a, b), "w8a8_static", data=[(a, b, torch.zeros(2))])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parameters_of_a_program_answer_for_dtype_device_and_count(dtype: torch.dtype) -> None:
+    model = (
+        nn.Sequential(nn.Linear(8, 16, bias=False), nn.ReLU(), nn.Linear(16, 4)).eval().to(dtype)
+    )
+    program = fxq.compress(model, torch.randn(3, 8, dtype=dtype), "w8a8_dynamic")
+
+    first = next(program.parameters())
+
+    assert (first.dtype, first.device.type, first.requires_grad) == (dtype, "cpu", False)
+    codes = [p for p in program.parameters() if p.dtype == torch.int8]
+    assert sum(p.numel() for p in codes) == 8 * 16 + 16 * 4
+    assert all(name.startswith("graph_module.") for name, _ in program.named_parameters())
+    if dtype == torch.bfloat16:
+        with pytest.raises(ValueError, match="dtype is fixed when it is made"):
+            program.float()
+
+
+def test_a_pipeline_may_name_a_cache_and_a_step() -> None:
+    program = fxq.compress(nn.Linear(8, 8).eval(), torch.randn(3, 8), "w8a8_dynamic")
+
+    with program.cache_context("cond", step_index=3, sigma=0.5):
+        pass
+
+
+class Tokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(50, 16), nn.Linear(16, 50)
+
+    def forward(self, ids: Tensor, extra: Any = None, scale: float = 1.0) -> Tensor:
+        x = self.embedding(ids)
+        if extra is not None:
+            x = x + extra["bias"]
+        return self.head(x) * scale
+
+
+def test_only_the_free_sizes_need_a_name() -> None:
+    model, ids = Tokens().eval(), torch.randint(0, 50, (2, 16))
+    example = {"ids": ids, "extra": {"bias": torch.randn(2, 16, 16), "other": torch.zeros(3)}}
+    shapes = {"ids": {1: "tokens"}, "extra": {"bias": {-2: "tokens"}}}
+
+    program = fxq.compress(model, example, FLOAT, dynamic_shapes=shapes)
+
+    other = {"ids": ids[:, :9], "extra": {"bias": torch.randn(2, 9, 16), "other": torch.zeros(3)}}
+    torch.testing.assert_close(program(**other), model(**other))
+    with pytest.raises(ValueError, match="'ids'"):
+        program(**other | {"ids": ids[:1, :9]})
+
+
+@pytest.mark.parametrize(
+    ("shapes", "error", "message"),
+    [
+        ({"idz": {1: "t"}}, ValueError, "no argument 'idz' in the example; did you mean 'ids'"),
+        ({"ids": {2: "t"}}, ValueError, r"expected dimensions of 'ids' \[2, 16\], found 2"),
+        ({"ids": {1: "a b"}}, ValueError, "expected a Python name for 'ids', found 'a b'"),
+        ({"ids": "tokens"}, TypeError, "expected {dimension: name} for 'ids', found 'tokens'"),
+        ("batches", TypeError, 'expected "batch", None or'),
+    ],
+)
+def test_a_wrong_name_of_a_size_is_told(shapes: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        fxq.compress(Tokens().eval(), torch.zeros(2, 16).long(), FLOAT, dynamic_shapes=shapes)
