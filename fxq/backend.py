@@ -70,6 +70,9 @@ class Options:
                 raise ValueError(
                     f"backend 'fxq' has no option {name!r}; {did_you_mean(name, known)}"
                 )
+        for name in ("check", "strict"):
+            if not isinstance(value := (options or {}).get(name, False), bool):
+                raise TypeError(f"option {name!r}: expected True or False, found {value!r}")
         return cls(**(options or {}))
 
 

@@ -214,6 +214,12 @@ def compress(
         UnsupportedError: the model cannot be captured.
         SkippedError: `strict` and something was skipped.
     """
+    if found := [name for name, m in _modules(model) if isinstance(m, Program)]:
+        place = f" in {found[0]!r}" if found[0] else ""
+        raise TypeError(
+            f"model: expected a float model, found a Program{place}; compress the model it was "
+            "made of, with one recipe for all of it"
+        )
     recipe, kept = resolve_recipe(recipe), Checkpoint(checkpoint, "fxq_calibration")
     with (
         reporting(progress) as report,
@@ -238,6 +244,10 @@ def compress(
         report(f"outputs on the example: {program.sqnr_db:.1f} dB against float")
         kept.remove()
         return program
+
+
+def _modules(model: Any) -> Iterable[tuple[str, nn.Module]]:
+    return model.named_modules() if isinstance(model, nn.Module) else ()
 
 
 def device_of(model: nn.Module | ExportedProgram) -> torch.device | None:

@@ -230,6 +230,17 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, PLAIN)
 
 
+def check_program(value: Any, what: str) -> None:
+    """Raise TypeError where `what` was given something else than a `Program`."""
+    if not isinstance(value, Program):
+        compiled = hasattr(value, "_orig_mod")
+        raise TypeError(
+            f"{what}: expected a Program, found {type(value).__name__}; "
+            + ("give the program itself, before torch.compile" if compiled else "")
+            + ("" if compiled else "fxq.compress(model, example_inputs, recipe) makes one")
+        )
+
+
 class Config(SimpleNamespace):
     """A saved model's `config`: attributes and items, read only in spirit."""
 

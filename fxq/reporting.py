@@ -12,7 +12,7 @@ from rich.table import Table
 
 from fxq.account import Row, account
 from fxq.lowering.lower import lower
-from fxq.program import Program
+from fxq.program import Program, check_program
 from fxq.signature import Inputs, split_inputs
 
 Status = Literal["lowered", "simulated", "float"]
@@ -111,6 +111,7 @@ def report(program: Program, inputs: Inputs | None = None) -> Report:
         inputs: inputs whose sizes count, because small products do not gain from integer kernels;
             the example that the program was captured with unless given.
     """
+    check_program(program, "report")
     sizes = program.signature.example_sizes
     if inputs is not None:
         args, kwargs = split_inputs(inputs)

@@ -30,7 +30,7 @@ from fxq.graph import propagate, val_of
 from fxq.graph_json import decode, decode_graph, encode, encode_graph
 from fxq.layer_json import adopt_tensors, tensors_of
 from fxq.packing import check_seal, decode_tensors, encode_tensors, register, seal
-from fxq.program import PLAIN, Config, Program
+from fxq.program import PLAIN, Config, Program, check_program
 from fxq.signature import Leaf, Signature
 from fxq.vetting import check_arithmetic, check_graph, check_values
 
@@ -53,11 +53,10 @@ def save(program: Program, path: str | os.PathLike[str]) -> None:
         TypeError: not a Program.
         UnsupportedError: the graph or the call signature holds what a file cannot carry.
     """
-    if not isinstance(program, Program):
-        raise TypeError(
-            f"program: expected a Program (what fxq.compress returns), found "
-            f"{type(program).__name__}; save the program itself, before torch.compile"
-        )
+    check_program(program, "save")
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: expected a folder that exists; make {path.parent} first")
     gm = program.graph_module
     QUANTIZED.check(gm)
     tensors, table = encode_tensors(gm)
@@ -99,6 +98,8 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Pr
         ValueError: not a file of fxq, of a newer fxq, damaged, or with a result type that is not
             known here; the message says which.
     """
+    if Path(path).is_dir():
+        raise ValueError(f"{path}: expected a file that fxq.save wrote, found a folder")
     device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0", as tensors say it
     try:
         with safetensors.safe_open(path, "pt") as file:

@@ -24,7 +24,7 @@ from fxq.judging import Judgement, judge
 from fxq.lowering.lower import lower
 from fxq.lowering.rule import REPLACED, Replaced
 from fxq.numerics import sqnr_db
-from fxq.program import Program
+from fxq.program import Program, check_program
 from fxq.signature import Inputs, split_inputs
 
 
@@ -108,6 +108,7 @@ def verify(
         model: the float model, in eval mode and on the same device, to compare outputs and layers
             with; a wrong weight is only seen with it. It is left as it is.
     """
+    check_program(program, "verify")
     args, kwargs = split_inputs(inputs)
     leaves = program.inputs(args, kwargs, "verify")
     sizes = program.signature.sizes_of(leaves)

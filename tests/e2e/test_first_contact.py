@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch._inductor.config
 from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
 
 import fxq
 from fxq.backend import Compiled
@@ -159,3 +160,53 @@ def test_only_the_free_sizes_need_a_name() -> None:
 def test_a_wrong_name_of_a_size_is_told(shapes: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         fxq.compress(Tokens().eval(), torch.zeros(2, 16).long(), FLOAT, dynamic_shapes=shapes)
+
+
+def a_program() -> fxq.Program:
+    return fxq.compress(nn.Linear(8, 8).eval(), torch.randn(3, 8), "w8a8_dynamic")
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda: fxq.verify(nn.Linear(8, 8), torch.randn(3, 8)),
+            TypeError,
+            "verify: expected a Pr",
+        ),
+        (lambda: fxq.report(nn.Linear(8, 8)), TypeError, "report: expected a Program"),
+        (
+            lambda: fxq.report(torch.compile(a_program(), backend="fxq")),
+            TypeError,
+            "give the program itself, before torch.compile",
+        ),
+        (
+            lambda: fxq.compress(a_program(), torch.randn(3, 8), "w8"),
+            TypeError,
+            "expected a float model, found a Program; compress the model it was made of",
+        ),
+        (
+            lambda: fxq.compress(nn.Sequential(a_program()).eval(), torch.randn(3, 8), "w8"),
+            TypeError,
+            "found a Program in '0'",
+        ),
+        (lambda: fxq.save(a_program(), "/nowhere/p.fxq"), FileNotFoundError, "make /nowhere"),
+        (
+            lambda: fxq.load("/tmp"),
+            ValueError,
+            "expected a file that fxq.save wrote, found a folder",
+        ),
+    ],
+)
+def test_what_is_given_to_the_wrong_function_is_told(
+    call: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_options_of_the_wrong_type_are_told() -> None:
+    fast = torch.compile(nn.Linear(8, 8).eval(), backend="fxq", options={"strict": "no"})
+
+    with torch.no_grad(), pytest.raises(BackendCompilerFailed, match="expected True or False"):
+        fast(torch.randn(3, 8))
