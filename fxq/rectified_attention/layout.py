@@ -78,7 +78,7 @@ def empty_output(query: Tensor, dim_v: int) -> Tensor:
     """Return an uninitialised output `[B, H, S, Dv]` in the dtype of `query`.
 
     Where heads lie within tokens, as a linear leaves them, the output's do too: the reshape to
-    `[B, S, H * Dv]` behind attention then copies nothing.
+    `[B, S, H * Dv]` after attention then copies nothing.
     """
     n_batch, n_heads, n_tokens, _ = query.shape
     if query.stride(1) < query.stride(2):
