@@ -241,9 +241,12 @@ class QuantSpec:
         if self.rows is None:
             return
         if self.dynamic or self.pair_safe:
-            raise ValueError(f"QuantSpec: rows {self.rows} are of ranges that calibration finds")
+            raise ValueError(
+                f"QuantSpec: rows {self.rows} choose among ranges that calibration finds; use "
+                "dynamic=False and pair_safe=False, or no rows"
+            )
         if isinstance(self.observer, MovingAverage):
-            raise ValueError("QuantSpec: a moving average is of one range; use MinMax() with rows")
+            raise ValueError("QuantSpec: a moving average has one range; use MinMax() with rows")
         if isinstance(self.rows, ByPosition) and self.granularity == PerToken():
             raise ValueError(
                 "QuantSpec: rows by position are a scale per token already; use PerTensor()"

@@ -149,4 +149,4 @@ def check_layout(
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"{name}: expected shape {shape}, found {tuple(tensor.shape)}")
     if is_causal and order is not None:
-        raise ValueError("expected no order with is_causal: what is the past is told by position")
+        raise ValueError("order: expected none with is_causal, where positions say what is past")
