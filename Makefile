@@ -6,13 +6,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 LOCK := requirements.lock
 OLDEST := .venv-oldest
+DOCS := .venv-docs
 RESOLVE := .venv-lock/bin/uv pip compile --quiet --upgrade --universal --python-version 3.11 --extra dev \
 	--annotation-style line --custom-compile-command "make lock" pyproject.toml
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 # A file's tests stay in one process and share what they compiled; a process is one thread.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile
 
-.PHONY: demo test test-all test-versions fuzz check format lock bench bench-gpu clean sz
+.PHONY: demo test test-all test-versions fuzz check format docs lock bench bench-gpu clean sz
 
 # Exact versions, so that no release of anybody else's changes what happens here. The stamp comes last: a half-finished
 # install does not count, and one that is older than the lock, or whose Python is gone, is made anew.
@@ -52,6 +53,16 @@ format: $(STAMP)
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
+# The generator reads the library as text, so its environment needs neither torch nor fxq.
+$(DOCS)/.installed: pyproject.toml
+	@$(PYTHON) -m venv --clear $(DOCS)
+	@$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])' \
+		| xargs $(DOCS)/bin/python -m pip --quiet --disable-pip-version-check install
+	@touch $@
+
+docs: $(DOCS)/.installed  ## the pages of docs/ as a site in out/docs; a warning is an error
+	@$(DOCS)/bin/zensical build --clean --strict
+
 lock:  ## choose exact versions anew: the newest and the oldest that pyproject.toml allows
 	@$(PYTHON) -m venv --clear .venv-lock
 	@.venv-lock/bin/python -m pip install --quiet --disable-pip-version-check uv
@@ -77,4 +88,4 @@ sz: ## core lines, median and maximum file length
 	@git ls-files 'fxq/*.py' 'passes/*.py' 'lowering/*.py' | xargs wc -l | sort -n | awk '$$2 != "total" {n[NR]=$$1; f=$$2} $$2 == "total" {t=$$1} END {print t " lines in " NR-1 " files, median " n[int(NR/2)] ", largest " n[NR-1] " (" f ")"}'
 
 clean:
-	rm -rf $(VENV) $(OLDEST) .venv-lock
+	rm -rf $(VENV) $(OLDEST) $(DOCS) .venv-lock .cache

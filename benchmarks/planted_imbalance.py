@@ -3,9 +3,9 @@
     python benchmarks/planted_imbalance.py --data PATH      # some minutes on two cores
 
 In every model 5 % of the channels of each exact site are multiplied by 5 to 50 and the weights
-behind them divided: the float function is unchanged (checked), its quantized version is not. SQNR
-is that of the outputs on test inputs against the float model. Recovered is the share of the dB lost
-that a method brings back; above 100 % it is better than the model was before.
+that read them divided: the float function is unchanged (checked), its quantized version is not.
+SQNR is that of the outputs on test inputs against the float model. Recovered is the share of the dB
+lost that a method brings back; above 100 % it is better than the model was before.
 
 The digits ViT is trained here. With `--data`, pretrained models are measured as well: a folder with
 `zoo.py`, which loads them.

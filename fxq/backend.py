@@ -157,8 +157,8 @@ class Compiled(BoundGraph):
         float_graph = copy_graph(bound)
         recipe = None if self.is_program else self.recipe
         applied = apply_where_it_pays(bound, recipe, _device_of([args[i] for i in self.static]))
-        self._tell_of_missing_kernels(applied)
-        self._tell_of_skips(applied)
+        self._report_missing_kernels(applied)
+        self._report_skips(applied)
         lowered, live = applied.lowered, self.live
         write_back(lowered, self.written_nodes(lowered))
         table = select_decomp_table() | decompositions()
@@ -176,7 +176,7 @@ class Compiled(BoundGraph):
 
         return run
 
-    def _tell_of_skips(self, applied: Applied) -> None:
+    def _report_skips(self, applied: Applied) -> None:
         """Log what the recipe left as it was; raise, or warn, where it could not do what it is for,
         where no kernel would gain by it, or where it found nothing to do."""
         gm, declined = applied.quantized, applied.left
@@ -209,7 +209,7 @@ class Compiled(BoundGraph):
             text = f"recipe {self.recipe.name!r} " + "; ".join(told)
             warnings.warn(text, FxqWarning, stacklevel=2)
 
-    def _tell_of_missing_kernels(self, applied: Applied) -> None:
+    def _report_missing_kernels(self, applied: Applied) -> None:
         """Raise where `strict` and a layer has no kernel; warn, once, where one that has none, of a
         program, computes what was simulated all the same."""
         declined = applied.declined

@@ -35,7 +35,7 @@ class Equation:
 
         Args:
             text: such as `"bhid,bhjd->bhij"`; without an arrow, labels that occur once are the
-                result's, in alphabetical order behind "...".
+                result's, in alphabetical order after "...".
             ndims: number of axes of each operand; "..." aligns from the right.
         """
         left, arrow, right = text.replace(" ", "").partition("->")
@@ -72,11 +72,11 @@ class Equation:
 
 
 def _labels(part: str, n_dots: int) -> tuple[str, ...]:
-    before, dots, behind = part.partition("...")
+    before, dots, after = part.partition("...")
     if not dots:
         return tuple(before)
     # Numbered from the right, as they align.
-    return (*before, *(f"{ELLIPSIS}{i}" for i in reversed(range(n_dots))), *behind)
+    return (*before, *(f"{ELLIPSIS}{i}" for i in reversed(range(n_dots))), *after)
 
 
 def _dots(labels: Sequence[str]) -> tuple[str, ...]:

@@ -56,7 +56,7 @@ def args_of(node: Any) -> tuple[Any, ...]:
 
 
 def tensor_of(gm: GraphModule, node: Node) -> Tensor:
-    """Return the tensor behind a get_attr node."""
+    """Return the tensor that a get_attr node reads."""
     value: Any = gm
     for part in str(node.target).split("."):
         value = getattr(value, part)
@@ -126,7 +126,7 @@ def owner_name(node: Node) -> str:
 
 
 def input_name(placeholder: Node) -> str:
-    """Return the name of the model's argument behind a placeholder that is no parameter."""
+    """Return the name of the model's argument that a placeholder, no parameter, stands for."""
     return str(placeholder.meta.get("source", placeholder.name)).rpartition(".")[2]
 
 
@@ -162,14 +162,14 @@ def insert_call(
         target: an operator.
         args: nodes and constants.
         kwargs: likewise.
-        after: the node to insert behind; or
-        before: the node to insert in front of.
+        after: the node to insert after; or
+        before: the node to insert before.
         like: where `nn_module_stack` is taken from; the neighbour unless given.
     """
     neighbour = after or before
     assert neighbour is not None
     graph = neighbour.graph
-    with graph.inserting_after(behind(after)) if after else graph.inserting_before(before):
+    with graph.inserting_after(insertion_point(after)) if after else graph.inserting_before(before):
         node = graph.call_function(target, args, dict(kwargs or {}))
     inherit(node, like or neighbour)
     fake_args, fake_kwargs = map_arg((args, dict(kwargs or {})), val_of)
@@ -181,11 +181,11 @@ def insert_call(
 
 
 def insert_module(gm: GraphModule, name: str, module: nn.Module, *args: Node) -> Node:
-    """Insert a call of a module that returns its first argument, behind the nodes it reads."""
+    """Insert a call of a module that returns its first argument, after the nodes it reads."""
     name = unique_name(gm, name)
     gm.add_submodule(name, module)
     after = args[0]
-    with gm.graph.inserting_after(behind(last_of(*args))):
+    with gm.graph.inserting_after(insertion_point(last_of(*args))):
         node = gm.graph.call_module(name, args)
     inherit(node, after)
     node.meta["val"] = after.meta["val"]
@@ -197,8 +197,8 @@ def last_of(*nodes: Node | None) -> Node:
     return max(node for node in nodes if node is not None)
 
 
-def behind(node: Node) -> Node:
-    """Return where to insert what reads `node`: behind it, but never between placeholders."""
+def insertion_point(node: Node) -> Node:
+    """Return the node after which a reader of `node` goes: itself, or the last placeholder."""
     while node.op == "placeholder" and node.next.op == "placeholder":
         node = node.next
     return node
@@ -237,7 +237,7 @@ def is_settled(node: Node) -> bool:
 
 
 def unique_name(gm: GraphModule, name: str) -> str:
-    """Return `name`, or with a number behind it where the module already has such an attribute."""
+    """Return `name`, with a number at its end where the module already has such an attribute."""
     candidate, count = name, 0
     while has_attribute(gm, candidate):
         count += 1
@@ -259,7 +259,7 @@ def add_buffer(gm: GraphModule, name: str, value: Tensor, *, like: Node) -> Node
     """Register a buffer under a (dotted) name and return a get_attr node for it, first in the
     graph. A parameter stays one.
 
-    First, so that every node that comes to share it is behind it.
+    First, so that every node that comes to share it is after it.
     """
     name = unique_name(gm, name)
     register_tensor(gm, name, value)
@@ -349,7 +349,7 @@ def copy_graph(gm: GraphModule) -> GraphModule:
 
 
 def with_outputs(gm: GraphModule, names: Sequence[str]) -> GraphModule:
-    """Return a copy of `gm` that returns the values of more nodes behind its own results.
+    """Return a copy of `gm` that returns the values of more nodes after its own results.
 
     Args:
         gm: a flat graph.

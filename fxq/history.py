@@ -38,7 +38,7 @@ class Stage:
 
 
 def stage(name: str, seconds: float, gm: GraphModule, before: GraphModule | None) -> Stage:
-    """Return `gm` as a stage behind the one that left `before`; of the first all is new."""
+    """Return `gm` as the stage after the one that left `before`; in the first all is new."""
     old, new = ({} if g is None else _nodes(g) for g in (before, gm))
     changed = frozenset(name for name, node in new.items() if old.get(name) != node)
     return Stage(name, seconds, copy_graph(gm), changed, frozenset(old.keys() - new.keys()))

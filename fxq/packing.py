@@ -23,7 +23,7 @@ from fxq.graph_json import PATH, decode, encode
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """Return the low `bits` bits of every code, one behind the other.
+    """Return the low `bits` bits of every code, one after the other.
 
     Args:
         codes: any shape, int8 or uint8.

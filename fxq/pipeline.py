@@ -203,7 +203,7 @@ def compress(
         progress: called with a line of text at each stage and every few seconds; True shows bars on
             a terminal, and writes lines to stderr elsewhere.
         checkpoint: a file that keeps what the observers have seen, every minute and when an
-            exception ends the work; the same call then goes on behind those batches, to the same
+            exception ends the work; the same call then goes on after those batches, to the same
             bytes. Other passes run again. It is removed at the end; under `torch.distributed` each
             process needs its own.
         history: a list that gets the graph after every pass (`fxq.history`).

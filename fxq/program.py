@@ -20,7 +20,7 @@ PLAIN = (bool, int, float, str, type(None), torch.dtype)
 
 
 class Program(nn.Module):
-    """A graph in the QUANTIZED dialect behind the original's call signature.
+    """A graph in the QUANTIZED dialect with the original's call signature.
 
     Runs anywhere on reference implementations; `torch.compile(program, backend="fxq")` runs it on
     integer kernels. It has a copy of every tensor it needs. Plain attributes of the original

@@ -25,7 +25,7 @@ SHOW_EVERY_S = 0.25  # on a terminal
 
 
 class Reporter:
-    """Where news of work go.
+    """Where news of work goes.
 
     Args:
         say: takes a line of text; None for nowhere.

@@ -70,7 +70,7 @@ def record(
         sample = calls.go_on_with(sample)
     before = sample.n_calls
 
-    def hear(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def keep_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = _as_data(module, args, kwargs)
         tensors = [x for x in pytree.tree_leaves(call) if isinstance(x, Tensor)]
         step, left_out = sample.offer(sum(x.numel() * x.element_size() for x in tensors))
@@ -84,7 +84,7 @@ def record(
             del calls[other]
 
     # In front of other hooks: what they change in a call they change again when it is replayed.
-    handle = module.register_forward_pre_hook(hear, with_kwargs=True, prepend=True)
+    handle = module.register_forward_pre_hook(keep_call, with_kwargs=True, prepend=True)
     try:
         run()
     finally:

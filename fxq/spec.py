@@ -181,7 +181,7 @@ class QuantSpec:
         pair_safe: enlarge a weight's scale until the codes of input channels 2j and 2j+1 sum to at
             most 128 in magnitude. x86 without VNNI multiplies unsigned activation codes with weight
             codes and adds such pairs in int16 with saturation: 255 * 128 = 32640 fits. Costs up to
-            2.5 dB of the weight's own SQNR (Gaussian), about 0.5 dB behind quantized activations,
+            2.5 dB of the weight's own SQNR (Gaussian), about 0.5 dB after quantized activations,
             and buys the plain int8 kernel on every x86.
         format: of the codes; 8-bit integers unless given.
         rows: what chooses among several static ranges (`fxq.rows`); None where there is one.
@@ -241,9 +241,12 @@ class QuantSpec:
         if self.rows is None:
             return
         if self.dynamic or self.pair_safe:
-            raise ValueError(f"QuantSpec: rows {self.rows} are of ranges that calibration finds")
+            raise ValueError(
+                f"QuantSpec: rows {self.rows} choose among ranges that calibration finds; use "
+                "dynamic=False and pair_safe=False, or no rows"
+            )
         if isinstance(self.observer, MovingAverage):
-            raise ValueError("QuantSpec: a moving average is of one range; use MinMax() with rows")
+            raise ValueError("QuantSpec: a moving average has one range; use MinMax() with rows")
         if isinstance(self.rows, ByPosition) and self.granularity == PerToken():
             raise ValueError(
                 "QuantSpec: rows by position are a scale per token already; use PerTensor()"

@@ -80,7 +80,7 @@ class Rule(ABC):
         Args:
             layer: the node the rule was applied to; its record goes to the kernel.
             new: what takes its place.
-            last: the node behind it whose value `new` has, where the kernel does that much more.
+            last: the later node whose value `new` has, where the kernel does that much more.
             kernel: what computes, where `new` only finishes its result.
         """
         old, kernel = last or layer, kernel or new

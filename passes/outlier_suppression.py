@@ -6,7 +6,7 @@ threshold t are scaled down to it. The threshold is searched for.
 
 Departures: every kind of site is treated, not only LayerNorms in front of linears; thresholds are
 spread geometrically between the largest and the smallest channel, so that no unit matters; the
-error is that of the layers behind the site with both quantizers on, not of a whole attention; a
+error is that of the layers after the site with both quantizers on, not of a whole attention; a
 site stays as it is where this error would not fall.
 """
 

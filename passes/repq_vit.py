@@ -1,7 +1,7 @@
 """RepQ-ViT: give every channel of an activation the same range (arXiv:2212.08254).
 
-The paper quantizes the activations behind a LayerNorm with a scale and a zero-point per channel,
-then moves what distinguishes the channels into the LayerNorm and the layers behind it, so that one
+The paper quantizes the activations after a LayerNorm with a scale and a zero-point per channel,
+then moves what distinguishes the channels into the LayerNorm and the layers after it, so that one
 scale and one zero-point are left. In units of the channels' ranges the number of bits cancels.
 
 Departures: every kind of site is equalised, not only norms in front of linears; where a site cannot

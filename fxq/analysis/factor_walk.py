@@ -69,7 +69,7 @@ class WeightReaders:
         self._readers: dict[StorageWeakRef, list[tuple[Node, Node]]] = defaultdict(list)
         for node in gm.graph.nodes:
             if node.op == "get_attr" and isinstance(constant_of(node), Tensor):
-                self._readers[weight_key(node).storage] += _readers_behind_views(node)
+                self._readers[weight_key(node).storage] += _readers_through_views(node)
 
     def others(self, layer: Node) -> list[tuple[Node, Node]]:
         """Return what else reads elements of a layer's weight, each with the constant it reads."""
@@ -78,10 +78,10 @@ class WeightReaders:
         return [(n, read) for n, read in readers if n is not layer and _overlap(read, mine)]
 
 
-def _readers_behind_views(node: Node) -> list[tuple[Node, Node]]:
+def _readers_through_views(node: Node) -> list[tuple[Node, Node]]:
     found: list[tuple[Node, Node]] = []
     for user in node.users:
-        found += _readers_behind_views(user) if is_op(user, *VIEWS) else [(user, node)]
+        found += _readers_through_views(user) if is_op(user, *VIEWS) else [(user, node)]
     return found
 
 

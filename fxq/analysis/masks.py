@@ -1,5 +1,5 @@
 """What an attention mask is known to hide, whatever the data: nothing, what comes later, or all
-keys behind the first n.
+keys after the first n.
 
 The last is `arange(S) < n` in its various spellings, with n a sum of masks, counts and constants.
 A mask that is an input may be any dtype, as pipelines pass zeros and ones as floats. What cannot
@@ -40,7 +40,7 @@ class Masks:
         return value is not None and not bool(value.any())
 
     def is_causal(self, mask: Any) -> bool:
-        """Tell whether a boolean mask hides from every query the keys behind it."""
+        """Tell whether a boolean mask hides from every query the keys after it."""
         mask = origin(mask)
         if not isinstance(mask, Node) or dtype_of(mask) != torch.bool:
             return False

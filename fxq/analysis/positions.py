@@ -36,7 +36,7 @@ class Stream:
 
     Args:
         name: of the model's argument.
-        shape: its sizes behind the batch.
+        shape: its sizes after the batch.
         base: number of its first element.
     """
 

@@ -13,14 +13,14 @@ from torch.fx import GraphModule
 from fxq.canonicalize.activation import gelu_erf, gelu_tanh, silu
 from fxq.canonicalize.attention import scaled_dot_product_attention
 from fxq.canonicalize.cleanup import drop_no_ops
-from fxq.canonicalize.constants import materialize_constants
-from fxq.canonicalize.einsum import matmul_of_einsum
 from fxq.canonicalize.linear import (
     linear_of_addmm,
     linear_of_matmul,
     linear_of_rows,
     linear_with_bias,
 )
+from fxq.canonicalize.materialize_constants import materialize_constants
+from fxq.canonicalize.matmul_of_einsum import matmul_of_einsum
 from fxq.canonicalize.norm import rms_norm
 from fxq.canonicalize.products import bmm_of_baddbmm
 from fxq.canonicalize.views import reshape_of_view, transpose_of_property

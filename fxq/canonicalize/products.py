@@ -1,4 +1,4 @@
-"""`baddbmm`, as attention by hand has it, in parts."""
+"""`baddbmm`, which attention written by hand uses, becomes a product and a sum."""
 
 import torch
 from torch.fx import GraphModule, Node

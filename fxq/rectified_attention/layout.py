@@ -78,7 +78,7 @@ def empty_output(query: Tensor, dim_v: int) -> Tensor:
     """Return an uninitialised output `[B, H, S, Dv]` in the dtype of `query`.
 
     Where heads lie within tokens, as a linear leaves them, the output's do too: the reshape to
-    `[B, S, H * Dv]` behind attention then copies nothing.
+    `[B, S, H * Dv]` after attention then copies nothing.
     """
     n_batch, n_heads, n_tokens, _ = query.shape
     if query.stride(1) < query.stride(2):
@@ -149,4 +149,4 @@ def check_layout(
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"{name}: expected shape {shape}, found {tuple(tensor.shape)}")
     if is_causal and order is not None:
-        raise ValueError("expected no order with is_causal: what is the past is told by position")
+        raise ValueError("order: expected none with is_causal, where positions say what is past")

@@ -3,8 +3,8 @@
 On any CPU the definition of sparse attention is its kernel: it reads visited blocks only, and dense
 steps are torch's attention. With one thread it is 2.1 times as fast as dense SDPA at 4,096 tokens
 and a fifth of the blocks, 2.8 times at 8,192, and no faster from half of the blocks on. Compiled
-FlexAttention, which compiles for seconds for every shape, is ahead of it at a tenth of the blocks
-and 4,096 tokens and behind it from a fifth on
+FlexAttention, which compiles for seconds for every shape, is faster at a tenth of the blocks
+and 4,096 tokens and slower from a fifth on
 (benchmarks/results/cpu_rectified_attention_native.md).
 """
 

@@ -160,7 +160,7 @@ def _activate(y, ACT: tl.constexpr):
 
 @triton.jit
 def _round_half_even(y):
-    # Adding 1.5 * 2^23 leaves no bits behind the point; exact for |y| < 2^22, and larger values are
+    # Adding 1.5 * 2^23 leaves no bits after the point; exact for |y| < 2^22, and larger values are
     # clamped anyway.
     bounded = tl.minimum(tl.maximum(y, -4194303.0), 4194303.0)
     return (bounded + 12582912.0) - 12582912.0

@@ -180,7 +180,7 @@ class _Conversion:
                 )
             except ValueError as error:
                 raise ValueError(f"weight of {name}: {error}") from error
-            # Buffers go to the front of the graph, each before the last: behind the first, all are
+            # Buffers go to the front of the graph, each before the last: after the first, all are
             # there.
             codes_node = add_buffer(self.gm, f"{name}.weight_codes", codes, like=layer)
             qparams = self.qparams(layer, f"{name}.weight", scale, zero)
@@ -196,7 +196,7 @@ class _Conversion:
         if (edge, spec) not in self.inputs:
             find = self.dynamic_qparams if spec.dynamic else self.static_qparams
             source, scale, zero = find(layer, edge, spec)
-            source, divisor = self.take_in_product(layer, source, scale)
+            source, divisor = self.absorb_product(layer, source, scale)
             codes = insert_call(
                 ops.quantize.default,
                 (source, divisor, zero, *spec.grid),
@@ -241,7 +241,7 @@ class _Conversion:
         after = last_of(source, scale)
         return insert_call(ops.guard_scale.default, (source, scale), after=after)
 
-    def take_in_product(self, layer: Node, source: Node, scale: Node) -> tuple[Node, Node]:
+    def absorb_product(self, layer: Node, source: Node, scale: Node) -> tuple[Node, Node]:
         """Return what to quantize and with which scale: a product with a constant per channel that
         a scaling pass put in front of a static quantizer becomes part of the scale."""
         if not layer_of(layer).divided or scale.op != "get_attr":

@@ -29,7 +29,7 @@ from fxq.errors import UnsupportedError
 from fxq.graph import copy_graph
 from fxq.passes.common import adopt, student_of
 from fxq.passes.psaq_vit.images import SyntheticImages
-from fxq.passes.psaq_vit.players import Gap, Outputs, Painter, Student
+from fxq.passes.psaq_vit.players import Gap, ImageGenerator, Outputs, Student
 from fxq.passes.psaq_vit.prior import Prior, generator_of, learning_rate_factor
 from fxq.passes.psaq_vit.taps import find_taps
 from fxq.passes.psaq_vit.teacher import Teacher, capture_images
@@ -210,7 +210,7 @@ def adversarial_refine(
         game = _Game(
             gap, Student(student_of(observed), settings.scale_learning_rate), images, settings, seed
         )
-        found.tell_of_refusals("refine", report)
+        found.report_refusals("refine", report)
         about = repr((recipe, settings, seed, found, images.mean, images.std, images.batch_size))
         # The callable that selects outputs has no name: what it selects stands for it.
         selected = gap.chosen(teacher.results(example))
@@ -234,7 +234,7 @@ def adversarial_refine(
             report(f"refine: {note}")
         gm = finish.apply(observed, progress=report)
         program = Program.from_captured(captured, gm, recipe=made_by, model=model)
-        return Refinement(program, game.painter.all_pixels, trace)
+        return Refinement(program, game.generator.all_pixels, trace)
 
 
 def _split(recipe: Recipe) -> tuple[Recipe, Recipe]:
@@ -258,7 +258,7 @@ class _Game:
         self.gap, self.student, self.images, self.settings = gap, student, images, settings
         n_views = settings.n_rounds * max(settings.generator_steps, settings.student_steps)
         rate, weight = settings.image_learning_rate, settings.adversarial_weight
-        self.painter = Painter(images, settings.prior, n_views, rate, weight, seed)
+        self.generator = ImageGenerator(images, settings.prior, n_views, rate, weight, seed)
         self.seed = seed
         self.record = torch.zeros(settings.n_rounds, 4)
 
@@ -277,7 +277,7 @@ class _Game:
             about, kept = state
             first, self.record = about["round"], kept["record"]
             best, best_round = about["best"], about["best_round"]
-            self.painter.restore(kept)
+            self.generator.restore(kept)
             self.student.restore(kept)
             report(f"refine: going on from round {first + 1} of {n_rounds}")
         with report.task("refine", "rounds", n_rounds, first) as task:
@@ -288,7 +288,7 @@ class _Game:
                     best, best_round = found, turn + 1
                     self.student.keep()
                 if checkpoint.due:
-                    kept = {"record": self.record} | self.painter.state() | self.student.state()
+                    kept = {"record": self.record} | self.generator.state() | self.student.state()
                     about = {"round": turn + 1, "best": best, "best_round": best_round}
                     checkpoint.save(about, kept)
         checkpoint.remove()
@@ -297,14 +297,14 @@ class _Game:
         return GameTrace(moved, entropy, tv, learned, before, best, best_round)
 
     def _round(self, turn: int) -> None:
-        s, painter = self.settings, self.painter
+        s, generator = self.settings, self.generator
         for step in range(turn * s.generator_steps, (turn + 1) * s.generator_steps):
-            index = turn % len(painter.batches)
-            self.record[turn, :3] = painter.move(index, step, self.gap, self.student.gm)
-        generator = generator_of(self.seed, -1 - turn)
+            index = turn % len(generator.batches)
+            self.record[turn, :3] = generator.move(index, step, self.gap, self.student.gm)
+        random = generator_of(self.seed, -1 - turn)
         for step in range(turn * s.student_steps, (turn + 1) * s.student_steps):
-            order = torch.randperm(len(self.images.pixels), generator=generator)
-            images = painter.view(order[: len(painter.batches[0])], step)
+            order = torch.randperm(len(self.images.pixels), generator=random)
+            images = generator.view(order[: len(generator.batches[0])], step)
             rate = s.student_learning_rate_at(step, self.student.bits)
             self.record[turn, 3] = self.student.learn(images, self.gap, rate)
 

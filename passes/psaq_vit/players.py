@@ -118,7 +118,7 @@ class Gap:
         return self.between(exact, student(images))
 
 
-class Painter:
+class ImageGenerator:
     """The generator: all images, and an optimizer for each batch of them.
 
     Args:

@@ -131,7 +131,7 @@ def synthesize(
         means, stds = tuple(map(float, mean)), tuple(map(float, std))
         run = _Run(captured, leaf, teacher, settings, means, stds, seed, logits, device)
         run.start(n_images, batch_size, labels, probe)
-        found.tell_of_refusals("synthesize", report)
+        found.report_refusals("synthesize", report)
         return run.optimize(n_images, batch_size, report, kept)
 
 

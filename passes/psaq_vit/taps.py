@@ -95,7 +95,7 @@ class Taps:
     taps: tuple[Tap, ...]
     refusals: Mapping[str, str]
 
-    def tell_of_refusals(self, what: str, report: Reporter) -> None:
+    def report_refusals(self, what: str, report: Reporter) -> None:
         """Say what was refused: through `report` if anybody listens, or as a warning."""
         if not self.refusals:
             return
@@ -218,7 +218,7 @@ class _WithoutMixing(Interpreter):
         value, whole = self.env[self.values[n]], super().run_node(n)
         if value.shape != whole.shape and value.ndim == whole.ndim and value.ndim > 3:
             value = value.repeat_interleave(whole.shape[-3] // value.shape[-3], -3)  # grouped heads
-        # In the layout of the attention's own output, for the views behind it.
+        # In the layout of the attention's own output, for the views after it.
         self.kept[n] = whole.copy_(value) if value.shape == whole.shape else whole
         return self.kept[n]
 

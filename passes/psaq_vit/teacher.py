@@ -1,5 +1,5 @@
-"""The float model as both papers use it: frozen, and telling the patch-similarity entropy of every
-attention."""
+"""The float model as both papers use it: frozen, and with the patch-similarity entropy of every
+attention beside its results."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

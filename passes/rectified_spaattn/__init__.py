@@ -6,7 +6,7 @@ graph it can stand (`ReplaceAttention`), how dense each layer is at each step, a
 that says how dense it should be (`calibrate_density`).
 
 Departures from the published code: the first frame plays no special part, because the first blocks
-of a space-filling curve do not hold it; text stays where it is, before or behind the visual tokens,
+of a space-filling curve do not hold it; text stays where it is, before or after the visual tokens,
 instead of being moved; steps are chosen by a tensor in the graph, not by a counter in Python;
 attention is found in graphs, not by replacing methods of model classes.
 """
@@ -14,9 +14,9 @@ attention is found in graphs, not by replacing methods of model classes.
 from fxq.passes.rectified_spaattn.calibration import Calibration, Measurement, calibrate_density
 from fxq.passes.rectified_spaattn.curve import block_adjacency, curve_order
 from fxq.passes.rectified_spaattn.densities import set_densities
-from fxq.passes.rectified_spaattn.layout import TokenLayout
 from fxq.passes.rectified_spaattn.recipes import ONLINE_20, TOPK_11, TOPK_20, W8A8_TOPK_20
 from fxq.passes.rectified_spaattn.replace_attention import ReplaceAttention
+from fxq.passes.rectified_spaattn.segments import TokenLayout
 
 __all__ = [
     "ONLINE_20",

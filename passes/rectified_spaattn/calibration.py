@@ -151,7 +151,7 @@ def calibrate_density(
         densities: to measure, each in (0, 1).
         n_blocks: query blocks sampled per layer and batch.
         progress: as for `fxq.compress`.
-        checkpoint: a file that keeps the sums of an interrupted call, which then goes on behind
+        checkpoint: a file that keeps the sums of an interrupted call, which then goes on after
             their batches; it is removed at the end.
     Raises:
         ValueError: densities outside (0, 1), no block to sample, no batch, no attention to replace,

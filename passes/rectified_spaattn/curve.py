@@ -38,7 +38,7 @@ def curve_order(grid: Grid) -> Tensor:
     if len(grid) != 3 or min(grid) < 1:
         raise ValueError(
             f"grid: expected three sides (frames, height, width) of at least 1 token, found "
-            f"{grid}; give the grid behind the patch embedding"
+            f"{grid}; give the grid after the patch embedding"
         )
     t, h, w = grid
     lengths = (w, h, t)

@@ -29,7 +29,7 @@ def check_densities(densities: Sequence[float], rows: Rows | None) -> None:
             f"{densities}"
         )
     if isinstance(rows, ByPosition):
-        raise ValueError("rows: a density is of all tokens; use ByTimestep or ByStep")
+        raise ValueError("rows: a density holds for all tokens; use ByTimestep or ByStep")
     expected = 1 if rows is None else rows.count
     if len(densities) != expected:
         raise ValueError(

@@ -2,7 +2,7 @@
 
 Sparse attention knows one kind of mask: some text tokens at the end of the text are padding. A mask
 `[B, 1, 1, S]` says so if it keeps every visual token and a prefix of the text. That is proved for
-text behind the visual tokens where `fxq.analysis.masks` finds how many keys it shows; for anything
+text after the visual tokens where `fxq.analysis.masks` finds how many keys it shows; for anything
 else it takes the user's word. The count is a sum in the graph, so nothing waits for the device.
 """
 
@@ -12,7 +12,7 @@ from torch.fx import Node
 from fxq.analysis.masks import Masks
 from fxq.graph import args_of, dtype_of, insert_call, shape_of
 from fxq.layer import Skip
-from fxq.passes.rectified_spaattn.layout import Segments
+from fxq.passes.rectified_spaattn.segments import Segments
 
 aten = torch.ops.aten
 

@@ -1,4 +1,4 @@
-"""Recipes: the paper's two densities, a mode that is closer to dense, and 8-bit linears beside.
+"""Recipes: the paper's two densities, a mode that is closer to dense, and 8-bit linears too.
 
 Densities are shares of visual key blocks. What a layer really visits is a little more, by the
 blocks next to each other and by `top_p`: 88.95 % sparsity in the paper is a density of 0.1.

@@ -1,6 +1,6 @@
 """ReplaceAttention: self-attention over visual tokens becomes `fxq::rectified_attention`.
 
-Which tokens are visual is read off the graph (`layout.py`), and so is the number of valid text
+Which tokens are visual is read off the graph (`segments.py`), and so is the number of valid text
 tokens (`padding.py`). Visual tokens are put in the order of a space-filling curve inside the
 operator where their grid is known. What is left dense carries its reason, and the report shows it.
 """
@@ -29,9 +29,9 @@ from fxq.passes.rectified_spaattn.densities import (
     density_table,
     insert_densities,
 )
-from fxq.passes.rectified_spaattn.form import unfit
-from fxq.passes.rectified_spaattn.layout import Segments, TokenLayout, find_segments
+from fxq.passes.rectified_spaattn.eligibility import why_dense
 from fxq.passes.rectified_spaattn.padding import valid_text
+from fxq.passes.rectified_spaattn.segments import Segments, TokenLayout, find_segments
 from fxq.pipeline import Pass
 from fxq.rectified_attention.layout import check_choices
 from fxq.rows import ByStep, Rows
@@ -79,7 +79,7 @@ class ReplaceAttention(Pass):
             wins. Where a row is dense these are dense too.
     """
 
-    density: float | tuple[float, ...] = 0.2  # README: drop rate 0.8 on HunyuanVideo
+    density: float | tuple[float, ...] = 0.2  # published code: drop rate 0.8 on HunyuanVideo
     rows: Rows | None = None
     mode: Literal["paper", "online", "sparse"] = "paper"
     top_p: float = 0.3  # p_remain of the published code
@@ -161,7 +161,7 @@ class ReplaceAttention(Pass):
         pattern, density = overridden.get(node, (None, None))
         if pattern is not None and (density is None or density >= 1):
             return Skip(f"override {pattern!r}", intended=True)
-        if reason := unfit(node, self.min_tokens, masks):
+        if reason := why_dense(node, self.min_tokens, masks):
             return reason
         segments = find_segments(positions.attention[node], positions, self.layout)
         if isinstance(segments, Skip):

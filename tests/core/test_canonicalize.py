@@ -122,7 +122,7 @@ def test_rms_norm_in_fp32_between_casts_is_recognised() -> None:
 
     assert counts["rms_norm"] == 1
     assert targets.count(ATEN.rms_norm.default) == 1
-    assert len(targets) == 3  # a cast before, a cast behind
+    assert len(targets) == 3  # a cast before, a cast after
 
 
 def test_rms_norm_over_another_axis_or_in_half_precision_stays() -> None:

@@ -1,5 +1,5 @@
 """The two locks: exact versions from public indexes, within the bounds of pyproject.toml and as the
-README says."""
+documentation says."""
 
 import re
 import tomllib
@@ -28,11 +28,11 @@ def pinned(lock: str, name: str) -> set[str]:
 
 
 def direct() -> list[Requirement]:
-    """Return what pyproject.toml asks for, but its own extras."""
+    """Return what pyproject.toml asks for, but its own extras and what only makes the site."""
     project = PROJECT["project"]
     lines = [*project["dependencies"]]
-    for extra in project["optional-dependencies"].values():
-        lines += extra
+    for name, extra in project["optional-dependencies"].items():
+        lines += extra if name != "docs" else []
     return [found for line in lines if (found := Requirement(line)).name != project["name"]]
 
 
@@ -74,9 +74,17 @@ def test_the_build_needs_nothing_that_is_not_locked() -> None:
     assert all(pinned(lock, Requirement(line).name) for line in wanted for lock in LOCKS)
 
 
+def test_what_makes_the_site_is_exact_without_a_lock() -> None:
+    wanted = [Requirement(line) for line in PROJECT["project"]["optional-dependencies"]["docs"]]
+
+    assert wanted
+    assert all([s.operator for s in requirement.specifier] == ["=="] for requirement in wanted)
+
+
 @pytest.mark.parametrize("lock", LOCKS)
-def test_the_readme_names_the_versions_of_the_locks(lock: str) -> None:
-    table = [row for row in (ROOT / "README.md").read_text().splitlines() if row.startswith("|")]
+def test_the_documentation_names_the_versions_of_the_locks(lock: str) -> None:
+    page = (ROOT / "docs" / "getting-started.md").read_text()
+    table = [row for row in page.splitlines() if row.startswith("|")]
     (header,) = [row for row in table if "torchvision" in row and "triton" in row]
     (row,) = [row for row in table if f"`{lock}`" in row]
 

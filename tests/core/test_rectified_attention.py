@@ -459,7 +459,7 @@ def test_large_logits_do_not_overflow(mode: str) -> None:
         ({"text_len": torch.tensor([1, 2])}, "text_len: expected shape"),
         ({"order": torch.arange(44)}, "order: expected shape"),
         ({"adjacency": torch.eye(5, dtype=torch.bool)}, "adjacency: expected shape"),
-        ({"order": torch.arange(45), "is_causal": True}, "no order with is_causal"),
+        ({"order": torch.arange(45), "is_causal": True}, "none with is_causal"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(options: dict[str, Any], message: str) -> None:

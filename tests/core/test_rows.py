@@ -315,7 +315,7 @@ def test_a_layer_that_has_lost_the_batch_stays_float_and_says_so() -> None:
         (lambda: ByTimestep([1.0]), "expected a tuple that ascends"),  # type: ignore[arg-type]
         (lambda: ByStep(0), "ByStep.count: expected 1 or more"),
         (lambda: ByPosition(2.0), "ByPosition.count: expected 1 or more"),  # type: ignore[arg-type]
-        (lambda: QuantSpec(dynamic=True, rows=ByStep(2)), "of ranges that calibration finds"),
+        (lambda: QuantSpec(dynamic=True, rows=ByStep(2)), "among ranges that calibration finds"),
         (lambda: QuantSpec(observer=MovingAverage(), rows=ByStep(2)), "use MinMax"),
         (
             lambda: QuantSpec(granularity=PerToken(), rows=ByPosition(2)),

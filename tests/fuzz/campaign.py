@@ -1,7 +1,7 @@
 """`make fuzz N=10000`: many random modules in worker processes, a table, and a test per failure.
 
 It can be interrupted at any time: what is done is kept in `out/fuzz.json`, and the next run goes on
-behind it. A failure that has all the steps of one found before counts as the same.
+from there. A failure that has all the steps of one found before counts as the same.
 """
 
 import argparse

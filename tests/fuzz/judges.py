@@ -27,7 +27,7 @@ HOPELESS = 0.5  # an error by 8 bits of this share of the largest value says not
 
 @dataclass(frozen=True)
 class Outcome:
-    """What calls returned and left behind.
+    """What calls returned and what they left changed.
 
     Args:
         specs: the pytree of each call's result.

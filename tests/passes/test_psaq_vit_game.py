@@ -25,7 +25,7 @@ from fxq.passes.psaq_vit import (
     everywhere,
     find_taps,
 )
-from fxq.passes.psaq_vit.players import Gap, Painter, Student, disagreement, opposed
+from fxq.passes.psaq_vit.players import Gap, ImageGenerator, Student, disagreement, opposed
 from fxq.passes.psaq_vit.teacher import Teacher
 from fxq.pipeline import Recipe
 from fxq.spec import MinMax
@@ -41,7 +41,9 @@ def refine(model: nn.Module, example: Tensor, **changes: Any) -> Refinement:
     return adversarial_refine(model, example, recipe, images, **{"settings": SHORT} | changes)
 
 
-def players(weight: float = 1.0, seed: int = 0) -> tuple[Gap, Painter, Student, SyntheticImages]:
+def players(
+    weight: float = 1.0, seed: int = 0
+) -> tuple[Gap, ImageGenerator, Student, SyntheticImages]:
     """Both players over a W4A4 student, and the images they begin with."""
     model, example = lively(seed)
     images = dream(model, example, labels=None)
@@ -51,8 +53,8 @@ def players(weight: float = 1.0, seed: int = 0) -> tuple[Gap, Painter, Student, 
     spec = pytree.tree_structure((torch.zeros(()),))
     gap = Gap(teacher, None, spec, x)
     observed = Recipe("w4a4", W4A4.passes[:-1]).apply(copy_graph(gm), [(x,)])
-    painter = Painter(images, Prior(jitter=(0.0,), flip=False), 8, 0.01, weight, seed)
-    return gap, painter, Student(student_of(observed), 0.2), images
+    generator = ImageGenerator(images, Prior(jitter=(0.0,), flip=False), 8, 0.01, weight, seed)
+    return gap, generator, Student(student_of(observed), 0.2), images
 
 
 def test_disagreement_by_hand() -> None:
@@ -74,31 +76,31 @@ def test_opposed_by_hand() -> None:
 def test_a_step_of_the_images_raises_the_disagreement_and_one_of_the_student_lowers_it(
     seed: int,
 ) -> None:
-    gap, painter, student, _ = players(weight=20.0, seed=seed)
+    gap, generator, student, _ = players(weight=20.0, seed=seed)
     with torch.no_grad():
-        before = gap.on(painter.normalized(painter.all_pixels), student.gm).mean()
+        before = gap.on(generator.normalized(generator.all_pixels), student.gm).mean()
         for step in range(4):
-            painter.move(0, step, gap, student.gm)
-        x = painter.normalized(painter.all_pixels)
+            generator.move(0, step, gap, student.gm)
+        x = generator.normalized(generator.all_pixels)
         moved = gap.on(x, student.gm).mean()
         for _ in range(4):
             student.learn(x, gap, 1e-3)
         learned = gap.on(x, student.gm).mean()
     assert moved > before
     assert learned < moved
-    assert 0 <= painter.all_pixels.min() <= painter.all_pixels.max() <= 1
+    assert 0 <= generator.all_pixels.min() <= generator.all_pixels.max() <= 1
 
 
 def test_a_student_that_is_the_teacher_has_nothing_to_learn() -> None:
-    gap, painter, _, images = players()
+    gap, generator, _, images = players()
     twin = graph_of(*lively())
     with torch.no_grad():
-        before = painter.all_pixels
+        before = generator.all_pixels
         assert not gap.on(images.images, twin).any()
-        kept = painter.move(0, 0, gap, twin)
+        kept = generator.move(0, 0, gap, twin)
     assert kept[0] == 0
     assert kept.isfinite().all()
-    assert not torch.equal(painter.all_pixels, before)  # the prior alone moves it
+    assert not torch.equal(generator.all_pixels, before)  # the prior alone moves it
 
 
 def test_the_game_leaves_model_and_images_untouched_and_is_reproducible() -> None:

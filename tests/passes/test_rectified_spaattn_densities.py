@@ -129,7 +129,7 @@ def test_the_report_names_the_range() -> None:
         (lambda: replace(SMALL, density=(0.2, 0.3)), "one for each of 1 rows"),
         (lambda: replace(SMALL, density=()), "expected positive shares"),
         (lambda: replace(SMALL, density=(0.2, -1.0), rows=ByStep(2)), "expected positive shares"),
-        (lambda: replace(SMALL, density=(0.2, 1.0), rows=ByPosition(2)), "is of all tokens"),
+        (lambda: replace(SMALL, density=(0.2, 1.0), rows=ByPosition(2)), "holds for all tokens"),
         (
             lambda: compressed((0.2, 1.0), ByTimestep((1.0,), "sigma")),
             "no input 'sigma' of the model",

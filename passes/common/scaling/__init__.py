@@ -2,8 +2,7 @@
 
 What is where:
 
-    trace, rules, flow, labels
-                          which channels can be scaled together: an analysis of the whole graph
+    fxq.analysis          which channels can be scaled together: an analysis of the whole graph
     sites                 its result as `ScaleSite`s, and a reason for every layer without one
     fold                  scales and shifts into weights, exactly
     statistics            what a method knows of a site

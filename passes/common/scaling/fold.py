@@ -5,7 +5,7 @@
     sum     a + c           c' = (c - d_out) / s_out
 
 s_in and d_in undo what the producers of x did, s_out and d_out are the layer's own part in the
-sites behind it; all sites are collected first. Weights, biases and norm parameters that were not
+sites after it; all sites are collected first. Weights, biases and norm parameters that were not
 there are added. New tensors are buffers of the graph: the model's own are never written to.
 """
 
@@ -296,7 +296,7 @@ def _divide_edge(gm: GraphModule, scaling: Scaling) -> None:
     product = insert_call(aten.mul.Tensor, (edge, factor), after=edge, like=first)
     for part in scaling.site.consumers:
         part.node.update_arg(0, product)
-        state(part.node, divided=True)  # Convert makes the product part of the quantizer behind it
+        state(part.node, divided=True)  # Convert makes the product part of the quantizer after it
 
 
 def _add(gm: GraphModule, node: Node, name: str, value: Tensor) -> Node:

@@ -1,8 +1,8 @@
 """Planted imbalance: ground truth for scaling methods.
 
-Some channels of every site are multiplied by large factors and the weights behind them divided by
-these: the float function stays the same, quantization does not. What a method recovers of the loss
-can then be measured on any model.
+Some channels of every site are multiplied by large factors and the weights that read them divided
+by these: the float function stays the same, quantization does not. What a method recovers of the
+loss can then be measured on any model.
 """
 
 from collections.abc import Collection

@@ -97,7 +97,7 @@ def scale_sites(gm: GraphModule) -> ScaleSites:
     """Find every scale site of a canonical graph (dialect ATEN).
 
     A linear that no factor can reach gets a quantizer site: the factor becomes a product on its
-    input, which the quantizer behind it takes in.
+    input, which becomes part of the quantizer after it.
     """
     scales = channel_flow(gm)
     shifts = _Shifts(channel_flow(gm, scales))
@@ -192,7 +192,7 @@ def _site(group: list[_Grouped], flow: ChannelFlow) -> ScaleSite | None:
     if not producers or not (consumers or query_key) or n_channels == 1:
         return None
     if query_key and any(part.node.target not in LAYERS for part in producers):
-        return None  # behind a norm of queries and keys, whose linears it would not reach
+        return None  # after a norm of queries and keys, whose linears it would not reach
     return ScaleSite(_kind(producers, consumers, flow), n_channels, producers, consumers)
 
 

@@ -120,7 +120,7 @@ def row_statistics(x: Tensor, *, spatial: int, n_rows: int) -> Tensor:
 
     Args:
         x: `[..., C]`, or `[B, C, ...]` with `spatial` dimensions at the end.
-        spatial: how many dimensions are behind the channels.
+        spatial: how many dimensions come after the channels.
         n_rows: rows to keep at most.
     Returns:
         `[2 * N_FOLDS + R, C]`, fp32: lows and highs (infinite for an empty fold), then the rows.
@@ -161,7 +161,7 @@ def row_keys(rows: Tensor) -> Tensor:
 
 
 def spatial_dims(layer: Node) -> int:
-    """Return how many dimensions of a layer's input are behind its channels."""
+    """Return how many dimensions of a layer's input come after its channels."""
     return len(sizes_of(layer.args[1])) - 2
 
 

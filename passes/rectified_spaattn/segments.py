@@ -135,7 +135,7 @@ def _traced(numbers: Tensor, positions: Positions, layout: TokenLayout) -> Segme
     start = int(is_text.int().argmax()) if text_size else size
     if start not in (0, size - text_size) or not bool(is_text[start : start + text_size].all()):
         return Skip(
-            f"expected text before or behind the tokens of {visual}, found both mixed",
+            f"expected text before or after the tokens of {visual}, found both mixed",
             intended=False,
         )
     grid = layout.grid or grid_of(numbers[~is_text], stream)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import fxq
 from fxq.analysis.positions import Stream, find_positions
 from fxq.layer import Skip
-from fxq.passes.rectified_spaattn.layout import Segments, TokenLayout, find_segments, grid_of
+from fxq.passes.rectified_spaattn.segments import Segments, TokenLayout, find_segments, grid_of
 
 
 class Attend(nn.Module):
@@ -152,7 +152,7 @@ def test_packed_tokens_have_no_grid_but_take_a_given_one() -> None:
 @pytest.mark.parametrize(
     ("tokens", "reason"),
     [
-        (between, "expected text before or behind the tokens of video, found both mixed"),
+        (between, "expected text before or after the tokens of video, found both mixed"),
         (lambda v, t: t, "all its tokens are text, of which the model returns none"),
         (lambda v, t: flat(v).sort(1).values, "where its tokens come from cannot be followed"),
     ],

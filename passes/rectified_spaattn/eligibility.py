@@ -1,4 +1,4 @@
-"""Which forms of attention `fxq::rectified_attention` can stand for."""
+"""Which attention `fxq::rectified_attention` can stand for, by its shapes and arguments."""
 
 from collections.abc import Sequence
 
@@ -14,8 +14,8 @@ MAX_HEAD_DIM = 256  # of any attention kernel
 ALIGNED = 8  # channels: what tensor cores load at once
 
 
-def unfit(node: Node, min_tokens: int, masks: Masks) -> Skip | None:
-    """Return why attention of this form stays dense, None where its form fits.
+def why_dense(node: Node, min_tokens: int, masks: Masks) -> Skip | None:
+    """Return why an attention of these shapes and arguments stays dense, None where it need not.
 
     Args:
         node: the attention.
