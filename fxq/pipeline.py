@@ -272,7 +272,7 @@ class CheckedBatches:
         self.data = list(data) if isinstance(data, Iterator) else data
 
     def _without_labels(self, batch: Any) -> Any:
-        """Return a batch of a data loader without what stands behind the model's only input."""
+        """Return a batch of a data loader without what stands after the model's only input."""
         if len(self.signature.given) != 1 or not isinstance(batch, tuple | list) or len(batch) < 2:
             return batch
         extra = [list(v.shape) if isinstance(v, Tensor) else type(v).__name__ for v in batch[1:]]

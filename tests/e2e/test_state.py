@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 import fxq
-from fxq import backend
+from fxq import backend, bound_graph
 from fxq.errors import FxqWarning, PassError, UnsupportedError
 from fxq.numerics import sqnr_db
 from fxq.pipeline import FLOAT
@@ -233,9 +233,9 @@ def broken(gm: GraphModule) -> GraphModule:
 def test_check_raises_where_compiled_code_departs_from_eager(
     step: str, recipe: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    canonicalize, apply = backend.canonicalize, backend.apply_where_it_pays
+    canonicalize, apply = bound_graph.canonicalize, backend.apply_where_it_pays
     if step == "capture":
-        monkeypatch.setattr(backend, "canonicalize", lambda gm: broken(canonicalize(gm)))
+        monkeypatch.setattr(bound_graph, "canonicalize", lambda gm: broken(canonicalize(gm)))
     else:
 
         def apply_and_break(*args: Any) -> Any:
