@@ -244,7 +244,7 @@ def _inductor(gm: GraphModule, inputs: Sequence[Any], config: dict[str, Any], **
     definitions = get_hash_for_files((numerics.__file__, ops.__file__, writes.__file__)).hex()
     tag = f"{torch.compiler.config.cache_key_tag} fxq {definitions}"
     with torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
-        return compile_fx(gm, inputs, inner_compile, config_patches=config, **kwargs)
+        return compile_fx(gm, inputs, inner_compile=inner_compile, config_patches=config, **kwargs)
 
 
 def _share_of(gm: GraphModule, names: Container[str]) -> float:
