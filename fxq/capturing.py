@@ -92,8 +92,12 @@ def capture(
         )
     if any(writes(node) or is_transform(node) for node in exported.graph.nodes):
         # A pass may put a read in front of a write to the same memory: leave no writes.
+        free = _free_sizes(exported)
         with _refusing(type(module).__name__):
             exported = exported.run_decompositions({})
+            if _free_sizes(exported) < free and dynamic_shapes == "batch" and module is model:
+                # It has fixed them at the sizes that were traced, which need not be the example's.
+                exported = _try_export(model, bound.values, None).run_decompositions({})
     gm = _unlift(exported)
     signature, state, conditions = _sign(gm, exported, bound)
     if dynamic_shapes == "batch" and not notes:
@@ -181,6 +185,13 @@ def _export(
     except UnsupportedError as error:
         note = f"the batch is fixed at {batch}: capturing it free failed ({error.__cause__})"
         return _try_export(model, values, None), (note[:300],)
+
+
+def _free_sizes(exported: ExportedProgram) -> int:
+    """Count the sizes of tensors among the inputs that are free."""
+    inputs = [n for n in exported.graph.nodes if n.op == "placeholder"]
+    shapes = [shape_of(n) for n in inputs if isinstance(n.meta["val"], Tensor)]
+    return sum(not isinstance(size, int) for shape in shapes for size in shape)
 
 
 def _free_batches(exported: ExportedProgram, wanted: Sequence[bool]) -> list[bool]:

@@ -145,7 +145,13 @@ class Checked:
         leaves = [v for v in pytree.tree_leaves(_cloned(values)) if isinstance(v, Tensor)]
         inputs = [*leaves, *state]
         with torch.no_grad(), _same_seed(inputs):
-            found = list(self.gm(*inputs))
+            try:
+                found = list(self.gm(*inputs))
+            except Exception as error:
+                raise UnsupportedError(
+                    f"expected the captured graph to run on {what}, as the model does, found "
+                    f"{type(error).__name__}: {error}; capture with dynamic_shapes=None"
+                ) from error
         n_results = self.signature.out_spec.num_leaves
         after = dict(zip(self.signature.writes, found[n_results:], strict=True))
         kept = self.signature.next_state(inputs, found)
