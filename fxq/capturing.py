@@ -223,9 +223,14 @@ def _try_export(model: nn.Module, values: dict[str, Any], dynamic_shapes: Any) -
 @contextlib.contextmanager
 def _refusing(name: str) -> Iterator[None]:
     """Turn what torch.export raises, a dozen kinds, into an `UnsupportedError`."""
+    hooks = nn.modules.module._global_buffer_registration_hooks
+    before = set(hooks)
     try:
         yield
     except Exception as error:
+        # That of torch 2.11 leaves its hook on every module, and Dynamo breaks graphs at hooks.
+        for key in set(hooks) - before:
+            del hooks[key]
         reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
         raise UnsupportedError(
             f"{name} cannot be captured by torch.export: {reason.strip()} "

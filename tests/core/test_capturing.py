@@ -229,6 +229,23 @@ def test_a_model_that_cannot_be_exported_says_why() -> None:
         capture(DataDependent().eval(), torch.randn(2, 4))
 
 
+def test_a_capture_that_fails_leaves_no_hook_that_breaks_graphs() -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("count", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.count += 1
+            return x + self.count
+
+    with pytest.raises(UnsupportedError):
+        capture(DataDependent().eval(), torch.randn(2, 4))
+
+    model = torch.compile(Counts().eval(), backend="eager", fullgraph=True)
+    assert model(torch.zeros(2)).tolist() == [1, 1]
+
+
 class Keywords(nn.Module):
     """Takes keywords, constants and a nested input."""
 
