@@ -74,6 +74,7 @@ def capture(
         UnsupportedError: torch.export cannot capture it, or what it captured is not what the model
             computes; the message has the reason.
     """
+    lengths: list[str] = []
     if isinstance(model, ExportedProgram):
         bound = bind_exported(model, example_inputs)
         module: nn.Module = _module_of(model)
@@ -82,14 +83,13 @@ def capture(
         check_model(model)
         bound = bind(model, example_inputs)
         module = model
-        with restored(model):  # tracing leaves fake tensors in what the model keeps
+        # Tracing leaves fake tensors in what the model keeps.
+        with restored(model), _noting_lengths(lengths):
             exported, notes = _export(model, bound.values, dynamic_shapes)
     check_finite(bound.values)
     refuse_train_mode(exported.graph_module)
     if why := why_unreadable(exported.graph):
-        raise UnsupportedError(
-            f"{why}; compute both branches and choose with torch.where, or compress the parts"
-        )
+        raise UnsupportedError(why)
     if any(writes(node) or is_transform(node) for node in exported.graph.nodes):
         # A pass may put a read in front of a write to the same memory: leave no writes.
         free = _free_sizes(exported)
@@ -102,6 +102,8 @@ def capture(
     signature, state, conditions = _sign(gm, exported, bound)
     if dynamic_shapes == "batch" and not notes:
         notes = _fixed_batches(signature, bound.values)
+        if notes and lengths:
+            notes = (f"{notes[0]}: len() makes a number of it at {lengths[0]}; use .shape[0]",)
     gm = canonicalize(gm)
     returned, remarks = Checked(gm, signature, state, module).compare(bound.values)
     return Captured(gm, replace(signature, returned=returned), state, notes + conditions + remarks)
@@ -187,6 +189,25 @@ def _export(
         return _try_export(model, values, None), (note[:300],)
 
 
+@contextlib.contextmanager
+def _noting_lengths(places: list[str]) -> Iterator[None]:
+    """Note where in the user's code `len` of a tensor is taken, which must be a number, while the
+    size is free."""
+    length = Tensor.__len__
+
+    def noting(self: Tensor) -> int:
+        if self.ndim and type(self.shape[0]) is not int:
+            frame = sys._getframe(1)
+            places.append(f"{frame.f_code.co_filename}:{frame.f_lineno}")
+        return length(self)
+
+    Tensor.__len__ = noting  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Tensor.__len__ = length  # type: ignore[method-assign]
+
+
 def _free_sizes(exported: ExportedProgram) -> int:
     """Count the sizes of tensors among the inputs that are free."""
     inputs = [n for n in exported.graph.nodes if n.op == "placeholder"]
@@ -232,9 +253,11 @@ def _refusing(name: str) -> Iterator[None]:
         for key in set(hooks) - before:
             del hooks[key]
         reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
+        remedy = "(torch.export.draft_export shows the place in its source)"
+        if "not a known type" in reason:  # what a call returns
+            remedy = "A cache is not made where the example has use_cache=False."
         raise UnsupportedError(
-            f"{name} cannot be captured by torch.export: {reason.strip()} "
-            "(torch.export.draft_export shows the place in its source)"
+            f"{name} cannot be captured by torch.export: {reason.strip()} {remedy}"
         ) from error
 
 

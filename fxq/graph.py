@@ -26,6 +26,9 @@ RUNTIME_STATE = "runtime_state"
 SETTLED = "fxq_settled"
 
 
+AUTOCAST = ("_enter_autocast", "wrap_with_autocast")  # of Dynamo, of torch.export
+
+
 def is_op(node: Any, *targets: Any) -> bool:
     """Tell whether `node` calls one of `targets`."""
     return isinstance(node, Node) and node.op == "call_function" and node.target in targets
@@ -38,10 +41,19 @@ def writes(node: Node) -> bool:
 
 
 def why_unreadable(graph: Graph) -> str | None:
-    """Return why a graph cannot be brought to operators on tensors, None where it can."""
+    """Return why a graph cannot be brought to operators on tensors, and what to do about it; None
+    where it can."""
     for node in graph.nodes:
+        if getattr(node.target, "__name__", None) in AUTOCAST:
+            return (
+                "expected operators on tensors, found a region of torch.autocast; cast the model "
+                "instead, as model.to(torch.bfloat16) does"
+            )
         if isinstance(node.target, torch._ops.HigherOrderOperator):
-            return f"expected operators on tensors, found {node.target}, which calls other graphs"
+            return (
+                f"expected operators on tensors, found {node.target}, which calls other graphs; "
+                "compute both branches and choose with torch.where, or compress the parts"
+            )
     return None
 
 

@@ -1,16 +1,18 @@
 """What people do first with a model, a program and the backend."""
 
+import re
 from typing import Any
 
 import pytest
 import torch
 import torch._inductor.config
+import transformers
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 import fxq
 from fxq.backend import Compiled
-from fxq.errors import FxqWarning
+from fxq.errors import FxqWarning, UnsupportedError
 from fxq.numerics import sqnr_db
 from fxq.pipeline import FLOAT
 
@@ -210,3 +212,55 @@ def test_options_of_the_wrong_type_are_told() -> None:
 
     with torch.no_grad(), pytest.raises(BackendCompilerFailed, match="expected True or False"):
         fast(torch.randn(3, 8))
+
+
+def test_a_batch_that_len_fixes_is_told_with_its_place() -> None:
+    class Rows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x).reshape(len(x), 2, 4)
+
+    length = Tensor.__len__
+
+    program = fxq.compress(Rows().eval(), torch.randn(3, 8), "w8")
+
+    (note,) = program.notes
+    assert re.search(r"fixes its batch at 3: len\(\) .*test_first_contact.py:\d+; use .shape", note)
+    assert Tensor.__len__ is length
+
+
+class Cast(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = self.layer(x)
+        return y.float() + x
+
+
+def test_a_region_of_autocast_is_left_to_inductor_and_refused_by_capture() -> None:
+    model, x = Cast().eval(), torch.randn(3, 8)
+
+    with torch.no_grad(), pytest.warns(FxqWarning, match="as it is: .*a region of torch.autocast"):
+        torch.testing.assert_close(torch.compile(model, backend="fxq")(x), model(x))
+    with pytest.raises(UnsupportedError, match="cast the model instead"):
+        fxq.compress(model, x, "w8")
+
+
+def test_a_language_model_that_makes_a_cache_says_what_to_do() -> None:
+    config = transformers.LlamaConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=31, max_position_embeddings=16,
+    )  # fmt: skip
+    model, ids = transformers.LlamaForCausalLM(config).eval(), torch.randint(1, 31, (2, 5))
+
+    with pytest.raises(UnsupportedError, match="use_cache=False"):
+        fxq.compress(model, {"input_ids": ids}, "w8")
+    program = fxq.compress(model, {"input_ids": ids, "use_cache": False}, "w8")
+
+    assert sqnr_db(model(ids, use_cache=False).logits, program(ids, use_cache=False).logits) > 35
