@@ -1,28 +1,12 @@
 """Python numbers that change from call to call, which Dynamo makes inputs of a graph."""
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
-from fxq.backend import Compiled
 from fxq.errors import FxqWarning
 from fxq.pipeline import FLOAT
-
-
-@pytest.fixture
-def builds(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Graphs that fxq compiled."""
-    made: list[Any] = []
-    make = Compiled.make
-
-    def counting(self: Compiled, bound: Any, inputs: Any, args: Any) -> Any:
-        made.append(bound)
-        return make(self, bound, inputs, args)
-
-    monkeypatch.setattr(Compiled, "make", counting)
-    return made
 
 
 class Scaled(nn.Module):
@@ -38,7 +22,7 @@ class Scaled(nn.Module):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_graph_with_a_number_that_changes_is_never_left_to_eager(
-    dtype: torch.dtype, builds: list[Any]
+    dtype: torch.dtype, built: list[GraphModule]
 ) -> None:
     model, x = Scaled().eval().to(dtype), torch.randn(3, 8, dtype=dtype)
     fast = torch.compile(model, backend="fxq", options={"recipe": FLOAT}, fullgraph=True)
@@ -51,7 +35,7 @@ def test_a_graph_with_a_number_that_changes_is_never_left_to_eager(
         torch.testing.assert_close(found, model(x))
     # The first takes the number for a constant, the second has it as an input, which Inductor gives
     # back: Dynamo makes constants of it from there on.
-    assert len(builds) == 5
+    assert len(built) == 5
 
 
 class Slope(nn.Module):

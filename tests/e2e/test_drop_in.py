@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from models import Block
+from pipelines import dit_pipeline
 from small_models import seeded, vit
 from torch import nn
 
@@ -17,17 +18,8 @@ from fxq.spec import LayerSpec, PerGroup, QuantSpec
 
 
 def test_dit_pipeline_runs_with_a_program_for_its_transformer() -> None:
-    diffusers = pytest.importorskip("diffusers")
-    torch.manual_seed(0)
-    transformer = diffusers.DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=1,
-        sample_size=8, patch_size=2, num_embeds_ada_norm=1000,
-    ).eval()  # fmt: skip
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=(8,), norm_num_groups=4, layers_per_block=1, latent_channels=4
-    ).eval()
-    pipe = diffusers.DiTPipeline(transformer, vae, diffusers.DDIMScheduler())
-    pipe.set_progress_bar_config(disable=True)
+    pipe = dit_pipeline()
+    transformer = pipe.transformer
 
     def draw() -> torch.Tensor:
         noise = torch.Generator().manual_seed(0)

@@ -9,9 +9,9 @@ import torch._inductor.config
 import transformers
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
+from torch.fx import GraphModule
 
 import fxq
-from fxq.backend import Compiled
 from fxq.errors import FxqWarning, UnsupportedError
 from fxq.numerics import sqnr_db
 from fxq.pipeline import FLOAT
@@ -39,21 +39,7 @@ class Model(nn.Module):
         return x
 
 
-@pytest.fixture
-def built(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Names of the constants of every graph that fxq compiled."""
-    made: list[list[str]] = []
-    make = Compiled.make
-
-    def noting(self: Compiled, bound: Any, inputs: Any, args: Any) -> Any:
-        made.append([str(n.target) for n in bound.graph.nodes if n.op == "get_attr"])
-        return make(self, bound, inputs, args)
-
-    monkeypatch.setattr(Compiled, "make", noting)
-    return made
-
-
-def test_freezing_is_no_obstacle(built: list[list[str]]) -> None:
+def test_freezing_is_no_obstacle(built: list[GraphModule]) -> None:
     model, x = Model().eval(), torch.randn(3, 5, 16)
     program = fxq.compress(model, x, "w8a8_dynamic")
 
@@ -64,7 +50,8 @@ def test_freezing_is_no_obstacle(built: list[list[str]]) -> None:
             found = torch.compile(program, backend="fxq")(x)
 
     assert sqnr_db(program(x), found) > 60
-    assert {"blocks.0.qkv.weight", "blocks.1.out.bias", "blocks.1.table"} <= set(built[0])
+    names = {str(node.target) for node in built[0].graph.nodes if node.op == "get_attr"}
+    assert {"blocks.0.qkv.weight", "blocks.1.out.bias", "blocks.1.table"} <= names
 
 
 def test_a_weight_changed_in_place_is_seen_under_freezing() -> None:

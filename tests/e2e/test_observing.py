@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from pipelines import dit_pipeline
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -297,16 +298,8 @@ def test_nothing_observed_is_an_error() -> None:
 
 
 def test_a_pipeline_with_guidance_quantizes_statically(every_layer_pays: None) -> None:
-    diffusers = pytest.importorskip("diffusers")
-    transformer = diffusers.DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=1,
-        sample_size=8, patch_size=2, num_embeds_ada_norm=1000,
-    ).eval()  # fmt: skip
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=(8,), norm_num_groups=4, layers_per_block=1, latent_channels=4
-    ).eval()
-    pipe = diffusers.DiTPipeline(transformer, vae, diffusers.DDIMScheduler())
-    pipe.set_progress_bar_config(disable=True)
+    pipe = dit_pipeline()
+    transformer = pipe.transformer
 
     def draw() -> Tensor:
         noise = torch.Generator().manual_seed(0)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from pipelines import dit_pipeline
 from torch import Tensor, nn
 
 import fxq
@@ -48,17 +49,8 @@ def tree_of(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("on_disk", [False, True])
 def test_a_dit_pipeline_is_recorded_replayed_and_compressed(on_disk: bool, tmp_path: Path) -> None:
-    diffusers = pytest.importorskip("diffusers")
-    torch.manual_seed(0)
-    transformer = diffusers.DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=1,
-        sample_size=8, patch_size=2, num_embeds_ada_norm=1000,
-    ).eval()  # fmt: skip
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=(8,), norm_num_groups=4, layers_per_block=1, latent_channels=4
-    ).eval()
-    pipe = diffusers.DiTPipeline(transformer, vae, diffusers.DDIMScheduler())
-    pipe.set_progress_bar_config(disable=True)
+    pipe = dit_pipeline()
+    transformer = pipe.transformer
     computed: list[Tensor] = []
 
     def draw() -> Any:
