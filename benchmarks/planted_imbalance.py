@@ -28,11 +28,11 @@ from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
 
 import fxq
-from fxq.graph import copy_graph
 from fxq.numerics import sqnr_db
 from fxq.passes import outlier_suppression, repq_vit, smoothquant, w6a6, w8a8
 from fxq.passes.common.scaling import Scaling, fold_scaling, plant_imbalance, scale_sites
 from fxq.pipeline import Recipe
+from fxq.rewriting import copy_graph
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from digits_vit import digits, train_vit

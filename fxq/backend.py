@@ -31,10 +31,11 @@ from fxq.errors import (
     did_you_mean,
 )
 from fxq.first_call import FirstCall
-from fxq.graph import copy_graph, is_settled
+from fxq.graph import is_settled
 from fxq.lowering.apply_where_it_pays import Applied, apply_where_it_pays, summary
 from fxq.ops import decompositions
 from fxq.pipeline import Recipe, resolve_recipe
+from fxq.rewriting import copy_graph
 from fxq.writes import read_before_writing, write_back
 
 DEFAULT_RECIPE = "w8a8_dynamic"

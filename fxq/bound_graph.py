@@ -24,8 +24,9 @@ from fxq.account import kind_of
 from fxq.canonicalize import canonicalize
 from fxq.dynamo import from_dynamo, lift_attributes, qualified_name
 from fxq.errors import FxqWarning
-from fxq.graph import RUNTIME_STATE, bind, is_settled
+from fxq.graph import RUNTIME_STATE, is_settled
 from fxq.identity import version_of
+from fxq.rewriting import with_constants
 from fxq.writes import check_apart
 
 Run = Callable[[Sequence[Any]], Any]
@@ -99,7 +100,9 @@ class BoundGraph(ABC):
         with torch.inference_mode(False), torch.no_grad(), _tracing(inputs):
             for i in self.static:
                 nodes[i].meta["source"] = self.name_of(i, args[i])
-            bound = bind(self.graph_module, {nodes[i].name: args[i].detach() for i in self.static})
+            bound = with_constants(
+                self.graph_module, {nodes[i].name: args[i].detach() for i in self.static}
+            )
             if not self.is_program:
                 # Once more: a product with a weight is a linear only where the weight is constant.
                 bound = canonicalize(bound)

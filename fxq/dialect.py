@@ -76,7 +76,7 @@ def _valueless(node: Node) -> str | None:
         return None
     if isinstance(node.target, torch._ops.OpOverload) and not node.target._schema.returns:
         return None
-    return 'no fake value; expected one in meta["val"], as fxq.graph.insert_call gives'
+    return 'no fake value; expected one in meta["val"], as fxq.rewriting.insert_call gives'
 
 
 def _namespace(node: Node) -> str:

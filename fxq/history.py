@@ -14,8 +14,8 @@ from typing import Any
 
 from torch.fx import GraphModule, Node
 
-from fxq.graph import copy_graph
 from fxq.layer import LAYER
+from fxq.rewriting import copy_graph
 
 
 @dataclass(frozen=True)

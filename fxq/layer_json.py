@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxq import formats, rows, spec
-from fxq.graph import register_tensor
 from fxq.layer import LAYER, Layer, Skip, Treatment, WeightCodes, layer_of
+from fxq.rewriting import register_tensor
 
 TYPES = {
     kind.__name__: kind

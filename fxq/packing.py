@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fxq.errors import FxqWarning
-from fxq.graph import register_tensor
 from fxq.graph_json import PATH, decode, encode
+from fxq.rewriting import register_tensor
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:

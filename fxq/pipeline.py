@@ -28,11 +28,11 @@ from fxq.capturing import Captured, capture
 from fxq.checkpoint import Checkpoint
 from fxq.dialect import Dialect
 from fxq.errors import FxqWarning, SkippedError, did_you_mean
-from fxq.graph import copy_graph, propagate
 from fxq.history import Stage, stage
 from fxq.judging import outputs_sqnr_db
 from fxq.program import Program
 from fxq.progress import Progress, Reported, reporting
+from fxq.rewriting import copy_graph, propagate
 from fxq.signature import split_inputs
 
 Batches = Iterable[Sequence[Any]]  # each batch: the graph's inputs in order

@@ -12,7 +12,8 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from fxq.capturing import Captured
-from fxq.graph import copy_graph, mark_for_dynamo, register_tensor
+from fxq.graph import mark_for_dynamo
+from fxq.rewriting import copy_graph, register_tensor
 from fxq.signature import Signature
 from fxq.writes import check_apart
 

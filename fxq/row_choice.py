@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxq.errors import UnsupportedError, did_you_mean
-from fxq.graph import RUNTIME_STATE, add_buffer, input_name, insert_call, shape_of, val_of
+from fxq.graph import RUNTIME_STATE, input_name, shape_of, val_of
+from fxq.rewriting import add_buffer, insert_call
 from fxq.rows import ByPosition, ByStep, ByTimestep, Rows
 
 aten = torch.ops.aten

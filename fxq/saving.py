@@ -26,11 +26,12 @@ from torch.utils import _pytree as pytree
 from fxq.dialect import QUANTIZED
 from fxq.errors import FxqWarning, UnsupportedError
 from fxq.files import write_tensors
-from fxq.graph import propagate, val_of
+from fxq.graph import val_of
 from fxq.graph_json import decode, decode_graph, encode, encode_graph
 from fxq.layer_json import adopt_tensors, tensors_of
 from fxq.packing import check_seal, decode_tensors, encode_tensors, register, seal
 from fxq.program import PLAIN, Config, Program, check_program
+from fxq.rewriting import propagate
 from fxq.signature import Leaf, Signature
 from fxq.vetting import check_arithmetic, check_graph, check_values
 

@@ -21,8 +21,9 @@ from torch.fx.node import map_arg
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from fxq.errors import UnsupportedError
-from fxq.graph import args_of, insert_call, is_op, tensor_of, writes
+from fxq.graph import args_of, is_op, tensor_of, writes
 from fxq.identity import TensorKey
+from fxq.rewriting import insert_call
 
 aten = torch.ops.aten
 

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule
 
-from fxq.graph import SETTLED, copy_graph, is_settled
+from fxq.graph import SETTLED, is_settled
 from fxq.layer import Skip, layer_of, treat
 from fxq.lowering.lower import lower
 from fxq.lowering.rule import Decision
 from fxq.pipeline import Recipe
+from fxq.rewriting import copy_graph
 
 N_REASONS = 3
 

@@ -6,10 +6,11 @@ import torch
 from torch.fx import GraphModule, Node
 
 from fxq.dialect import LOWERED
-from fxq.graph import add_buffer, args_of, copy_graph, erase_dead, is_constant, is_op, tensor_of
+from fxq.graph import args_of, is_constant, is_op, tensor_of
 from fxq.lowering.devices import device_at
 from fxq.lowering.devices.other import OTHER
 from fxq.lowering.rule import Decision, Device, Lowering
+from fxq.rewriting import add_buffer, copy_graph, erase_dead
 
 ops = torch.ops.fxq
 

@@ -9,10 +9,11 @@ import torch
 from torch.fx import Node
 
 import fxq.lowering.rectified_attention  # noqa: F401  registers the op
-from fxq.graph import args_of, insert_call, is_op
+from fxq.graph import args_of, is_op
 from fxq.lowering.rule import MIN_SQNR_DB, Decision, Lowering, Rule
 from fxq.numerics import sqnr_db
 from fxq.operators import SPARSE_ATTENTION
+from fxq.rewriting import insert_call
 
 OP = torch.ops.fxq.lowered_attention.default
 

@@ -24,7 +24,7 @@ from fxq.canonicalize.matmul_of_einsum import matmul_of_einsum
 from fxq.canonicalize.norm import rms_norm
 from fxq.canonicalize.products import bmm_of_baddbmm
 from fxq.canonicalize.views import reshape_of_view, transpose_of_property
-from fxq.graph import erase_dead
+from fxq.rewriting import erase_dead
 
 REWRITES: tuple[Callable[[GraphModule], int], ...] = (
     reshape_of_view,

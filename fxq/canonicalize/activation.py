@@ -7,8 +7,8 @@ import torch
 from torch.fx import GraphModule
 
 from fxq.canonicalize.pattern import Call, Var, match_any
-from fxq.graph import insert_call
 from fxq.operators import ADD, DIV, MUL
+from fxq.rewriting import insert_call
 
 aten = torch.ops.aten
 

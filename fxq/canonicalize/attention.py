@@ -13,8 +13,9 @@ import torch
 from torch.fx import GraphModule, Node
 
 from fxq.constants import Constants, constant_value
-from fxq.graph import args_of, dtype_of, insert_call, is_op, shape_of, val_of
+from fxq.graph import args_of, dtype_of, is_op, shape_of, val_of
 from fxq.operators import ADD, DIV, MATMUL, MUL, SOFTMAX, Movement, of
+from fxq.rewriting import insert_call
 
 aten = torch.ops.aten
 WHERE = of(Movement.WHERE)

@@ -7,7 +7,8 @@ which `fxq.graph.weight_of` sees through.
 import torch
 from torch.fx import GraphModule, Node
 
-from fxq.graph import args_of, insert_call, is_constant, is_op, shape_of, val_of
+from fxq.graph import args_of, is_constant, is_op, shape_of, val_of
+from fxq.rewriting import insert_call
 
 aten = torch.ops.aten
 

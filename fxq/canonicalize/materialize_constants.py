@@ -13,17 +13,9 @@ from torch._subclasses import FakeTensor
 from torch.fx import GraphModule, Node
 
 from fxq.constants import constant_value, is_pure
-from fxq.graph import (
-    add_buffer,
-    args_of,
-    constant_of,
-    is_constant,
-    is_state,
-    shape_of,
-    tensor_of,
-    writes,
-)
+from fxq.graph import args_of, constant_of, is_constant, is_state, shape_of, tensor_of, writes
 from fxq.identity import TensorKey
+from fxq.rewriting import add_buffer
 
 # A constant has at most this many times the elements of what it is made of: a bias with zeros for
 # the keys has 3 / 2. A table of positions, looked up for every pair of tokens, has thousands.

@@ -8,7 +8,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from fxq.einsum import Equation
-from fxq.graph import args_of, insert_call, is_constant, shape_of
+from fxq.graph import args_of, is_constant, shape_of
+from fxq.rewriting import insert_call
 
 aten = torch.ops.aten
 

@@ -4,8 +4,9 @@ import torch
 from torch.fx import GraphModule
 
 from fxq.canonicalize.pattern import Call, Var, match_any
-from fxq.graph import dtype_of, insert_call, is_constant, shape_of, val_of
+from fxq.graph import dtype_of, is_constant, shape_of, val_of
 from fxq.operators import ADD, DIV, MUL
+from fxq.rewriting import insert_call
 
 aten = torch.ops.aten
 

@@ -3,7 +3,8 @@
 import torch
 from torch.fx import GraphModule, Node
 
-from fxq.graph import args_of, insert_call
+from fxq.graph import args_of
+from fxq.rewriting import insert_call
 
 aten = torch.ops.aten
 

@@ -3,8 +3,9 @@
 import torch
 from torch.fx import GraphModule
 
-from fxq.graph import args_of, insert_call, val_of
+from fxq.graph import args_of, val_of
 from fxq.operators import canonical_form
+from fxq.rewriting import insert_call
 
 aten = torch.ops.aten
 

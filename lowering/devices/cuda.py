@@ -12,10 +12,11 @@ import torch
 from torch.fx import Node
 
 from fxq.constants import constant_value
-from fxq.graph import args_of, dtype_of, hint, insert_call, is_op, shape_of, val_of
+from fxq.graph import args_of, dtype_of, hint, is_op, shape_of, val_of
 from fxq.lowering.lower_attention import SparseAttention
 from fxq.lowering.lower_linear import Int8Linear, Operands
 from fxq.lowering.rule import Decision, Device, Lowering
+from fxq.rewriting import insert_call
 
 aten = torch.ops.aten
 ops = torch.ops.fxq

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fxq.graph import add_buffer, args_of, hint, insert_call, is_op, shape_of, tensor_of
+from fxq.graph import args_of, hint, is_op, shape_of, tensor_of
 from fxq.lowering.cpu.onednn import cpu_int8
 from fxq.lowering.devices.other import TorchAttention
 from fxq.lowering.lower_linear import Int8Linear, Operands
 from fxq.lowering.rule import Decision, Device, Lowering
 from fxq.numerics import EXACT_IN_FP32, is_pair_safe, largest_sum
+from fxq.rewriting import add_buffer, insert_call
 
 aten = torch.ops.aten
 ops = torch.ops.fxq

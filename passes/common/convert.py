@@ -21,14 +21,10 @@ from torch.fx.passes.infra.pass_base import PassResult
 from fxq import numerics
 from fxq.dialect import OBSERVED, QUANTIZED, Dialect
 from fxq.graph import (
-    add_buffer,
     args_of,
     constant_of,
     dtype_of,
-    erase_dead,
-    insert_call,
     is_constant,
-    last_of,
     owner_name,
     shape_of,
     tensor_of,
@@ -38,6 +34,7 @@ from fxq.identity import TensorKey
 from fxq.layer import LAYER, check_weight, layer_of, treat
 from fxq.observers import RangeObserver
 from fxq.pipeline import Pass
+from fxq.rewriting import add_buffer, erase_dead, insert_call, last_of
 from fxq.row_choice import insert_tables
 from fxq.rows import Rows
 from fxq.spec import LayerSpec, QuantSpec, block_of

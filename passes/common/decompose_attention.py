@@ -13,10 +13,11 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
 from fxq.dialect import ATEN, Dialect
-from fxq.graph import dtype_of, insert_call, is_op, is_settled, shape_of
+from fxq.graph import dtype_of, is_op, is_settled, shape_of
 from fxq.layer import Skip, hand_on, treat
 from fxq.operators import ATTENTION, operand
 from fxq.pipeline import Pass
+from fxq.rewriting import insert_call
 
 aten = torch.ops.aten
 

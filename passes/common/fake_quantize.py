@@ -18,11 +18,12 @@ from torch.fx import GraphModule, Node
 
 from fxq import numerics
 from fxq.errors import UnsupportedError
-from fxq.graph import args_of, copy_graph, insert_module, is_constant, owner_name, tensor_of
+from fxq.graph import args_of, is_constant, owner_name, tensor_of
 from fxq.identity import TensorKey
 from fxq.layer import layer_of
 from fxq.observers import RangeObserver
 from fxq.passes.common.convert import pending_layers, quantize_weight
+from fxq.rewriting import copy_graph, insert_module
 from fxq.row_choice import pick
 from fxq.spec import LayerSpec, QuantSpec, block_of
 

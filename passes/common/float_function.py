@@ -51,7 +51,7 @@ def check_float_function(
     """Raise where two graphs differ by more than rounding; return how much they do.
 
     Args:
-        before: the graph before a pass; `fxq.graph.copy_graph` makes a cheap copy.
+        before: the graph before a pass; `fxq.rewriting.copy_graph` makes a cheap copy.
         after: and after it.
         batches: the graphs' positional inputs.
         name: what the error calls the pass.

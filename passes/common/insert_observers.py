@@ -17,10 +17,11 @@ from torch.fx.passes.infra.pass_base import PassResult
 from fxq.account import kind_of
 from fxq.dialect import ATEN, OBSERVED, Dialect
 from fxq.errors import UnsupportedError, did_you_mean
-from fxq.graph import insert_module, is_constant, is_settled, owner_name, shape_of, weight_of
+from fxq.graph import is_constant, is_settled, owner_name, shape_of, weight_of
 from fxq.layer import Skip, treat
 from fxq.observers import RangeObserver
 from fxq.pipeline import Pass
+from fxq.rewriting import insert_module
 from fxq.row_choice import check_fits, index_of
 from fxq.rows import ByStep
 from fxq.spec import LayerSpec, PerTensor, PerToken, QuantSpec, block_of, scale_shape

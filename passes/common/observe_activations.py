@@ -14,11 +14,12 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
 from fxq.dialect import OBSERVED, Dialect
-from fxq.graph import dtype_of, insert_module, is_constant, is_op, owner_name, shape_of
+from fxq.graph import dtype_of, is_constant, is_op, owner_name, shape_of
 from fxq.layer import layer_of
 from fxq.observers import RangeObserver
 from fxq.operators import ADD, DIV, MATMUL, MUL, SOFTMAX, Movement, of
 from fxq.pipeline import Pass
+from fxq.rewriting import insert_module
 from fxq.row_choice import check_fits, index_of
 from fxq.spec import QuantSpec
 

@@ -17,11 +17,12 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
 from fxq.dialect import OBSERVED, Dialect
-from fxq.graph import args_of, erase_dead, owner_name, weight_of
+from fxq.graph import args_of, owner_name, weight_of
 from fxq.layer import Skip, treat
 from fxq.observers import RangeObserver
 from fxq.passes.common.convert import pending_layers
 from fxq.pipeline import Pass
+from fxq.rewriting import erase_dead
 
 
 @dataclass(frozen=True)

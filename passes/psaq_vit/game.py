@@ -26,7 +26,6 @@ from torch.export import ExportedProgram
 from fxq.checkpoint import Checkpoint, fingerprint
 from fxq.dialect import OBSERVED
 from fxq.errors import UnsupportedError
-from fxq.graph import copy_graph
 from fxq.passes.common import adopt, student_of
 from fxq.passes.psaq_vit.images import SyntheticImages
 from fxq.passes.psaq_vit.players import Gap, ImageGenerator, Outputs, Student
@@ -36,6 +35,7 @@ from fxq.passes.psaq_vit.teacher import Teacher, capture_images
 from fxq.pipeline import CheckedBatches, Recipe, device_of, resolve_recipe
 from fxq.program import Program
 from fxq.progress import Progress, Reporter, reporting
+from fxq.rewriting import copy_graph
 from fxq.signature import Inputs
 
 REFERENCE_BITS = 4  # of the learning rate

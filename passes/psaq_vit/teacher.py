@@ -12,7 +12,6 @@ from torch.utils import _pytree as pytree
 
 from fxq.capturing import Captured, capture
 from fxq.errors import UnsupportedError
-from fxq.graph import frozen, with_outputs
 from fxq.passes.psaq_vit.entropy import (
     Grid,
     patch_similarity_entropy,
@@ -21,6 +20,7 @@ from fxq.passes.psaq_vit.entropy import (
 from fxq.passes.psaq_vit.prior import Prior
 from fxq.passes.psaq_vit.taps import Taps
 from fxq.program import Program
+from fxq.rewriting import frozen, with_outputs
 from fxq.signature import Inputs, Leaf
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fxq.graph import RUNTIME_STATE, add_buffer, insert_call, shape_of, val_of
+from fxq.graph import RUNTIME_STATE, shape_of, val_of
+from fxq.rewriting import add_buffer, insert_call
 from fxq.row_choice import index_of, runtime_states
 from fxq.rows import ByPosition, Rows
 

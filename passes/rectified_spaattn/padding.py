@@ -10,9 +10,10 @@ import torch
 from torch.fx import Node
 
 from fxq.analysis.masks import Masks
-from fxq.graph import args_of, dtype_of, insert_call, shape_of
+from fxq.graph import args_of, dtype_of, shape_of
 from fxq.layer import Skip
 from fxq.passes.rectified_spaattn.segments import Segments
+from fxq.rewriting import insert_call
 
 aten = torch.ops.aten
 

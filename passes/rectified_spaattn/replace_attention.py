@@ -20,7 +20,7 @@ from fxq.analysis.masks import Masks
 from fxq.analysis.positions import Positions, find_positions
 from fxq.dialect import QUANTIZED, Dialect
 from fxq.errors import did_you_mean
-from fxq.graph import add_buffer, args_of, insert_call, is_op, is_settled, owner_name, val_of
+from fxq.graph import args_of, is_op, is_settled, owner_name, val_of
 from fxq.layer import NOT_SEEN, Skip, hand_on, layer_of, treat
 from fxq.operators import ATTENTION, DENSE_ATTENTION, SPARSE_ATTENTION, operand
 from fxq.passes.rectified_spaattn.curve import Grid, block_adjacency, curve_order
@@ -34,6 +34,7 @@ from fxq.passes.rectified_spaattn.padding import valid_text
 from fxq.passes.rectified_spaattn.segments import Segments, TokenLayout, find_segments
 from fxq.pipeline import Pass
 from fxq.rectified_attention.layout import check_choices
+from fxq.rewriting import add_buffer, insert_call
 from fxq.rows import ByStep, Rows
 
 Override = tuple[str, float | None]

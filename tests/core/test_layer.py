@@ -15,12 +15,13 @@ import fxq
 from fxq.account import account
 from fxq.dialect import ATEN, OBSERVED, Dialect
 from fxq.errors import SkippedError, UnsupportedError
-from fxq.graph import copy_graph, is_op, weight_of
+from fxq.graph import is_op, weight_of
 from fxq.layer import NOT_SEEN, Layer, Skip, Treatment, WeightCodes, layer_of, state, treat
 from fxq.lowering.lower import lower
 from fxq.passes.common import Convert, DecomposeAttention, InsertObservers
 from fxq.passes.common.fake_quantize import student_of
 from fxq.pipeline import Pass, Recipe
+from fxq.rewriting import copy_graph
 from fxq.spec import LayerSpec, PerChannel, QuantSpec
 
 LINEAR = torch.ops.aten.linear.default

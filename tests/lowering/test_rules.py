@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 import fxq
-from fxq.graph import insert_call, is_op
+from fxq.graph import is_op
 from fxq.lowering import devices, lower, lower_linear
 from fxq.lowering.rule import Decision, Device, Lowering, Rule, close
+from fxq.rewriting import insert_call
 
 CPU = torch.device("cpu")
 
@@ -31,7 +32,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fxq.graph import args_of, insert_call, is_op
+from fxq.graph import args_of, is_op
+from fxq.rewriting import insert_call
 from fxq.lowering.lower_linear import Int8Linear
 from fxq.lowering.rule import Decision, Device, Rule
 

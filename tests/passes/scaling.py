@@ -10,8 +10,8 @@ from torch.fx import GraphModule
 from torch.utils._pytree import tree_map
 
 import fxq
-from fxq.graph import copy_graph, propagate
 from fxq.passes.common.scaling import ScaleSite, Scaling
+from fxq.rewriting import copy_graph, propagate
 from fxq.signature import split_inputs
 
 

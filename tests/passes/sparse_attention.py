@@ -12,8 +12,9 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 import fxq
 from fxq.dialect import QUANTIZED
-from fxq.graph import add_buffer, insert_call, is_op
+from fxq.graph import is_op
 from fxq.pipeline import Pass, Recipe
+from fxq.rewriting import add_buffer, insert_call
 
 OP = torch.ops.fxq.rectified_attention
 

@@ -12,9 +12,10 @@ from torch.nn import Conv2d as Conv
 from torch.nn import ReLU, Sequential
 
 import fxq
-from fxq.graph import copy_graph, owner_name
+from fxq.graph import owner_name
 from fxq.passes.common import check_float_function
 from fxq.passes.common.scaling import fold_scaling, scale_sites
+from fxq.rewriting import copy_graph
 
 REVERSED = list(range(7, -1, -1))
 EIGHT = torch.arange(1, 9).double()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import fxq
-from fxq.graph import copy_graph, is_op
+from fxq.graph import is_op
 from fxq.layer import layer_of
 from fxq.numerics import sqnr_db
 from fxq.passes import outlier_suppression, repq_vit, smoothquant, w6a6, w8a8
@@ -26,6 +26,7 @@ from fxq.passes.common.scaling import (
 from fxq.passes.common.scaling.equivalent_scaling import CAP, admissible
 from fxq.passes.common.scaling.statistics import collect, merge_statistics, row_statistics
 from fxq.pipeline import Recipe
+from fxq.rewriting import copy_graph
 from fxq.spec import LayerSpec
 
 METHODS = (smoothquant.SmoothQuant, repq_vit.RepQ, outlier_suppression.OutlierSuppression)

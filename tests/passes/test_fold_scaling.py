@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import fxq
 from fxq.errors import PassError, UnsupportedError
-from fxq.graph import copy_graph, is_op
+from fxq.graph import is_op
 from fxq.passes.common import check_float_function, float_difference
 from fxq.passes.common.scaling import (
     ScaleSites,
@@ -16,6 +16,7 @@ from fxq.passes.common.scaling import (
     fold_scaling,
     scale_sites,
 )
+from fxq.rewriting import copy_graph
 
 aten = torch.ops.aten
 

@@ -12,7 +12,6 @@ from torch.utils import _pytree as pytree
 
 import fxq
 from fxq.errors import UnsupportedError
-from fxq.graph import copy_graph
 from fxq.numerics import sqnr_db
 from fxq.passes import w6a6, w8a8
 from fxq.passes.common import InsertObservers, activation_scales, student_of
@@ -28,6 +27,7 @@ from fxq.passes.psaq_vit import (
 from fxq.passes.psaq_vit.players import Gap, ImageGenerator, Student, disagreement, opposed
 from fxq.passes.psaq_vit.teacher import Teacher
 from fxq.pipeline import Recipe
+from fxq.rewriting import copy_graph
 from fxq.spec import MinMax
 
 W4A4 = everywhere("w4a4", 4, 4, MinMax())

@@ -27,11 +27,12 @@ from torch.utils._pytree import tree_leaves
 import fxq
 from fxq.account import unintended_skips
 from fxq.capturing import Captured
-from fxq.graph import args_of, copy_graph
+from fxq.graph import args_of
 from fxq.passes import w8a8
 from fxq.passes.rectified_spaattn import TokenLayout
 from fxq.pipeline import Recipe
 from fxq.program import Program
+from fxq.rewriting import copy_graph
 
 
 @functools.cache

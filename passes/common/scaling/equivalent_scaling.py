@@ -19,7 +19,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 from fxq import numerics
 from fxq.account import kind_of
 from fxq.dialect import ATEN, Dialect
-from fxq.graph import copy_graph, dtype_of
+from fxq.graph import dtype_of
 from fxq.layer import Skip, treat
 from fxq.observers import RangeObserver
 from fxq.passes.common.convert import quantize_weight
@@ -32,6 +32,7 @@ from fxq.passes.common.scaling.statistics import (
     collect,
 )
 from fxq.pipeline import Batches, DataPass
+from fxq.rewriting import copy_graph
 from fxq.spec import LayerSpec, MinMax, PerTensor, PerToken, QuantSpec, block_of
 
 EXACT_KINDS: tuple[Kind, ...] = ("norm", "modulate", "value", "gated", "relu", "linear")

@@ -19,19 +19,12 @@ from torch.fx import GraphModule, Node
 
 from fxq.analysis.labels import sizes_of
 from fxq.errors import UnsupportedError
-from fxq.graph import (
-    add_buffer,
-    constant_of,
-    dtype_of,
-    erase_dead,
-    insert_call,
-    is_constant,
-    owner_name,
-)
+from fxq.graph import constant_of, dtype_of, is_constant, owner_name
 from fxq.identity import TensorKey
 from fxq.layer import layer_of, state
 from fxq.operators import LAYERS, NORMS, operand, set_operand
 from fxq.passes.common.scaling.sites import Part, ScaleSite
+from fxq.rewriting import add_buffer, erase_dead, insert_call
 
 aten = torch.ops.aten
 CHUNK = 1 << 18  # elements of a weight that are in fp64 at a time: 2 MB, which caches hold
