@@ -94,7 +94,6 @@ class BoundGraph(ABC):
 
     def build(self, args: Sequence[Any]) -> Build:
         """Make what runs with the weights among `args`."""
-        weights = [args[i] for i in self.static]
         nodes = [n for n in self.graph_module.graph.nodes if n.op == "placeholder"]
         inputs = [nodes[i].meta["val"] for i in self.live]
         with torch.inference_mode(False), torch.no_grad(), _tracing(inputs):
@@ -107,9 +106,10 @@ class BoundGraph(ABC):
                 # Once more: a product with a weight is a linear only where the weight is constant.
                 bound = canonicalize(bound)
             run = self.make(bound, inputs, args)
-        key, builds = tuple(map(id, weights)), self.builds
-        kept = [weakref.ref(weight, lambda _: builds.pop(key, None)) for weight in weights]
-        builds[key] = Build(tuple(map(version_of, weights)), kept, run)
+        bound_to, builds = [args[i] for i in self.static], self.builds
+        key = tuple(map(id, bound_to))
+        kept = [weakref.ref(weight, lambda _: builds.pop(key, None)) for weight in bound_to]
+        builds[key] = Build(tuple(map(version_of, bound_to)), kept, run)
         return builds[key]
 
     def name_of(self, index: int, weight: Tensor) -> str:
