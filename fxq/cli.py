@@ -41,23 +41,45 @@ def parse_argument(text: str) -> tuple[str, Any]:
     return name, value
 
 
+def check_device(text: str) -> str:
+    """Return the name of a device that is there."""
+    import torch
+
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device: expected cpu or cuda, found {text!r}: {reason}") from error
+    return text
+
+
 @app.command()
 def compress(
     model: Annotated[str, typer.Option(help="timm:<name>")],
-    data: Annotated[Path, typer.Option(help="folder of pictures, searched with its subfolders")],
+    data: Annotated[
+        Path,
+        typer.Option(
+            help="folder of pictures, searched with its subfolders", exists=True, file_okay=False
+        ),
+    ],
     recipe: Annotated[str, typer.Option(help="see `fxq recipes`")] = "w8a8_static",
     out: Annotated[
         Path | None, typer.Option(help="where to save the program (.safetensors)")
     ] = None,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="safetensors weights; timm downloads its own unless given")
+        Path | None,
+        typer.Option(
+            help="safetensors weights; timm downloads its own unless given",
+            exists=True,
+            dir_okay=False,
+        ),
     ] = None,
     model_arg: Annotated[
         list[str] | None,
         typer.Option(help="name=value for the model, e.g. img_size=32; repeatable"),
     ] = None,
-    calibration_images: Annotated[int, typer.Option(help="pictures to calibrate on")] = 64,
-    batch_size: Annotated[int, typer.Option(help="pictures per batch")] = 16,
+    calibration_images: Annotated[int, typer.Option(help="pictures to calibrate on", min=1)] = 64,
+    batch_size: Annotated[int, typer.Option(help="pictures per batch", min=1)] = 16,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
 ) -> None:
     """Compress a model on your own pictures, compile it, and print what that cost and brought.
@@ -75,7 +97,7 @@ def compress(
     _, name = parse_model(model)
     say(f"loading {name}")
     arguments = dict(map(parse_argument, model_arg or []))
-    module = load_model(name, checkpoint, arguments).to(device)
+    module = load_model(name, checkpoint, arguments, check_device(device))
     folder = image_batches(module, arguments, data, 2 * calibration_images, batch_size)
     say(f"reading {len(folder.paths)} pictures from {data}")
     batches = [batch.to(device) for batch in folder]

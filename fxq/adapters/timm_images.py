@@ -13,7 +13,9 @@ from fxq.errors import did_you_mean
 IMAGES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
 
 
-def load_model(name: str, checkpoint: Path | None, arguments: Mapping[str, Any]) -> nn.Module:
+def load_model(
+    name: str, checkpoint: Path | None, arguments: Mapping[str, Any], device: str = "cpu"
+) -> nn.Module:
     """Return a timm model in eval mode.
 
     Args:
@@ -21,8 +23,9 @@ def load_model(name: str, checkpoint: Path | None, arguments: Mapping[str, Any])
         checkpoint: a safetensors file of its weights; None for timm's pretrained ones, which timm
             downloads.
         arguments: keyword arguments of the model, e.g. `{"img_size": 32}`.
+        device: where to put it.
     Raises:
-        ValueError: timm knows no such model.
+        ValueError: timm knows no such model, or the checkpoint is of another.
     """
     import timm
 
@@ -33,10 +36,18 @@ def load_model(name: str, checkpoint: Path | None, arguments: Mapping[str, Any])
         )
     model: nn.Module = timm.create_model(name, pretrained=checkpoint is None, **arguments)
     if checkpoint is not None:
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        model.load_state_dict(load_file(checkpoint))
-    return model.eval()
+        try:
+            model.load_state_dict(load_file(checkpoint))
+        except (RuntimeError, SafetensorError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"--checkpoint: expected weights of {name} with these --model-arg, found others in "
+                f"{checkpoint}: {reason}"
+            ) from error
+    return model.eval().to(device)
 
 
 @dataclass(frozen=True)
@@ -61,8 +72,11 @@ class ImageFolder:
         for start in range(0, len(self.paths), self.batch_size):
             images = []
             for path in self.paths[start : start + self.batch_size]:
-                with Image.open(path) as image:
-                    images.append(transform(image.convert("RGB")))
+                try:
+                    with Image.open(path) as image:
+                        images.append(transform(image.convert("RGB")))
+                except OSError as error:
+                    raise ValueError(f"--data: cannot read {path} as a picture: {error}") from error
             yield torch.stack(images)  # [B, 3, H, W]
 
 
@@ -83,8 +97,6 @@ def image_batches(
     """
     from timm.data import resolve_data_config
 
-    if not folder.is_dir():
-        raise ValueError(f"--data: expected a folder of pictures, found no folder {folder}")
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGES)[:limit]
     if not paths:
         raise ValueError(

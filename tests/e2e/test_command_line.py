@@ -5,6 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
+import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import fxq
@@ -90,6 +93,43 @@ def test_a_mistake_ends_in_one_line(
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert message in " ".join(error.split())
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "broken"], "cannot read broken/b.png as a picture"),
+        (["--data", "broken", "--device", "nowhere"], "--device: expected cpu or cuda, found"),
+        (["--data", "broken", "--checkpoint", "other.safetensors"], "expected weights of test_vit"),
+        (["--data", "broken", "--checkpoint", "broken/b.png"], "found others in broken/b.png"),
+        (["--data", "broken", "--checkpoint", "broken"], "is a directory"),
+        (["--data", "other.safetensors"], "is a file"),
+        (["--data", "broken", "--batch-size", "0"], "greater than or equal to 1"),
+    ],
+)
+def test_files_that_are_something_else_end_in_one_line(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "b.png").write_text("no picture")
+    weights = timm.create_model("test_vit").state_dict()
+    save_file(weights, tmp_path / "vit.safetensors")
+    save_file({"other": torch.zeros(1)}, tmp_path / "other.safetensors")
+    monkeypatch.chdir(tmp_path)
+    given = ["--model", "timm:test_vit", "--checkpoint", "vit.safetensors", *arguments]
+    monkeypatch.setattr(sys, "argv", ["fxq", "compress", *given])
+
+    with pytest.raises(SystemExit) as stop:
+        main()
+
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert message in " ".join(error.replace("│", " ").split())
     assert "Traceback" not in error
 
 
