@@ -4,11 +4,14 @@ import contextlib
 import copy
 import re
 from collections.abc import Callable, Iterator, Sequence
+from types import CodeType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import exceptions_allowed_to_be_fallback
+from torch._C._dynamo.eval_frame import reset_code
+from torch._dynamo.convert_frame import register_bytecode_hook
+from torch._dynamo.exc import BackendCompilerFailed, exceptions_allowed_to_be_fallback
 from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensor
 from torch.fx import Graph, GraphModule, Interpreter, Node
@@ -102,10 +105,23 @@ def readable() -> Iterator[None]:
         raise UnreadableGraphError(f"{type(error).__name__}: {error}") from error
 
 
-def up_to_graphs(limit: int) -> Any:
-    """Return a context in which Dynamo makes as many graphs of a function, and raises when it would
-    need more, instead of leaving the function as it is."""
-    return torch._dynamo.config.patch(recompile_limit=limit, fail_on_recompile_limit_hit=True)
+@contextlib.contextmanager
+def passing_graphs(limit: int) -> Iterator[None]:
+    """Have what Dynamo compiles inside go afterwards, up to `limit` graphs of a function; when it
+    would need more it raises, instead of leaving the function as it is. Errors of the backend come
+    as what they are."""
+    codes: list[CodeType] = []
+    handle = register_bytecode_hook(lambda code, _: codes.append(code))
+    config = torch._dynamo.config
+    try:
+        with config.patch(recompile_limit=limit, fail_on_recompile_limit_hit=True):
+            yield
+    except BackendCompilerFailed as error:
+        raise error.inner_exception from None
+    finally:
+        handle.remove()
+        for code in codes:
+            reset_code(code)
 
 
 def _trace(forward: Callable[..., Any], values: Sequence[Any]) -> GraphModule:

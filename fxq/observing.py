@@ -13,7 +13,7 @@ through `fxq.compress`, with the same numbers.
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,24 @@ from torch.fx import GraphModule, Node
 
 from fxq.bound_graph import BoundGraph, Run
 from fxq.dialect import OBSERVED
-from fxq.dynamo import readable, up_to_graphs
+from fxq.dynamo import passing_graphs, readable
 from fxq.errors import UnreadableGraphError, UnsupportedError
-from fxq.graph import owner_name, val_of
+from fxq.graph import is_constant, val_of
 from fxq.layer_json import decode_value, encode_value
 from fxq.observers import RangeObserver
 from fxq.operators import LAYERS
 from fxq.passes.common.calibrate import Calibrate
-from fxq.passes.common.observed_ranges import ObservedLayer, ObservedRanges, observed_layers
+from fxq.passes.common.observed_ranges import (
+    ObservedLayer,
+    ObservedRanges,
+    differ,
+    give_observer,
+    name_of,
+    new_like,
+    observed_layers,
+)
 from fxq.pipeline import DataPass, Recipe, resolve_recipe
+from fxq.rewriting import erase_dead
 from fxq.spec import block_of
 from fxq.writes import write_back
 
@@ -53,7 +62,7 @@ class Observed:
     """
 
     calibrating: Recipe
-    layers: dict[tuple[str, int], ObservedLayer] = field(default_factory=dict)
+    layers: dict[tuple[str, str, int], ObservedLayer] = field(default_factory=dict)
     reached: set[str] = field(default_factory=set, repr=False)
     missed: tuple[str, ...] = ()
     unread: list[str] = field(default_factory=list)
@@ -78,10 +87,12 @@ class Observed:
             "recipe": repr(self.calibrating),
             "observers": [[encode_value(o.spec), list(o.scale_shape), o.name] for o in observers],
             "layers": [
-                [layer.name, layer.call, layer.weight, place[layer.observer]]
+                [layer.name, layer.weight, layer.call, layer.place, place[layer.observer]]
                 for layer in self.layers.values()
             ],
             "missed": list(self.missed),
+            "reached": sorted(self.reached),
+            "unread": self.unread,
         }
         tensors = {
             f"{index}.{name}": buffer.cpu().contiguous()
@@ -112,9 +123,12 @@ class Observed:
                     "give the recipe that was observed"
                 )
             observers = [_observer(file, i, *entry) for i, entry in enumerate(about["observers"])]
-        layers = [ObservedLayer(n, c, w, observers[o]) for n, c, w, o in about["layers"]]
-        known = {(layer.name, layer.call): layer for layer in layers}
-        return cls(recipe, known, missed=tuple(about["missed"]))
+        layers = [
+            ObservedLayer(name, weight, call, place, observers[index])
+            for name, weight, call, place, index in about["layers"]
+        ]
+        reached, missed = set(about["reached"]), tuple(about["missed"])
+        return cls(recipe, {x.key: x for x in layers}, reached, missed, about["unread"])
 
 
 def _observer(
@@ -144,12 +158,15 @@ def observe(model: nn.Module, recipe: Recipe | str) -> Iterator[Observed]:
         ValueError: a recipe without calibration, or nothing was observed.
         UnsupportedError: a recipe with a pass that would do something else in every graph.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, found {type(model).__name__}")
+    if not isinstance(model, nn.Module) or hasattr(model, "_orig_mod"):
+        raise TypeError(
+            f"model: expected a torch.nn.Module, before torch.compile, found {type(model).__name__}"
+        )
     recipe = resolve_recipe(recipe)
     seen, prepare = Observed(recipe), _preparing(recipe)
-    names = {id(value): name for name, value in model.named_parameters(remove_duplicate=False)}
-    names |= {id(value): name for name, value in model.named_buffers(remove_duplicate=False)}
+    names: dict[int, str] = {}  # of a tensor with several, the first
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        names.setdefault(id(value), name)
 
     def backend(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         try:
@@ -161,7 +178,7 @@ def observe(model: nn.Module, recipe: Recipe | str) -> Iterator[Observed]:
 
     before = model._compiled_call_impl
     try:
-        with up_to_graphs(MAX_GRAPHS):
+        with passing_graphs(MAX_GRAPHS):
             model.compile(backend=backend)
             yield seen
     finally:
@@ -170,7 +187,8 @@ def observe(model: nn.Module, recipe: Recipe | str) -> Iterator[Observed]:
             model._compiled_call_impl = before
     if not seen.layers:
         raise ValueError(
-            "observe: expected calls of the model inside the block, found none that reached a "
+            "observe: expected calls of the model inside the block, as model(...) and not as "
+            "model.forward(...) or of a part of it, found none that reached a "
             f"layer which {recipe.name!r} quantizes{''.join(f'; {why}' for why in seen.unread)}"
         )
     seen.missed = tuple(_missed(model, seen))
@@ -202,10 +220,12 @@ def _preparing(recipe: Recipe) -> Recipe:
 
 
 def _missed(model: nn.Module, seen: Observed) -> Iterator[str]:
+    """Yield the names of linears and convolutions that were in no graph, under whatever name."""
+    kinds = nn.Linear | nn.modules.conv._ConvNd
+    every = list(model.named_modules(remove_duplicate=False))
+    reached = {id(m.weight) for name, m in every if name in seen.reached and isinstance(m, kinds)}
     for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        is_layer = isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
-        if is_layer and isinstance(weight, Tensor) and name not in seen.reached:
+        if isinstance(module, kinds) and id(module.weight) not in reached:
             yield name
 
 
@@ -230,24 +250,24 @@ class Observing(BoundGraph):
 
     def make(self, bound: GraphModule, inputs: Sequence[Any], args: Sequence[Any]) -> Run:
         """Insert the observers that earlier graphs have filled."""
-        self.seen.reached |= {owner_name(n) for n in bound.graph.nodes if n.target in LAYERS}
+        constant = (n for n in bound.graph.nodes if n.target in LAYERS and is_constant(n.args[1]))
+        self.seen.reached |= {name_of(node) for node in constant}
         observed = self.prepare.apply(bound)
-        for node, layer in observed_layers(observed):
-            self._share(observed, node.all_input_nodes[0], layer)
+        # Layers that read the same here may read different things in another graph.
+        for node, layer in list(observed_layers(observed)):
+            give_observer(observed, node, self._state_of(layer, node.all_input_nodes[0]))
+        erase_dead(observed)
         write_back(observed, self.written_nodes(observed))
         live = self.live
         return lambda args: observed(*(args[i] for i in live))
 
-    def _share(self, gm: GraphModule, edge: Node, layer: ObservedLayer) -> None:
-        """Have an observed edge fill the state that the layer has already, if any."""
-        known = self.seen.layers.setdefault((layer.name, layer.call), layer)
-        if known is layer:
-            layer.observer.to(val_of(edge).device)  # now: a call may be in inference mode
-            return
-        mine, theirs = layer.observer, known.observer
-        if mine.spec != theirs.spec or mine.scale_shape != theirs.scale_shape:
-            raise ValueError(
-                f"observe: {layer.name} has a scale of shape {theirs.scale_shape} in one graph and "
-                f"{mine.scale_shape} in another; use PerTensor(), or rows by position"
-            )
-        gm.set_submodule(str(edge.target), theirs)
+    def _state_of(self, layer: ObservedLayer, edge: Node) -> RangeObserver:
+        """Return the observer that a layer has in all graphs."""
+        known = self.seen.layers.get(layer.key)
+        if known is None:
+            known = replace(layer, observer=new_like(layer.observer))
+            known.observer.to(val_of(edge).device)  # now: a call may be in inference mode
+            self.seen.layers[layer.key] = known
+        if why := differ(layer.observer, known.observer):
+            raise ValueError(f"observe: {layer.name}: {why}")
+        return known.observer

@@ -1,10 +1,11 @@
 """ObservedRanges: quantize in the ranges that `fxq.observe` saw, instead of calibrating.
 
-A layer is known by its qualified name, by which of the calls of its module in one graph it is, and
-by its weight: so graphs that hold a part of a model, under names of their own, find their layers,
-and a recipe that was observed on another model is told.
+A layer is known by the name of its weight, by the weight itself, and by which of its uses in one
+graph it is: so graphs that hold a part of a model, under names of their own, find their layers, and
+a recipe that was observed on another model is told.
 """
 
+import copy
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -17,12 +18,13 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
 from fxq.dialect import OBSERVED, Dialect
-from fxq.graph import args_of, owner_name, weight_of
+from fxq.graph import args_of, is_op, val_of, weight_of
 from fxq.layer import Skip, treat
 from fxq.observers import RangeObserver
+from fxq.operators import VIEWS
 from fxq.passes.common.convert import pending_layers
 from fxq.pipeline import Pass
-from fxq.rewriting import erase_dead
+from fxq.rewriting import erase_dead, insert_module
 
 
 @dataclass(frozen=True)
@@ -30,19 +32,26 @@ class ObservedLayer:
     """A layer, and what was seen of its input.
 
     Args:
-        name: qualified, as the whole model has it.
-        call: which of the calls of its module in one graph it is, from 0.
-        weight: hash of its weight.
-        observer: of its input; layers that read the same have the same.
+        name: of its weight, as the whole model has it; `blocks.0.qkv` for `blocks.0.qkv.weight`.
+        weight: hash of the weight.
+        call: which use of this weight under this name it is in its graph, from 0.
+        place: which use of this weight under any name.
+        observer: of its input.
     """
 
     name: str
-    call: int
     weight: str
+    call: int
+    place: int
     observer: RangeObserver = field(repr=False, compare=False)
 
+    @property
+    def key(self) -> tuple[str, str, int]:
+        """What tells it from all others of a model."""
+        return self.name, self.weight, self.call
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(frozen=True, eq=False, repr=False)
 class ObservedRanges(Pass):
     """Give the observers of a graph the ranges that were seen; a layer that was not stays float,
     and says so."""
@@ -52,6 +61,14 @@ class ObservedRanges(Pass):
     reads: ClassVar[Dialect] = OBSERVED
     writes: ClassVar[Dialect] = OBSERVED
 
+    def __repr__(self) -> str:
+        digest = hashlib.sha256()
+        for layer in self.layers:
+            digest.update(repr(layer).encode())
+            for buffer in layer.observer.buffers():
+                digest.update(hash_of(buffer).encode())
+        return f"ObservedRanges({len(self.layers)} layers, sha256 {digest.hexdigest()[:16]})"
+
     def run(self, gm: GraphModule) -> PassResult:
         """Fill the observers.
 
@@ -59,79 +76,125 @@ class ObservedRanges(Pass):
             ValueError: what was observed has the graph's layers with other weights.
         """
         found = list(observed_layers(gm))
-        known = {(layer.call, layer.weight) for layer in self.layers}
-        names = {layer.name for layer in self.layers}
-        named = [one for _, one in found if any(_is_end_of(one.name, name) for name in names)]
-        foreign = [layer.name for layer in named if (layer.call, layer.weight) not in known]
-        if foreign and len(foreign) == len(found):
-            raise ValueError(
-                f"recipe: expected the weights it was observed with, found others in {foreign[0]} "
-                f"and {len(found) - 1} more layers; observe this model"
-            )
+        weights = {layer.weight for layer in self.layers}
+        if found and not any(layer.weight in weights for _, layer in found):
+            named = [layer.name for _, layer in found if self._named(layer)]
+            if len(named) == len(found):
+                raise ValueError(
+                    f"recipe: expected the weights it was observed with, found others in "
+                    f"{named[0]} and {len(named) - 1} more layers; observe this model"
+                )
         for node, layer in found:
             seen = self._find(layer)
-            reason = seen if isinstance(seen, str) else _adopt(layer.observer, seen.observer)
-            if reason:
-                edge = args_of(node)[0]
-                node.replace_input_with(edge, edge.args[0])
-                treat(node, type(self).__name__, Skip(reason, intended=False), spec=None)
+            reason = seen if isinstance(seen, str) else differ(layer.observer, seen.observer)
+            if isinstance(seen, ObservedLayer) and not reason:
+                _quantize_in(gm, node, seen.observer)
+                continue
+            edge = args_of(node)[0]
+            node.replace_input_with(edge, edge.args[0])
+            treat(node, type(self).__name__, Skip(reason, intended=False), spec=None)
         erase_dead(gm)
         return PassResult(gm, modified=bool(found))
 
+    def _named(self, layer: ObservedLayer) -> list[ObservedLayer]:
+        """Return what was seen under a layer's name: graphs may hold a part of a model, or know it
+        under a name of their own."""
+        exact = [known for known in self.layers if known.name == layer.name]
+        return exact or [known for known in self.layers if _ends_alike(known.name, layer.name)]
+
     def _find(self, layer: ObservedLayer) -> ObservedLayer | str:
         """Return what was seen of a layer, or why it is not known."""
-        named = [
-            known
-            for known in self.layers
-            if known.call == layer.call
-            and (_is_end_of(layer.name, known.name) or _is_end_of(known.name, layer.name))
-        ]
+        named = self._named(layer)
         found = [known for known in named if known.weight == layer.weight]
-        if len(found) == 1:
-            return found[0]
-        if found:
-            names = ", ".join(known.name for known in found[:3])
+        chosen = [known for known in found if known.call == layer.call]
+        if not found:  # one weight may have several names
+            found = [known for known in self.layers if known.weight == layer.weight]
+            chosen = [known for known in found if known.place == layer.place]
+        if len(chosen) == 1:
+            return chosen[0]
+        if chosen:
+            names = ", ".join(known.name for known in chosen[:3])
             return f"its weight and the end of its name are those of several layers: {names}"
+        if found:
+            return "it is used more often here than in any graph that was observed"
         if named:
             return "its weight is not the one it was observed with"
         return "no graph reached it while it was observed"
 
 
-def _is_end_of(name: str, other: str) -> bool:
-    """Tell whether a name is another's, or the end of it: graphs may hold a part of a model, or
-    know it under a name of its own."""
-    return other == name or other.endswith(f".{name}")
+def _ends_alike(name: str, other: str) -> bool:
+    return name.endswith(f".{other}") or other.endswith(f".{name}")
 
 
-def _adopt(observer: RangeObserver, seen: RangeObserver) -> str:
-    """Give an observer what another has seen; return why not, "" where it has."""
-    if observer.spec != seen.spec or observer.scale_shape != seen.scale_shape:
-        return (
-            f"observed as {seen.spec.granularity} with a scale of {seen.scale_shape}, and here "
-            f"{observer.spec.granularity} with one of {observer.scale_shape}; use PerTensor(), or "
-            "rows by position"
-        )
-    for name, buffer in observer.named_buffers():
-        buffer.copy_(getattr(seen, name))
-    return ""
+def differ(observer: RangeObserver, seen: RangeObserver) -> str:
+    """Return why an observer cannot have what another has seen; "" where it can."""
+    if observer.spec == seen.spec and observer.scale_shape == seen.scale_shape:
+        return ""
+    return (
+        f"observed as {seen.spec.granularity} with a scale of {seen.scale_shape}, and here "
+        f"{observer.spec.granularity} with one of {observer.scale_shape}; use PerTensor(), or rows "
+        "by position"
+    )
+
+
+def give_observer(gm: GraphModule, layer: Node, observer: RangeObserver) -> None:
+    """Have a layer's input pass through an observer of its own, in the place of the one that it may
+    share with other layers."""
+    edge = args_of(layer)[0]
+    layer.replace_input_with(edge, insert_module(gm, str(edge.target), observer, *edge.args))
+
+
+def _quantize_in(gm: GraphModule, layer: Node, seen: RangeObserver) -> None:
+    """Have a layer's input quantized in a range that was seen; layers of one edge with equal states
+    share a quantizer."""
+    edge = args_of(layer)[0]
+    for other in edge.args[0].users:
+        if other.op == "call_module" and other.args == edge.args and other is not edge:
+            known = gm.get_submodule(str(other.target))
+            assert isinstance(known, RangeObserver)
+            if _equal(known, seen):
+                layer.replace_input_with(edge, other)
+                return
+    give_observer(gm, layer, copy.deepcopy(seen).to(val_of(edge).device))
+
+
+def _equal(one: RangeObserver, other: RangeObserver) -> bool:
+    pairs = zip(one.buffers(), other.buffers(), strict=True)
+    return one.spec == other.spec and all(torch.equal(a.cpu(), b.cpu()) for a, b in pairs)
 
 
 def observed_layers(gm: GraphModule) -> Iterator[tuple[Node, ObservedLayer]]:
     """Yield the layers of an observed graph whose input has an observer, in graph order."""
-    calls: Counter[str] = Counter()
+    calls, places = Counter[tuple[str, str]](), Counter[str]()
     for node, spec in pending_layers(gm):
-        name = owner_name(node)
-        call, calls[name] = calls[name], calls[name] + 1
+        name, weight = name_of(node), hash_of(weight_of(node))
+        call, place = calls[name, weight], places[weight]
+        calls[name, weight], places[weight] = call + 1, place + 1
         if spec.activation is None or spec.activation.dynamic:
             continue
         observer = gm.get_submodule(str(args_of(node)[0].target))
         assert isinstance(observer, RangeObserver)
-        yield node, ObservedLayer(name, call, hash_of(weight_of(node)), observer)
+        yield node, ObservedLayer(name, weight, call, place, observer)
 
 
-def hash_of(weight: Tensor) -> str:
+def name_of(layer: Node) -> str:
+    """Return the qualified name of a layer's weight, without its last part if that is `weight`."""
+    weight = args_of(layer)[1]
+    while is_op(weight, *VIEWS):
+        weight = args_of(weight)[0]
+    return str(weight.target).removesuffix(".weight")
+
+
+def hash_of(tensor: Tensor) -> str:
     """Return a hash of a tensor's shape, dtype and values."""
-    digest = hashlib.sha256(f"{list(weight.shape)} {weight.dtype}".encode())
-    plain = weight.detach().cpu().contiguous().flatten()
+    digest = hashlib.sha256(f"{list(tensor.shape)} {tensor.dtype}".encode())
+    plain = tensor.detach().cpu().contiguous().flatten()
     digest.update(plain.view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
+
+
+def new_like(observer: RangeObserver) -> RangeObserver:
+    """Return an observer of the same kind that has seen nothing."""
+    made = copy.deepcopy(observer)
+    made.reset()
+    return made
