@@ -25,6 +25,7 @@ from fxq.bound_graph import BoundGraph, Run
 from fxq.dynamo import readable
 from fxq.errors import (
     FxqWarning,
+    MissingInputError,
     SkippedError,
     UnreadableGraphError,
     UnsupportedError,
@@ -114,7 +115,7 @@ def fxq(
     try:
         with readable():
             return Compiled(gm, example_inputs, recipe, settings.strict, config, settings.check)
-    except UnreadableGraphError as why:
+    except (UnreadableGraphError, MissingInputError) as why:
         if settings.strict:
             raise UnsupportedError(f"strict=True, and a graph stays as it is: {why}") from why
         warnings.warn(f"Inductor compiles a graph as it is: {why}", FxqWarning, stacklevel=2)

@@ -24,6 +24,7 @@ from fxq.errors import UnreadableGraphError
 from fxq.graph import is_op, is_transform, settle_marked, tensor_of, why_unreadable, writes
 from fxq.writes import Functionalized, give_own_memory
 
+NUMBER = "a number that changes from call to call must stay one"
 READS = (torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default)
 
 
@@ -53,7 +54,7 @@ def from_dynamo(gm: GraphModule) -> tuple[GraphModule, tuple[int, ...]]:
         functionalized = Functionalized(run)
         flat = _trace(run, values)
         if interpreter.numbers and any(is_op(node, *READS) for node in flat.graph.nodes):
-            raise UnreadableGraphError("a number that changes from call to call must stay one")
+            raise UnreadableGraphError(NUMBER)
         refuse_train_mode(flat)  # before its operators are taken apart
         if any(map(writes, flat.graph.nodes)):  # as in `capture`
             flat = _trace(functionalized, values)
@@ -82,7 +83,12 @@ class _Run(Interpreter):
         if n.op == "call_method" and n.target == "item" and isinstance(expected, torch.SymFloat):
             self.numbers = True
             return self.fetch_args_kwargs_from_env(n)[0][0]
-        result = super().run_node(n)
+        try:
+            result = super().run_node(n)
+        except (TypeError, AttributeError) as error:
+            if not self.numbers:
+                raise
+            raise UnreadableGraphError(f"{NUMBER}: {error}") from error
         if isinstance(expected, Tensor) and isinstance(result, Tensor):
             return result.to(expected.dtype)
         return result

@@ -19,6 +19,10 @@ class PassError(RuntimeError):
     function."""
 
 
+class MissingInputError(ValueError):
+    """A graph lacks an input that a recipe goes by: wrong name, or a part of a model."""
+
+
 class UnreadableGraphError(UnsupportedError):
     """A graph of Dynamo's that fxq cannot bring to operators on tensors. It stays as it is."""
 

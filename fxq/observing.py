@@ -24,7 +24,7 @@ from torch.fx import GraphModule, Node
 from fxq.bound_graph import BoundGraph, Run
 from fxq.dialect import OBSERVED
 from fxq.dynamo import passing_graphs, readable
-from fxq.errors import UnreadableGraphError, UnsupportedError
+from fxq.errors import MissingInputError, UnreadableGraphError, UnsupportedError
 from fxq.graph import is_constant, val_of
 from fxq.layer_json import decode_value, encode_value
 from fxq.observers import RangeObserver
@@ -172,7 +172,7 @@ def observe(model: nn.Module, recipe: Recipe | str) -> Iterator[Observed]:
         try:
             with readable():
                 return Observing(gm, inputs, prepare, seen, names)
-        except UnreadableGraphError as why:
+        except (UnreadableGraphError, MissingInputError) as why:
             seen.unread.append(str(why))
             return gm.forward
 
@@ -250,9 +250,10 @@ class Observing(BoundGraph):
 
     def make(self, bound: GraphModule, inputs: Sequence[Any], args: Sequence[Any]) -> Run:
         """Insert the observers that earlier graphs have filled."""
-        constant = (n for n in bound.graph.nodes if n.target in LAYERS and is_constant(n.args[1]))
-        self.seen.reached |= {name_of(node) for node in constant}
+        constant = [n for n in bound.graph.nodes if n.target in LAYERS and is_constant(n.args[1])]
+        reached = {name_of(node) for node in constant}
         observed = self.prepare.apply(bound)
+        self.seen.reached |= reached
         # Layers that read the same here may read different things in another graph.
         for node, layer in list(observed_layers(observed)):
             give_observer(observed, node, self._state_of(layer, node.all_input_nodes[0]))

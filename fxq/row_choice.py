@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fxq.errors import UnsupportedError, did_you_mean
+from fxq.errors import MissingInputError, UnsupportedError, did_you_mean
 from fxq.graph import RUNTIME_STATE, input_name, shape_of, val_of
 from fxq.rewriting import add_buffer, insert_call
 from fxq.rows import ByPosition, ByStep, ByTimestep, Rows
@@ -31,7 +31,7 @@ def index_of(gm: GraphModule, rows: Rows, edge: Node) -> Node:
         edge: what is quantized by it: positions may be counted along it, and values are of its
             device.
     Raises:
-        ValueError: the model has no such input.
+        MissingInputError: the model has no such input.
     """
     tokens = shape_of(edge)[-2] if isinstance(rows, ByPosition) and rows.name is None else None
     key = (rows, str(tokens))
@@ -75,7 +75,7 @@ def _cast(node: Node, dtype: torch.dtype, before: Node) -> Node:
 def _input(gm: GraphModule, name: str, where: str) -> Node:
     inputs = {input_name(n): n for n in gm.graph.nodes if n.op == "placeholder"}
     if name not in inputs or not isinstance(val_of(inputs[name]), Tensor):
-        raise ValueError(
+        raise MissingInputError(
             f"{where}: no input {name!r} of the model is a tensor; {did_you_mean(name, inputs)}"
         )
     return inputs[name]

@@ -39,21 +39,26 @@ def test_a_graph_with_a_number_that_changes_is_never_left_to_eager(
 
 
 class Slope(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, rounds: bool = False) -> None:
         super().__init__()
-        self.layer, self.slope = nn.Linear(8, 8), 0.1
+        self.layer, self.slope, self.rounds = nn.Linear(8, 8), 0.1, rounds
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.rounds:
+            return self.layer(x) * round(self.slope)
         return torch.nn.functional.leaky_relu(self.layer(x), self.slope)
 
 
-def test_a_number_that_must_not_be_a_tensor_leaves_the_graph_as_it_is_and_says_so() -> None:
-    model, x = Slope().eval(), torch.randn(3, 8)
+@pytest.mark.parametrize("rounds", [False, True])
+def test_a_number_that_must_not_be_a_tensor_leaves_the_graph_as_it_is_and_says_so(
+    rounds: bool,
+) -> None:
+    model, x = Slope(rounds).eval(), torch.randn(3, 8)
     fast = torch.compile(model, backend="fxq", options={"recipe": FLOAT}, fullgraph=True)
     with torch.no_grad():
         fast(x)
 
-    model.slope = 0.3
+    model.slope = 2.3
     with torch.no_grad(), pytest.warns(FxqWarning, match="compiles a graph as it is.*from call to"):
         found = fast(x)
 

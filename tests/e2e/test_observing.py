@@ -499,6 +499,36 @@ def test_records_of_what_was_seen_differ_where_it_does() -> None:
 
 
 def test_a_compiled_model_is_refused() -> None:
-    with pytest.raises(TypeError, match="before torch.compile"):
-        with fxq.observe(torch.compile(Blocks().eval()), STATIC):
-            pass
+    refused = pytest.raises(TypeError, match=r"before torch\.compile")
+    with refused, fxq.observe(torch.compile(Blocks().eval()), STATIC):
+        pass
+
+
+class Parts(nn.Module):
+    """Of which only the first part knows the time-step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        x = self.first(x * timestep.reshape(-1, 1, 1))
+        torch._dynamo.graph_break()
+        return self.second(torch.relu(x))
+
+
+def test_a_part_without_the_time_step_stays_as_it_is_and_is_told(every_layer_pays: None) -> None:
+    rows = QuantSpec(symmetric=False, rows=ByTimestep((0.5,)))
+    layers = InsertObservers(LayerSpec(rows, LAYER.weight))
+    recipe = Recipe("rows", (layers, Calibrate(), Convert()))
+    model, x, timestep = Parts().eval(), torch.randn(2, 5, 16), torch.tensor([0.1, 1.0])
+
+    with torch.no_grad(), fxq.observe(model, recipe) as seen:
+        model(x, timestep)
+
+    assert [layer.name for layer in seen.layers.values()] == ["first"]
+    assert seen.missed == ("second",)
+    assert "no input 'timestep'" in str(seen)
+    fast = torch.compile(model, backend="fxq", options={"recipe": seen.recipe})
+    with torch.no_grad(), pytest.warns(FxqWarning, match="as it is: .*no input 'timestep'"):
+        assert 25 < sqnr_db(model(x, timestep), fast(x, timestep)) < 80
