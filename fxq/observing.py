@@ -30,6 +30,7 @@ from fxq.layer_json import decode_value, encode_value
 from fxq.observers import RangeObserver
 from fxq.operators import LAYERS
 from fxq.passes.common.calibrate import Calibrate
+from fxq.passes.common.insert_observers import FIRST, LAST, InsertObservers
 from fxq.passes.common.observed_ranges import (
     ObservedLayer,
     ObservedRanges,
@@ -39,7 +40,7 @@ from fxq.passes.common.observed_ranges import (
     new_like,
     observed_layers,
 )
-from fxq.pipeline import DataPass, Recipe, resolve_recipe
+from fxq.pipeline import DataPass, Pass, Recipe, resolve_recipe
 from fxq.rewriting import erase_dead
 from fxq.spec import block_of
 from fxq.writes import write_back
@@ -71,8 +72,8 @@ class Observed:
     def recipe(self) -> Recipe:
         """The same recipe, with the ranges that were seen in the place of calibration."""
         ranges = ObservedRanges(tuple(self.layers.values()))
-        passes = [ranges if isinstance(p, Calibrate) else p for p in self.calibrating.passes]
-        return Recipe(f"{self.calibrating.name} as observed", tuple(passes))
+        steps = [ranges if isinstance(p, Calibrate) else p for p in self.calibrating.passes]
+        return Recipe(f"{self.calibrating.name} as observed", tuple(map(_in_parts, steps)))
 
     def __str__(self) -> str:
         lines = [f"{len(self.layers)} layers observed, {len(self.missed)} in no graph"]
@@ -87,7 +88,7 @@ class Observed:
             "recipe": repr(self.calibrating),
             "observers": [[encode_value(o.spec), list(o.scale_shape), o.name] for o in observers],
             "layers": [
-                [layer.name, layer.weight, layer.call, layer.place, place[layer.observer]]
+                [layer.name, layer.digest, layer.call, layer.place, place[layer.observer]]
                 for layer in self.layers.values()
             ],
             "missed": list(self.missed),
@@ -124,8 +125,8 @@ class Observed:
                 )
             observers = [_observer(file, i, *entry) for i, entry in enumerate(about["observers"])]
         layers = [
-            ObservedLayer(name, weight, call, place, observers[index])
-            for name, weight, call, place, index in about["layers"]
+            ObservedLayer(name, digest, call, place, observers[index])
+            for name, digest, call, place, index in about["layers"]
         ]
         reached, missed = set(about["reached"]), tuple(about["missed"])
         return cls(recipe, {x.key: x for x in layers}, reached, missed, about["unread"])
@@ -216,7 +217,19 @@ def _preparing(recipe: Recipe) -> Recipe:
                 "layers, and what is between them has no name that several graphs share; use "
                 "fxq.compress"
             )
-    return Recipe(recipe.name, prepare)
+        if isinstance(step, InsertObservers):
+            for pattern, _ in step.overrides:
+                if pattern in (FIRST, LAST):
+                    raise UnsupportedError(
+                        f"recipe {recipe.name!r}: override {pattern!r} is of a whole graph, and a "
+                        "model may run as several; name the layer"
+                    )
+    return Recipe(recipe.name, tuple(map(_in_parts, prepare)))
+
+
+def _in_parts(step: Pass | DataPass) -> Pass | DataPass:
+    """Return a pass as it is for graphs that may be parts of a model."""
+    return replace(step, partial=True) if isinstance(step, InsertObservers) else step
 
 
 def _missed(model: nn.Module, seen: Observed) -> Iterator[str]:

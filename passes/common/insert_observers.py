@@ -48,11 +48,13 @@ class InsertObservers(Pass):
         overrides: (pattern, spec) pairs. A pattern is `FIRST`, `LAST` or a qualified module name
             with shell wildcards (`"blocks.0.*"`); a spec of None keeps the layer float. The first
             match wins.
+        partial: the graph may be a part of a model: patterns that match nothing in it are left out.
     """
 
     default: LayerSpec | None
     targets: tuple[Literal["linear", "conv"], ...] = ("linear",)
     overrides: tuple[Override, ...] = ()
+    partial: bool = False
 
     def __post_init__(self) -> None:
         if type(self.targets) is not tuple:
@@ -128,7 +130,7 @@ class InsertObservers(Pass):
                 matched: Iterable[Node] = ends[pattern]
             else:
                 matched = [n for n in layers if fnmatch.fnmatchcase(names[n], pattern)]
-                if not matched:
+                if not matched and not self.partial:
                     raise ValueError(
                         f"override {pattern!r} matches no layer; "
                         f"{did_you_mean(pattern, set(names.values()))}"

@@ -33,14 +33,14 @@ class ObservedLayer:
 
     Args:
         name: of its weight, as the whole model has it; `blocks.0.qkv` for `blocks.0.qkv.weight`.
-        weight: hash of the weight.
+        digest: of the weight.
         call: which use of this weight under this name it is in its graph, from 0.
         place: which use of this weight under any name.
         observer: of its input.
     """
 
     name: str
-    weight: str
+    digest: str
     call: int
     place: int
     observer: RangeObserver = field(repr=False, compare=False)
@@ -48,7 +48,7 @@ class ObservedLayer:
     @property
     def key(self) -> tuple[str, str, int]:
         """What tells it from all others of a model."""
-        return self.name, self.weight, self.call
+        return self.name, self.digest, self.call
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -66,7 +66,7 @@ class ObservedRanges(Pass):
         for layer in self.layers:
             digest.update(repr(layer).encode())
             for buffer in layer.observer.buffers():
-                digest.update(hash_of(buffer).encode())
+                digest.update(digest_of(buffer).encode())
         return f"ObservedRanges({len(self.layers)} layers, sha256 {digest.hexdigest()[:16]})"
 
     def run(self, gm: GraphModule) -> PassResult:
@@ -76,8 +76,8 @@ class ObservedRanges(Pass):
             ValueError: what was observed has the graph's layers with other weights.
         """
         found = list(observed_layers(gm))
-        weights = {layer.weight for layer in self.layers}
-        if found and not any(layer.weight in weights for _, layer in found):
+        digests = {layer.digest for layer in self.layers}
+        if found and not any(layer.digest in digests for _, layer in found):
             named = [layer.name for _, layer in found if self._named(layer)]
             if len(named) == len(found):
                 raise ValueError(
@@ -87,6 +87,8 @@ class ObservedRanges(Pass):
         for node, layer in found:
             seen = self._find(layer)
             reason = seen if isinstance(seen, str) else differ(layer.observer, seen.observer)
+            if isinstance(seen, ObservedLayer) and not seen.observer.count:
+                reason = "it had no data while it was observed"
             if isinstance(seen, ObservedLayer) and not reason:
                 _quantize_in(gm, node, seen.observer)
                 continue
@@ -105,10 +107,10 @@ class ObservedRanges(Pass):
     def _find(self, layer: ObservedLayer) -> ObservedLayer | str:
         """Return what was seen of a layer, or why it is not known."""
         named = self._named(layer)
-        found = [known for known in named if known.weight == layer.weight]
+        found = [known for known in named if known.digest == layer.digest]
         chosen = [known for known in found if known.call == layer.call]
         if not found:  # one weight may have several names
-            found = [known for known in self.layers if known.weight == layer.weight]
+            found = [known for known in self.layers if known.digest == layer.digest]
             chosen = [known for known in found if known.place == layer.place]
         if len(chosen) == 1:
             return chosen[0]
@@ -167,14 +169,14 @@ def observed_layers(gm: GraphModule) -> Iterator[tuple[Node, ObservedLayer]]:
     """Yield the layers of an observed graph whose input has an observer, in graph order."""
     calls, places = Counter[tuple[str, str]](), Counter[str]()
     for node, spec in pending_layers(gm):
-        name, weight = name_of(node), hash_of(weight_of(node))
-        call, place = calls[name, weight], places[weight]
-        calls[name, weight], places[weight] = call + 1, place + 1
+        name, digest = name_of(node), digest_of(weight_of(node))
+        call, place = calls[name, digest], places[digest]
+        calls[name, digest], places[digest] = call + 1, place + 1
         if spec.activation is None or spec.activation.dynamic:
             continue
         observer = gm.get_submodule(str(args_of(node)[0].target))
         assert isinstance(observer, RangeObserver)
-        yield node, ObservedLayer(name, weight, call, place, observer)
+        yield node, ObservedLayer(name, digest, call, place, observer)
 
 
 def name_of(layer: Node) -> str:
@@ -185,8 +187,8 @@ def name_of(layer: Node) -> str:
     return str(weight.target).removesuffix(".weight")
 
 
-def hash_of(tensor: Tensor) -> str:
-    """Return a hash of a tensor's shape, dtype and values."""
+def digest_of(tensor: Tensor) -> str:
+    """Return a digest of a tensor's shape, dtype and values."""
     digest = hashlib.sha256(f"{list(tensor.shape)} {tensor.dtype}".encode())
     plain = tensor.detach().cpu().contiguous().flatten()
     digest.update(plain.view(torch.uint8).numpy().data)

@@ -1,5 +1,6 @@
 """Calibration of whatever runs: ranges against hooks on the eager model, and static programs."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,12 +14,12 @@ from torch._dynamo.exc import BackendCompilerFailed
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fxq
-from fxq.errors import FxqWarning, UnsupportedError
+from fxq.errors import FxqWarning, SkippedError, UnsupportedError
 from fxq.lowering.devices import x86
 from fxq.numerics import sqnr_db
 from fxq.observing import Observed
 from fxq.passes import w8a8
-from fxq.passes.common import Calibrate, Convert, InsertObservers, ObserveActivations
+from fxq.passes.common import FIRST, Calibrate, Convert, InsertObservers, ObserveActivations
 from fxq.passes.smoothquant import SmoothQuant
 from fxq.pipeline import Recipe
 from fxq.rows import ByTimestep
@@ -286,6 +287,13 @@ def test_a_layer_whose_scale_has_another_shape_in_another_graph_is_told() -> Non
             UnsupportedError,
             "ObserveActivations observes more than inputs of layers",
         ),
+        (
+            Recipe(
+                "first", (InsertObservers(LAYER, overrides=((FIRST, None),)), *STATIC.passes[1:])
+            ),
+            UnsupportedError,
+            "override '<first>' is of a whole graph",
+        ),
     ],
 )
 def test_recipes_that_cannot_be_observed_say_why(
@@ -532,3 +540,30 @@ def test_a_part_without_the_time_step_stays_as_it_is_and_is_told(every_layer_pay
     fast = torch.compile(model, backend="fxq", options={"recipe": seen.recipe})
     with torch.no_grad(), pytest.warns(FxqWarning, match="as it is: .*no input 'timestep'"):
         assert 25 < sqnr_db(model(x, timestep), fast(x, timestep)) < 80
+
+
+def test_an_override_need_not_match_in_every_part(every_layer_pays: None) -> None:
+    keep = InsertObservers(LAYER, overrides=(("blocks.1.down", None),))
+    recipe = Recipe("keep", (keep, *STATIC.passes[1:]))
+    model, x = Blocks().eval(), torch.randn(2, 5, 16)
+    with torch.no_grad(), fxq.observe(model, recipe) as seen:
+        model(x)
+
+    names = {layer.name for layer in seen.layers.values()}
+    assert names == {f"blocks.{i}.{part}" for i in range(3) for part in ("up", "down")} - {
+        "blocks.1.down"
+    } | {"head"}
+    fast = torch.compile(model, backend="fxq", options={"recipe": seen.recipe})
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the name of the layer is not the same in its part
+        assert sqnr_db(model(x), fast(x)) > 25
+
+
+def test_a_layer_without_data_stays_float() -> None:
+    model, x = TwoHeads().eval(), torch.randn(2, 5, 16)
+    with torch.no_grad(), fxq.observe(model, STATIC) as seen:
+        model(x, head=False)
+        model(x[:0])
+
+    with pytest.raises(SkippedError, match="head: it had no data while it was observed"):
+        fxq.compress(model, x, seen.recipe, strict=True)
