@@ -16,6 +16,7 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensor
 from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import PendingUnbackedSymbolNotFound
 from torch.fx.traceback import preserve_node_meta
 
 from fxq.canonicalize import canonicalize
@@ -24,6 +25,7 @@ from fxq.errors import UnreadableGraphError
 from fxq.graph import is_op, is_transform, settle_marked, tensor_of, why_unreadable, writes
 from fxq.writes import Functionalized, give_own_memory
 
+UNREADABLE = (*exceptions_allowed_to_be_fallback, PendingUnbackedSymbolNotFound)
 NUMBER = "a number that changes from call to call must stay one"
 READS = (torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default)
 
@@ -54,7 +56,12 @@ def from_dynamo(gm: GraphModule) -> tuple[GraphModule, tuple[int, ...]]:
         functionalized = Functionalized(run)
         flat = _trace(run, values)
         if interpreter.numbers and any(is_op(node, *READS) for node in flat.graph.nodes):
-            raise UnreadableGraphError(NUMBER)
+            # An operator takes numbers only: read them off when it is called.
+            run, pending = Interpreter(gm).run, _pending(mode.shape_env)
+            pending.clear()
+            flat = _trace(run, values)
+            if any(getattr(n.target, "__module__", "") == "builtins" for n in flat.graph.nodes):
+                raise UnreadableGraphError(NUMBER)
         refuse_train_mode(flat)  # before its operators are taken apart
         if any(map(writes, flat.graph.nodes)):  # as in `capture`
             flat = _trace(functionalized, values)
@@ -94,18 +101,22 @@ class _Run(Interpreter):
         return result
 
 
+def _pending(env: Any) -> list[Any]:
+    """Return the sizes and numbers that depend on data and that no value of a graph has yet."""
+    return [] if env is None else env.pending_fresh_unbacked_symbols
+
+
 @contextlib.contextmanager
 def readable() -> Iterator[None]:
     """Turn what Dynamo would take for a reason to run a frame in eager, without a word, into an
     error of our own, and forget sizes and numbers that depend on data, which a trace has met."""
     context = TracingContext.try_get()
-    env = context.fake_mode.shape_env if context and context.fake_mode else None
-    pending = list(env.pending_fresh_unbacked_symbols) if env else []
+    pending = _pending(context.fake_mode.shape_env if context and context.fake_mode else None)
+    before = list(pending)
     try:
         yield
-    except (UnreadableGraphError, *exceptions_allowed_to_be_fallback) as error:
-        if env is not None:
-            env.pending_fresh_unbacked_symbols[:] = pending
+    except (UnreadableGraphError, *UNREADABLE) as error:
+        pending[:] = before
         if isinstance(error, UnreadableGraphError):
             raise
         raise UnreadableGraphError(f"{type(error).__name__}: {error}") from error

@@ -134,13 +134,6 @@ def test_bad_calibration_data_is_refused_with_what_to_do(data: object, message: 
         fxq.compress(case.model, case.x, w8a8.STATIC, data)  # type: ignore[arg-type]
 
 
-def test_labels_in_the_batches_are_refused() -> None:
-    case = linear()
-
-    with pytest.raises(TypeError, match="at most 1 positional arguments"):
-        fxq.compress(case.model, case.x, w8a8.STATIC, [(case.x, torch.zeros(2))])
-
-
 def test_an_unknown_recipe_names_its_neighbour() -> None:
     case = linear()
 

@@ -171,7 +171,7 @@ def generate(model: LlamaForCausalLM, cache: str, prompt: Tensor) -> tuple[Tenso
     return result.sequences, torch.stack(result.logits, 1)
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("cache", [pytest.param("dynamic", marks=pytest.mark.slow), "static"])
 def test_prefill_and_decode_of_a_llama_quantize_statically(
     cache: str, every_layer_pays: None
 ) -> None:
