@@ -57,8 +57,9 @@ class Convert(Pass):
         layers = pending_layers(gm)
         for layer, spec in layers:
             conversion.convert(layer, spec)
-        gm.graph.eliminate_dead_code()  # observers of layers' inputs have done their part
-        others = [n for n in gm.graph.nodes if n.op == "call_module"]
+        # Observers that only layers read have done their part. They die at the end: so do rows of
+        # scales that no edge has taken yet.
+        others = [n for n in gm.graph.nodes if n.op == "call_module" and n.users]
         for edge in others:
             conversion.convert_edge(edge)
         erase_dead(gm)
