@@ -156,10 +156,9 @@ def check_weight(layer: Layer, weight: Tensor) -> None:
     _check_codes(fixed.codes, weight, spec.weight)
     _check_qparams(fixed, weight, spec.weight)
     if mask is not None:
-        zero = 0.0
-        if fixed.zero_point is not None:
-            zero = numerics.expand_blocks(fixed.zero_point, weight.shape)
-        if bool((fixed.codes.float() != zero)[~mask.expand(weight.shape)].any()):
+        zero = torch.zeros_like(fixed.scale) if fixed.zero_point is None else fixed.zero_point
+        differ = fixed.codes.float() != numerics.expand_blocks(zero, weight.shape)
+        if bool((differ & ~mask).any()):
             raise ValueError(
                 "codes: expected those of 0 (the zero-point) where the mask is False, found others"
             )
