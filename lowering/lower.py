@@ -72,7 +72,8 @@ def _applied(rule: Rule, node: Node, lowering: Lowering) -> Decision:
     if decision.kernel is not None and TAKEN not in node.meta:
         raise PassError(
             f"rule {name}: expected the kernel {decision.kernel!r} in the place of {node.name}, "
-            "found nothing there; call self.replace() (or self.keep()), or return Decision(None, why)"
+            "found nothing there; call self.replace() or self.keep(), or decline: "
+            "Decision(None, why)"
         )
     return decision
 

@@ -112,6 +112,12 @@ class InsertObservers(Pass):
             modified = True
             if fitted.activation is not None and not fitted.activation.dynamic:
                 _observe(gm, layer, fitted.activation, index, observers)
+        self._skip_others(gm)
+        return PassResult(gm, modified)
+
+    def _skip_others(self, gm: GraphModule) -> None:
+        """Say of what multiplies and is no layer why it stays as it is."""
+        name = type(self).__name__
         for node in gm.graph.nodes:
             kind = None if is_settled(node) else kind_of(node)
             if kind is None:
@@ -121,7 +127,6 @@ class InsertObservers(Pass):
                 treat(node, name, Skip(why, intended=False))
             elif kind not in TARGETS:
                 treat(node, name, Skip(f"this recipe does not quantize {kind}", intended=True))
-        return PassResult(gm, modified)
 
     def _overridden(self, layers: Sequence[Node]) -> dict[Node, Override]:
         names = {layer: owner_name(layer) for layer in layers}

@@ -372,7 +372,7 @@ def test_an_edge_that_rows_do_not_fit_stays_float_and_is_warned_of() -> None:
     assert "fxq.quantize.default" not in program.graph_module.code
 
 
-def test_positions_counted_along_a_free_axis_serve_every_length() -> None:
+def test_positions_counted_along_a_free_axis_serve_every_length(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 8)).eval()
     x = torch.randn(2, 12, 16) * torch.arange(1, 13)[:, None]
     free = {"input": {0: "b", 1: "t"}}
@@ -383,6 +383,30 @@ def test_positions_counted_along_a_free_axis_serve_every_length() -> None:
     for y in (short, x, x[:1, :1], torch.cat([x, x], 1)):
         assert sqnr_db(model(y), program(y)) > 30
     torch.testing.assert_close(program(short), program(x)[:, :5])
+    fxq.save(program, tmp_path / "rows.fxq")
+    assert torch.equal(fxq.load(tmp_path / "rows.fxq")(short), program(short))
+
+
+def test_positions_along_a_free_axis_of_edges_in_front_of_the_first_layer() -> None:
+    class Embedded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.layer = nn.LayerNorm(16), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            h = x + y
+            return h + self.layer(self.norm(h))
+
+    model, inputs = Embedded().eval(), (torch.randn(2, 7, 16), torch.randn(2, 7, 16))
+    spec = QuantSpec(rows=ByPosition(7))
+    passes = (InsertObservers(LayerSpec(spec, WEIGHT)), ObserveActivations(spec, ("sum",)))
+    edges = Recipe("edges", (*passes, Calibrate(), Convert()))
+    free = {name: {1: "t"} for name in "xy"}
+
+    program = fxq.compress(model, inputs, edges, data=[inputs], dynamic_shapes=free)
+
+    short = tuple(x[:, :3] for x in inputs)
+    assert sqnr_db(model(*short), program(*short)) > 30
 
 
 @pytest.mark.parametrize(
