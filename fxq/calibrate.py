@@ -7,6 +7,7 @@ that one process would have found over all batches.
 
 import functools
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, fx
 
 from fxq.checkpoint import Checkpoint, Tensors, fingerprint, run_over
+from fxq.errors import FxqWarning
 from fxq.observers import MERGE, RangeObserver
 
 Batches = Iterable[Sequence[Any]]  # a batch is the graph's positional inputs
@@ -116,6 +118,29 @@ def sweep(
     if len(found) < len(set(edges)):
         raise ValueError(NO_DATA)
     return found
+
+
+def warn_of_missing_data(observers: Sequence[RangeObserver]) -> None:
+    """Warn of ranges that are not known: where only zeros came, and rows that no value reached."""
+    if zeros := [observer.name for observer in observers if observer.saw_only_zeros]:
+        warnings.warn(
+            f"calibration saw only zeros at {', '.join(zeros)}: their range is not known and "
+            "their scale is 1; give data that reaches them, or leave them float with overrides",
+            FxqWarning,
+            stacklevel=3,
+        )
+    if missed := {row for observer in observers for row in observer.rows_without_data}:
+        warnings.warn(
+            f"calibration reached no value in rows {_listing(missed)}: the nearest row that it "
+            "reached stands for each; give data of all time-steps, steps or positions",
+            FxqWarning,
+            stacklevel=3,
+        )
+
+
+def _listing(rows: set[int]) -> str:
+    first = sorted(rows)[:8]
+    return ", ".join(map(str, first)) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
 
 
 class _Sweep(fx.Interpreter):

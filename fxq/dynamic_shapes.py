@@ -34,14 +34,35 @@ def export_shapes(
             f'dynamic_shapes: expected "batch", None or {{argument: {{dimension: name}}}}, found '
             f"{named!r}"
         )
-    named = dict(named) if isinstance(named, Mapping) else dict(zip(values, named, strict=False))
-    if unknown := [name for name in named if name not in values]:
-        raise ValueError(
-            f"dynamic_shapes: no argument {unknown[0]!r} in the example; "
-            f"{did_you_mean(unknown[0], values)}"
-        )
+    named = _entries(named, [*values], "argument", "the example")
     dims: dict[str, Any] = {}
     return {name: _free(value, named.get(name), name, dims) for name, value in values.items()}
+
+
+def _entries(named: Any, keys: Sequence[Any], what: str, where: str) -> dict[Any, Any]:
+    """Return a description of what has `keys` as a mapping: of some of them, by key or in order."""
+    if named is None:
+        return {}
+    if not isinstance(named, Mapping | tuple | list):
+        raise TypeError(
+            f"dynamic_shapes: expected a mapping or a sequence for what {where} holds, found "
+            f"{named!r}"
+        )
+    if not isinstance(named, Mapping):
+        if len(named) > len(keys):
+            raise ValueError(
+                f"dynamic_shapes: expected at most {len(keys)} entries for {where}, found "
+                f"{len(named)}"
+            )
+        return dict(zip(keys, named, strict=False))
+    if unknown := [key for key in named if key not in keys]:
+        near = (
+            did_you_mean(unknown[0], keys)
+            if all(isinstance(key, str) for key in (*keys, unknown[0]))
+            else f"expected one of {[*keys]}"
+        )
+        raise ValueError(f"dynamic_shapes: no {what} {unknown[0]!r} in {where}; {near}")
+    return dict(named)
 
 
 def _free(value: Any, named: Any, where: str, dims: dict[str, Any]) -> Any:
@@ -49,12 +70,16 @@ def _free(value: Any, named: Any, where: str, dims: dict[str, Any]) -> Any:
     if isinstance(value, Tensor):
         return _of_tensor(value, named, where, dims)
     if isinstance(value, Mapping):
-        known = named if isinstance(named, Mapping) else {}
+        known = _entries(named, [*value], "key", where)
         return {k: _free(v, known.get(k), f"{where}[{k!r}]", dims) for k, v in value.items()}
     if isinstance(value, tuple | list):
-        known = dict(named) if isinstance(named, Mapping) else dict(enumerate(named or ()))
+        known = _entries(named, range(len(value)), "entry", where)
         return type(value)(
             _free(v, known.get(i), f"{where}[{i}]", dims) for i, v in enumerate(value)
+        )
+    if isinstance(named, str | Mapping | tuple | list) and named:
+        raise TypeError(
+            f"dynamic_shapes: expected None for {where!r}, which is no tensor, found {named!r}"
         )
     return named
 
@@ -67,20 +92,31 @@ def _of_tensor(value: Tensor, named: Any, where: str, dims: dict[str, Any]) -> A
             f"dynamic_shapes: expected {{dimension: name}} for {where!r}, found {named!r}"
         )
     entries = dict(named) if isinstance(named, Mapping) else dict(enumerate(named))
-    for dim in entries:
-        if not isinstance(dim, int) or not -value.ndim <= dim < value.ndim:
+    free: dict[int, Any] = {}
+    for dim, entry in entries.items():
+        if type(dim) is not int or not -value.ndim <= dim < value.ndim:
             raise ValueError(
                 f"dynamic_shapes: expected dimensions of {where!r} {list(value.shape)}, found "
                 f"{dim!r}"
             )
-    return {dim % value.ndim: _dim(entry, where, dims) for dim, entry in entries.items()}
+        if dim % value.ndim in free:
+            raise ValueError(
+                f"dynamic_shapes: expected each dimension of {where!r} {list(value.shape)} once, "
+                f"found {dim!r} again"
+            )
+        free[dim % value.ndim] = _dim(entry, value.shape[dim], where, dims)
+    return free
 
 
-def _dim(entry: Any, where: str, dims: dict[str, Any]) -> Any:
+def _dim(entry: Any, size: int, where: str, dims: dict[str, Any]) -> Any:
     if isinstance(entry, str):
         if not entry.isidentifier():
             raise ValueError(
                 f"dynamic_shapes: expected a Python name for {where!r}, found {entry!r}"
             )
         return dims.setdefault(entry, Dim(entry))
-    return entry
+    if entry is None or isinstance(entry, Dim | type(Dim.AUTO)) or entry == size:
+        return entry
+    raise TypeError(
+        f"dynamic_shapes: expected the name of a free size, or None, for {where!r}, found {entry!r}"
+    )

@@ -10,6 +10,7 @@ A method that chooses codes itself leaves them in `weight`, and `Convert` keeps 
 integer.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fxq.spec import LayerSpec
+from fxq import numerics
+from fxq.spec import LayerSpec, QuantSpec, block_of, scale_shape
 
 LAYER = "fxq_layer"  # key in a node's meta
 
@@ -148,35 +150,68 @@ def check_weight(layer: Layer, weight: Tensor) -> None:
     """Raise ValueError where what a method has fixed does not fit the weight it is of."""
     fixed, mask, spec = layer.weight, layer.mask, layer.spec
     if mask is not None:
-        if mask.shape != weight.shape or mask.dtype != torch.bool:
-            raise ValueError(
-                f"mask: expected bool {list(weight.shape)}, found {mask.dtype} {list(mask.shape)}"
-            )
-        if bool(weight[~mask].any()):
-            raise ValueError(
-                "mask: expected zeros where it is False, found other weights; write the pruned "
-                "weight into the graph with the mask"
-            )
+        _check_mask(mask, weight)
     if fixed is None or spec is None:
         return
-    if fixed.codes.shape != weight.shape:
+    _check_codes(fixed.codes, weight, spec.weight)
+    _check_qparams(fixed, weight, spec.weight)
+    if mask is not None:
+        zero = torch.zeros_like(fixed.scale) if fixed.zero_point is None else fixed.zero_point
+        differ = fixed.codes.float() != numerics.expand_blocks(zero, weight.shape)
+        if bool((differ & ~mask).any()):
+            raise ValueError(
+                "codes: expected those of 0 (the zero-point) where the mask is False, found others"
+            )
+
+
+def _check_mask(mask: Tensor, weight: Tensor) -> None:
+    _check_form("mask", mask, torch.bool, weight.shape)
+    if bool(weight[~mask].any()):
         raise ValueError(
-            f"codes: expected the weight's shape {list(weight.shape)}, found "
-            f"{list(fixed.codes.shape)}"
+            "mask: expected zeros where it is False, found other weights; write the pruned "
+            "weight into the graph with the mask"
         )
-    low, high = fixed.codes.double().aminmax() if fixed.codes.numel() else (0, 0)
-    if low < spec.weight.quant_min or high > spec.weight.quant_max:
+
+
+def _check_codes(codes: Tensor, weight: Tensor, spec: QuantSpec) -> None:
+    _check_form("codes", codes, spec.format.dtype, weight.shape)
+    values = codes.float()  # exact: of 8 bits
+    if bool(values.isnan().any()):
+        raise ValueError(f"codes: expected numbers, found {int(values.isnan().sum())} NaN")
+    low, high = values.aminmax() if codes.numel() else (0, 0)
+    if low < spec.quant_min or high > spec.quant_max:
         raise ValueError(
-            f"codes: expected {spec.weight.quant_min} to {spec.weight.quant_max}, as the spec has "
-            f"it, found {float(low):g} to {float(high):g}"
+            f"codes: expected {spec.quant_min} to {spec.quant_max}, as the spec has it, found "
+            f"{float(low):g} to {float(high):g}"
         )
-    for name, part in (("scale", fixed.scale), ("zero_point", fixed.zero_point)):
-        if part is not None and part.ndim != weight.ndim:
-            raise ValueError(f"{name}: expected {weight.ndim} dimensions, found {list(part.shape)}")
-    if (fixed.zero_point is None) != spec.weight.symmetric:
+    if spec.pair_safe and not numerics.is_pair_safe(codes.flatten(1)):
         raise ValueError(
-            f"zero_point: expected {'none' if spec.weight.symmetric else 'one'} for "
-            f"symmetric={spec.weight.symmetric}"
+            f"codes: expected sums of at most {numerics.PAIR_LIMIT} over the codes of input "
+            "channels 2j and 2j+1, found larger ones; use a larger scale, or pair_safe=False"
         )
-    if mask is not None and bool(fixed.codes.masked_fill(mask, 0).any()):
-        raise ValueError("codes: expected 0 where the mask is False, found other codes")
+
+
+def _check_qparams(fixed: WeightCodes, weight: Tensor, spec: QuantSpec) -> None:
+    scale, zero_point = fixed.scale, fixed.zero_point
+    shape = scale_shape(weight.shape, block_of(spec.granularity, weight.ndim))
+    _check_form("scale", scale, torch.float32, shape, f" for {spec.granularity}")
+    if bad := int((~(scale.isfinite() & (scale > 0))).sum()):
+        raise ValueError(
+            f"scale: expected finite values > 0, found {bad} of {scale.numel()} that are not"
+        )
+    if (zero_point is None) != spec.symmetric:
+        raise ValueError(
+            f"zero_point: expected {'none' if spec.symmetric else 'one'} for "
+            f"symmetric={spec.symmetric}"
+        )
+    if zero_point is not None:
+        _check_form("zero_point", zero_point, torch.int32, shape, f" for {spec.granularity}")
+
+
+def _check_form(
+    name: str, value: Tensor, dtype: torch.dtype, shape: Sequence[int], why: str = ""
+) -> None:
+    if value.dtype != dtype or [*value.shape] != [*shape]:
+        raise ValueError(
+            f"{name}: expected {dtype} {[*shape]}{why}, found {value.dtype} {[*value.shape]}"
+        )

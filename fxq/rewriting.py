@@ -43,6 +43,8 @@ def insert_call(
     inherit(node, like or neighbour)
     fake_args, fake_kwargs = map_arg((args, dict(kwargs or {})), val_of)
     mode = detect_fake_mode(tree_leaves((fake_args, fake_kwargs)))
+    if mode is None:  # no tensor among them: a free size would be taken for that of the example
+        mode = _fake_mode(graph)
     # Without Python's dispatcher linear and matmul of torch 2.11 make constants of free sizes.
     with torch.no_grad(), mode or contextlib.nullcontext(), enable_python_dispatcher():
         node.meta["val"] = target(*fake_args, **fake_kwargs)
@@ -110,9 +112,16 @@ def add_buffer(gm: GraphModule, name: str, value: Tensor, *, like: Node) -> Node
     with gm.graph.inserting_before(next(iter(gm.graph.nodes))):
         node = gm.graph.get_attr(name)
     inherit(node, like)
-    mode = detect_fake_mode([n.meta["val"] for n in gm.graph.nodes if "val" in n.meta])
+    mode = _fake_mode(gm.graph)
     node.meta["val"] = mode.from_tensor(value, static_shapes=True) if mode else value
     return node
+
+
+def _fake_mode(graph: Graph) -> FakeTensorMode | None:
+    mode: FakeTensorMode | None = detect_fake_mode(
+        [n.meta["val"] for n in graph.nodes if "val" in n.meta]
+    )
+    return mode
 
 
 def register_tensor(module: nn.Module, name: str, value: Tensor) -> None:

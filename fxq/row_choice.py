@@ -5,7 +5,8 @@ side by side in its columns and are gathered at once. An index is a number (all 
 have one row), `[B]` (each sample has one), `[T]` or `[B, T]` (each token).
 """
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxq.errors import MissingInputError, UnsupportedError, did_you_mean
-from fxq.graph import RUNTIME_STATE, input_name, shape_of, val_of
+from fxq.graph import RUNTIME_STATE, args_of, input_name, shape_of, tensor_of, val_of
 from fxq.rewriting import add_buffer, insert_call
 from fxq.rows import ByPosition, ByStep, ByTimestep, Rows
 
@@ -32,11 +33,15 @@ def index_of(gm: GraphModule, rows: Rows, edge: Node) -> Node:
             device.
     Raises:
         MissingInputError: the model has no such input.
+        UnsupportedError: positions are counted along an axis that the edge lacks.
     """
+    if why := why_not_counted(shape_of(edge), rows):
+        raise UnsupportedError(why)
     tokens = shape_of(edge)[-2] if isinstance(rows, ByPosition) and rows.name is None else None
     key = (rows, str(tokens))
+    # Where sizes are free, an index comes after the first edge that it was counted along.
     known = (node for node in gm.graph.nodes if node.meta.get(ROWS) == key)
-    index = next(known, None)
+    index = next((node for node in known if all(node < user for user in edge.users)), None)
     if index is None:
         index = _insert_index(gm, rows, edge, tokens)
         index.meta[ROWS] = key
@@ -81,8 +86,18 @@ def _input(gm: GraphModule, name: str, where: str) -> Node:
     return inputs[name]
 
 
-def check_fits(index: Sequence[Any], edge: Sequence[Any], rows: Rows) -> None:
-    """Raise `UnsupportedError` where an index does not say which row each element of an edge has.
+def why_not_counted(edge: Sequence[Any], rows: Rows) -> str:
+    """Return why positions cannot be counted along an edge of a shape, "" where they can."""
+    if isinstance(rows, ByPosition) and rows.name is None and len(edge) < 3:
+        return (
+            f"rows {rows} are counted along the token axis of [batch, token, channel], found "
+            f"{list(edge)}; name the argument that holds positions, or leave this layer out"
+        )
+    return ""
+
+
+def why_unfit(index: Sequence[Any], edge: Sequence[Any], rows: Rows) -> str:
+    """Return why an index does not say which row each element of an edge has, "" where it does.
 
     Args:
         index: shape of the index.
@@ -96,11 +111,17 @@ def check_fits(index: Sequence[Any], edge: Sequence[Any], rows: Rows) -> None:
         expected = [edge[0], edge[-2]] if len(index) == 2 else [*edge[-2:-1]]
     fits = [str(size) for size in index] == [str(size) for size in expected] or not len(index)
     if not fits or (len(index) == 2 and len(edge) != 3):
-        raise UnsupportedError(
-            f"rows {rows} need "
-            + ("[batch, token, channel]" if isinstance(rows, ByPosition) else "the batch first")
-            + f": an index of shape {list(index)} does not fit {list(edge)}"
-        )
+        need = "[batch, token, channel]" if isinstance(rows, ByPosition) else "the batch first"
+        return f"rows {rows} need {need}: an index of shape {list(index)} does not fit {list(edge)}"
+    return ""
+
+
+def assumed(index: Sequence[Any], edge: Sequence[Any]) -> str:
+    """Return what is taken for granted where an index fits an edge by a fixed size that the edge
+    has twice, "" where nothing is: only free sizes tell the batch from another dimension."""
+    if len(index) != 1 or not isinstance(index[0], int) or list(edge).count(index[0]) < 2:
+        return ""
+    return f"the first dimension of {list(edge)} is taken for the batch: its size is fixed"
 
 
 def pick(table: Tensor, index: Tensor, rows: Rows) -> Tensor:
@@ -152,9 +173,10 @@ def insert_tables(
             _, rows, entries = wanted[name]
             place = (-1, first, column.shape[1])
             last = insert_call(aten.narrow.default, (picked, *place), after=last)
-            shape = aligned_shape(entries.shape[1:], shape_of(index), rows)
-            if len(shape_of(index)) < 2:  # of [B, T] they lie as they are wanted, [B, T, C]
-                shape = [-1 if isinstance(size, torch.SymInt) else size for size in shape]
+            sizes = shape_of(index)
+            if len(sizes) < 2:  # of [B, T] they lie as they are wanted, [B, T, C]
+                # -1: as many as the index has in a call, which may have been free or not.
+                shape = aligned_shape(entries.shape[1:], [-1] * len(sizes), rows)
                 last = insert_call(aten.reshape.default, (last, shape), after=last)
             found[name] = last
             first += column.shape[1]
@@ -174,6 +196,30 @@ def set_step(program: nn.Module, step: int) -> None:
         raise ValueError(f"step: expected 0 or more, found {step}")
     for counter in runtime_states(program, "step", "nothing in it goes by ByStep"):
         counter.fill_(step)
+
+
+@contextlib.contextmanager
+def counted_steps(gm: GraphModule, batches: Iterable[Any]) -> Iterator[Iterable[Any]]:
+    """Give batches that set the counters of observed steps while they are read: batch i is step i,
+    from 0 again after the last one. At the end the counters are 0."""
+    counters = [
+        (tensor_of(gm, args_of(node)[0]), node.meta[ROWS][0].count)
+        for node in gm.graph.nodes
+        if ROWS in node.meta and isinstance(node.meta[ROWS][0], ByStep)
+        if any(user.op == "call_module" for user in node.users)
+    ]
+
+    def counted() -> Iterator[Any]:
+        for index, batch in enumerate(batches):
+            for counter, count in counters:
+                counter.fill_(index % count)
+            yield batch
+
+    try:
+        yield counted()
+    finally:
+        for counter, _ in counters:
+            counter.zero_()
 
 
 def runtime_states(program: nn.Module, name: str, why: str) -> list[Tensor]:

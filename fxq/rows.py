@@ -5,6 +5,7 @@ position. The values are the rows of a table, and a tensor in the graph chooses 
 compiled graph serves all of them (`fxq.row_choice`). Beyond the table's ends the nearest row holds.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -28,7 +29,13 @@ class ByTimestep:
 
     def __post_init__(self) -> None:
         levels = self.levels
-        if type(levels) is not tuple or any(b <= a for a, b in pairwise(levels)):
+        numbers = type(levels) is tuple and all(type(level) in (int, float) for level in levels)
+        if not numbers or not all(map(math.isfinite, levels)):
+            raise ValueError(
+                "ByTimestep.levels: expected a tuple that ascends, of finite numbers, found "
+                f"{levels!r}"
+            )
+        if any(b <= a for a, b in pairwise(levels)):
             raise ValueError(f"ByTimestep.levels: expected a tuple that ascends, found {levels!r}")
 
     @classmethod
@@ -50,6 +57,9 @@ class ByTimestep:
 @dataclass(frozen=True)
 class ByStep:
     """By a counter: row i holds after `set_step(program, i)`, the last one from there on.
+
+    While ranges are calibrated, batch i of the data is step i, from 0 again after the last step: as
+    the calls of one run after another are. Each process counts the batches of its own share.
 
     Args:
         count: number of rows.

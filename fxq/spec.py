@@ -207,8 +207,18 @@ class QuantSpec:
         format: Format | None = None,
         rows: Rows | None = None,
     ) -> None:
-        if bits is not None and not isinstance(format, Integer | None):
-            raise ValueError(f"QuantSpec: bits= is for integers, found bits={bits} with {format!r}")
+        if not isinstance(format, Format | None):
+            raise TypeError(
+                f"QuantSpec.format: expected Integer or Float8 of fxq.formats, found {format!r}"
+            )
+        # `dataclasses.replace(spec, bits=4)` hands over all that the spec has, its format too.
+        replaced = granularity is not None and observer is not None
+        replaced = replaced and isinstance(format, Integer)
+        if bits is not None and not replaced and format not in (None, Integer(bits)):
+            raise ValueError(
+                "QuantSpec: bits= is for integers, and short for format=Integer(bits), found "
+                f"bits={bits} with {format!r}; give one of them"
+            )
         values = {
             "format": format or Integer() if bits is None else Integer(bits),
             "symmetric": symmetric,

@@ -6,10 +6,11 @@ import torch
 from torch.fx import GraphModule, Node
 
 from fxq.dialect import LOWERED
+from fxq.errors import PassError
 from fxq.graph import args_of, is_constant, is_op, tensor_of
 from fxq.lowering.devices import device_at
 from fxq.lowering.devices.other import OTHER
-from fxq.lowering.rule import Decision, Device, Lowering
+from fxq.lowering.rule import TAKEN, Decision, Device, Lowering, Rule
 from fxq.rewriting import add_buffer, copy_graph, erase_dead
 
 ops = torch.ops.fxq
@@ -44,7 +45,7 @@ def decide(node: Node, device: Device, lowering: Lowering) -> Decision | None:
     rules = rules or [rule for rule in OTHER.rules if rule.is_for(node)]
     reasons: list[str] = []
     for rule in rules:
-        decision = rule.apply(node, lowering)
+        decision = _applied(rule, node, lowering)
         reasons += [decision.reason] if decision.reason not in ("", *reasons) else []
         if decision.kernel is not None:
             return Decision(decision.kernel, "; ".join(reasons))
@@ -52,6 +53,29 @@ def decide(node: Node, device: Device, lowering: Lowering) -> Decision | None:
         return None
     instead = f"{rules[-1].instead}: " if rules[-1].instead else ""
     return Decision(None, instead + "; ".join(reasons))
+
+
+def _applied(rule: Rule, node: Node, lowering: Lowering) -> Decision:
+    """Apply a rule, and hold it to what it decided.
+
+    Raises:
+        TypeError: it returns something else than a decision.
+        PassError: it names a kernel and has put nothing in the node's place.
+    """
+    decision: object = rule.apply(node, lowering)
+    name = f"{type(rule).__module__}.{type(rule).__qualname__}"
+    if not isinstance(decision, Decision):
+        raise TypeError(
+            f"rule {name}: expected apply() to return a Decision for {node.name}, found "
+            f"{decision!r}; return Decision(None, why) to decline"
+        )
+    if decision.kernel is not None and TAKEN not in node.meta:
+        raise PassError(
+            f"rule {name}: expected the kernel {decision.kernel!r} in the place of {node.name}, "
+            "found nothing there; call self.replace() or self.keep(), or decline: "
+            "Decision(None, why)"
+        )
+    return decision
 
 
 def fold_dequantized_weights(gm: GraphModule) -> None:

@@ -41,7 +41,9 @@ class SparseAttention(Rule):
     def apply(self, node: Node, lowering: Lowering) -> Decision:
         if why := self.why_not(node, lowering):
             return Decision(None, why)
-        if self.engine is not None:
+        if self.engine is None:
+            self.keep(node)
+        else:
             self.replace(node, insert_call(OP, (*args_of(node), self.engine), before=node))
         return Decision(self.kernel, self.remark)
 

@@ -18,6 +18,7 @@ from fxq.layer import hand_on
 from fxq.numerics import sqnr_db
 
 REPLACED = "fxq_replaced"  # key in a node's meta, of a `Replaced`
+TAKEN = "fxq_taken"  # key in the meta of a node that a rule has given a kernel
 MIN_SQNR_DB = 120.0  # fp32 sums of thousands of terms in another order differ at 130 dB and more
 MAX_ROUNDED_SHARE = 1e-3  # of outputs in a narrower format that may round to the neighbouring value
 
@@ -87,6 +88,11 @@ class Rule(ABC):
         hand_on(layer, kernel)
         new.meta[REPLACED] = Replaced(old.name, kernel.name, self)
         old.replace_all_uses_with(new)
+        layer.meta[TAKEN] = True
+
+    def keep(self, node: Node) -> None:
+        """Leave a node as it is: its operator runs the kernel itself."""
+        node.meta[TAKEN] = True
 
     def check(
         self, expected: Any, found: Any, kernel: Node, value: Callable[[Node], Any]

@@ -36,11 +36,12 @@ def installed() -> tuple[Device, ...]:
     """Return all devices, each with all rules for it, in the order in which they are tried.
 
     Raises:
+        ImportError: an entry point cannot be loaded.
         TypeError: an entry point is neither a rule nor a device.
         ValueError: a rule is for no device there is.
     """
     points = sorted(importlib.metadata.entry_points(group=GROUP), key=lambda point: point.name)
-    found = {f"entry point {p.name!r} ({p.value}) of {GROUP!r}": p.load() for p in points}
+    found = dict(map(_loaded, points))
     devices = [value for value in found.values() if isinstance(value, Device)] + list(OURS)
     rules = [value for value in found.values() if isinstance(value, Rule)]
     names = {device.name for device in devices}
@@ -59,3 +60,16 @@ def installed() -> tuple[Device, ...]:
         replace(device, rules=(*(r for r in rules if device.name in r.devices), *device.rules))
         for device in devices
     )
+
+
+def _loaded(point: importlib.metadata.EntryPoint) -> tuple[str, object]:
+    """Return where an entry point is, and what it names."""
+    where = f"entry point {point.name!r} ({point.value}) of {GROUP!r}"
+    try:
+        return where, point.load()
+    except Exception as error:  # of others: whatever their module raises when it is imported
+        by = f" of distribution {point.dist.name!r}" if point.dist is not None else ""
+        raise ImportError(
+            f"{where}{by}: expected to load it, found {type(error).__name__}: {error}; repair or "
+            "uninstall that distribution"
+        ) from error

@@ -57,8 +57,9 @@ class Convert(Pass):
         layers = pending_layers(gm)
         for layer, spec in layers:
             conversion.convert(layer, spec)
-        gm.graph.eliminate_dead_code()  # observers of layers' inputs have done their part
-        others = [n for n in gm.graph.nodes if n.op == "call_module"]
+        # Observers that only layers read have done their part. They die at the end: so do rows of
+        # scales that no edge has taken yet.
+        others = [n for n in gm.graph.nodes if n.op == "call_module" and n.users]
         for edge in others:
             conversion.convert_edge(edge)
         erase_dead(gm)
@@ -119,7 +120,7 @@ class _Conversion:
 
     def __init__(self, gm: GraphModule, picked: Mapping[str, Node]) -> None:
         self.gm, self.picked = gm, picked
-        self.weights: dict[tuple[TensorKey, QuantSpec, torch.dtype], Node] = {}
+        self.weights: dict[tuple[tuple[TensorKey | None, ...], QuantSpec, torch.dtype], Node] = {}
         self.inputs: dict[tuple[Node, QuantSpec], Node] = {}
 
     def convert(self, layer: Node, spec: LayerSpec) -> None:
@@ -164,19 +165,17 @@ class _Conversion:
     def weight(self, layer: Node, spec: QuantSpec, dtype: torch.dtype) -> Node:
         """Return the dequantized weight of `layer`, shared with every layer that has the same one
         and the same codes for it, where a method has fixed them."""
-        value, fixed = weight_of(layer), layer_of(layer).weight
-        key = (TensorKey.of(value if fixed is None else fixed.codes), spec, dtype)
-        if key not in self.weights:
-            name = owner_name(layer)
-            try:
-                check_weight(layer_of(layer), value)
-                codes, scale, zero = (
-                    quantize_weight(value, spec)
-                    if fixed is None
-                    else (fixed.codes, fixed.scale, fixed.zero_point)
-                )
-            except ValueError as error:
-                raise ValueError(f"weight of {name}: {error}") from error
+        value, fixed, name = weight_of(layer), layer_of(layer).weight, owner_name(layer)
+        given = None if fixed is None else (fixed.codes, fixed.scale, fixed.zero_point)
+        keys = (None if part is None else TensorKey.of(part) for part in given or (value,))
+        key = ((*keys,), spec, dtype)
+        try:
+            check_weight(layer_of(layer), value)
+            found = None if key in self.weights else given or quantize_weight(value, spec)
+        except ValueError as error:
+            raise ValueError(f"weight of {name}: {error}") from error
+        if found is not None:
+            codes, scale, zero = found
             # Buffers go to the front of the graph, each before the last: after the first, all are
             # there.
             codes_node = add_buffer(self.gm, f"{name}.weight_codes", codes, like=layer)

@@ -22,8 +22,8 @@ from fxq.layer import Skip, treat
 from fxq.observers import RangeObserver
 from fxq.pipeline import Pass
 from fxq.rewriting import insert_module
-from fxq.row_choice import check_fits, index_of
-from fxq.rows import ByStep
+from fxq.row_choice import assumed, index_of, why_not_counted, why_unfit
+from fxq.rows import ByPosition, ByStep
 from fxq.spec import LayerSpec, PerTensor, PerToken, QuantSpec, block_of, scale_shape
 
 FIRST = "<first>"  # override key: layers that no other layer comes before, by data flow
@@ -100,16 +100,26 @@ class InsertObservers(Pass):
                 )
                 treat(layer, name, Skip(why, intended=True))
                 continue
-            index = _index(gm, layer, spec)
             try:
-                fitted, remark = _fitted(layer, spec, index)
+                fitted, remark = _fitted(layer, spec)
             except (ValueError, UnsupportedError) as error:
                 treat(layer, name, Skip(str(error), intended=False))
                 continue
+            index, why, taken = _index(gm, layer, fitted)
+            if why:
+                treat(layer, name, Skip(why, intended=False))
+                continue
+            remark = "; ".join(filter(None, (remark, taken)))
             treat(layer, name, "to be quantized", remark, spec=fitted)
             modified = True
             if fitted.activation is not None and not fitted.activation.dynamic:
                 _observe(gm, layer, fitted.activation, index, observers)
+        self._skip_others(gm)
+        return PassResult(gm, modified)
+
+    def _skip_others(self, gm: GraphModule) -> None:
+        """Say of what multiplies and is no layer why it stays as it is."""
+        name = type(self).__name__
         for node in gm.graph.nodes:
             kind = None if is_settled(node) else kind_of(node)
             if kind is None:
@@ -119,7 +129,6 @@ class InsertObservers(Pass):
                 treat(node, name, Skip(why, intended=False))
             elif kind not in TARGETS:
                 treat(node, name, Skip(f"this recipe does not quantize {kind}", intended=True))
-        return PassResult(gm, modified)
 
     def _overridden(self, layers: Sequence[Node]) -> dict[Node, Override]:
         names = {layer: owner_name(layer) for layer in layers}
@@ -168,14 +177,18 @@ def _reachable(starts: Sequence[Node], neighbours: Callable[[Node], Iterable[Nod
     return seen
 
 
-def _index(gm: GraphModule, layer: Node, spec: LayerSpec) -> Node | None:
-    """Return the index that chooses a row of the layer's input range, None where there is one."""
+def _index(gm: GraphModule, layer: Node, spec: LayerSpec) -> tuple[Node | None, str, str]:
+    """Return the index that chooses a row of the layer's input range, None where there is one row;
+    why it does not fit, and what is assumed where it does."""
     if spec.activation is None or spec.activation.rows is None:
-        return None
-    return index_of(gm, spec.activation.rows, layer.all_input_nodes[0])
+        return None, "", ""
+    rows, edge = spec.activation.rows, layer.all_input_nodes[0]
+    index = index_of(gm, rows, edge)
+    shapes = shape_of(index), shape_of(edge)
+    return index, why_unfit(*shapes, rows), assumed(*shapes)
 
 
-def _fitted(layer: Node, spec: LayerSpec, index: Node | None) -> tuple[LayerSpec, str]:
+def _fitted(layer: Node, spec: LayerSpec) -> tuple[LayerSpec, str]:
     """Return `spec` as it can be applied to `layer` and what to know about it, or raise with the
     reason why it cannot."""
     if not is_constant(layer.args[1]):
@@ -198,8 +211,10 @@ def _fitted(layer: Node, spec: LayerSpec, index: Node | None) -> tuple[LayerSpec
         raise UnsupportedError(
             f"a static {activation.granularity} needs fixed sizes, found {list(shape)}"
         )
-    if index is not None and activation.rows is not None:
-        check_fits(shape_of(index), shape, activation.rows)
+    if activation.rows is not None and (why := why_not_counted(shape, activation.rows)):
+        raise UnsupportedError(why)
+    if isinstance(activation.rows, ByPosition) and kind_of(layer) == "conv":
+        raise UnsupportedError("rows by position need [..., token, channel], found a convolution")
     return replace(spec, activation=activation), remark
 
 

@@ -5,6 +5,7 @@ stay float between them. Papers that quantize every activation give numbers of a
 this pass makes it. What it adds is simulated: no kernel is faster for it.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -13,14 +14,17 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
+from fxq.account import kind_of
 from fxq.dialect import OBSERVED, Dialect
+from fxq.errors import FxqWarning
 from fxq.graph import dtype_of, is_constant, is_op, owner_name, shape_of
 from fxq.layer import layer_of
 from fxq.observers import RangeObserver
 from fxq.operators import ADD, DIV, MATMUL, MUL, SOFTMAX, Movement, of
 from fxq.pipeline import Pass
 from fxq.rewriting import insert_module
-from fxq.row_choice import check_fits, index_of
+from fxq.row_choice import index_of, why_not_counted, why_unfit
+from fxq.rows import ByPosition
 from fxq.spec import QuantSpec
 
 aten = torch.ops.aten
@@ -57,22 +61,35 @@ class ObserveActivations(Pass):
             "scores": _scores,
         }
         edges = {edge: None for kind in self.kinds for edge in find[kind](gm)}
-        for edge in edges:
-            self._observe(gm, edge)
-        return PassResult(gm, modified=bool(edges))
+        left = {edge: why for edge in edges if (why := self._observe(gm, edge))}
+        if left:
+            listing = "; ".join(f"{edge.name}: {why}" for edge, why in left.items())
+            warnings.warn(
+                f"ObserveActivations left {len(left)} of {len(edges)} edges in float: {listing}",
+                FxqWarning,
+                stacklevel=2,
+            )
+        return PassResult(gm, modified=len(left) < len(edges))
 
-    def _observe(self, gm: GraphModule, edge: Node) -> None:
+    def _observe(self, gm: GraphModule, edge: Node) -> str:
+        """Observe an edge, or return why it stays float."""
         readers = [user for user in edge.users if user.op != "call_module"]
         name = f"{owner_name(edge)}.{edge.name}"
         module = RangeObserver(self.spec, shape_of(edge), name)
-        rows = self.spec.rows
-        index = [] if rows is None else [index_of(gm, rows, edge)]
+        index, rows = [], self.spec.rows
         if rows is not None:
-            check_fits(shape_of(index[0]), shape_of(edge), rows)
+            if isinstance(rows, ByPosition) and kind_of(edge) == "conv":
+                return f"rows {rows} need [..., token, channel], found a convolution"
+            if why := why_not_counted(shape_of(edge), rows):
+                return why
+            index = [index_of(gm, rows, edge)]
+            if why := why_unfit(shape_of(index[0]), shape_of(edge), rows):
+                return why
         observed = insert_module(gm, f"{edge.name}_observer", module, edge, *index)
         # A layer's own observer keeps reading the edge: quantizing twice would round twice.
         for user in readers:
             user.replace_input_with(edge, observed)
+        return ""
 
 
 def _is_float(node: Any) -> bool:

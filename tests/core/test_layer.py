@@ -15,9 +15,12 @@ import fxq
 from fxq.account import account
 from fxq.dialect import ATEN, OBSERVED, Dialect
 from fxq.errors import SkippedError, UnsupportedError
+from fxq.formats import Float8
 from fxq.graph import is_op, weight_of
 from fxq.layer import NOT_SEEN, Layer, Skip, Treatment, WeightCodes, layer_of, state, treat
 from fxq.lowering.lower import lower
+from fxq.numerics import sqnr_db
+from fxq.passes import smoothquant
 from fxq.passes.common import Convert, DecomposeAttention, InsertObservers
 from fxq.passes.common.fake_quantize import student_of
 from fxq.pipeline import Pass, Recipe
@@ -157,25 +160,137 @@ def test_layers_that_share_a_weight_may_have_codes_of_their_own() -> None:
     assert first.name != second.name
 
 
+FP8 = LayerSpec(None, QuantSpec(format=Float8(), granularity=PerChannel(0)))
+PAIRS = LayerSpec(None, QuantSpec(granularity=PerChannel(0), pair_safe=True))
+AFFINE = LayerSpec(None, QuantSpec(symmetric=False, granularity=PerChannel(0)))
+ONES = torch.ones(32, 1)
+NANS = torch.full((32, 16), torch.nan).to(torch.float8_e4m3fn)
+
+
+def codes_of(
+    value: int | Tensor, scale: Tensor = ONES, zero_point: Tensor | None = None
+) -> WeightCodes:
+    codes = value if isinstance(value, Tensor) else torch.full((32, 16), value)
+    return WeightCodes(codes.to(torch.int8), scale, zero_point)
+
+
 @pytest.mark.parametrize(
-    ("fixed", "message"),
+    ("spec", "fixed", "message"),
     [
-        (WeightCodes(torch.zeros(2, 2), torch.ones(32, 1)), r"codes: expected the weight's shape"),
-        (WeightCodes(torch.full((32, 16), 8), torch.ones(32, 1)), "codes: expected -7 to 7"),
-        (WeightCodes(torch.zeros(32, 16), torch.ones(32)), "scale: expected 2 dimensions"),
         (
-            WeightCodes(torch.zeros(32, 16), torch.ones(32, 1), torch.zeros(32, 1)),
-            "zero_point: expected none for symmetric=True",
+            W4,
+            codes_of(torch.zeros(2, 2)),
+            r"codes: expected torch.int8 \[32, 16\], .*\[2, 2\]",
+        ),
+        (W4, codes_of(8), "codes: expected -7 to 7, as the spec has it, found 8 to 8"),
+        (
+            W4,
+            WeightCodes(torch.zeros(32, 16), ONES),
+            "codes: .*torch.int8 .*, found torch.float32",
+        ),
+        (FP8, codes_of(1), "codes: expected torch.float8_e4m3fn .*, found torch.int8"),
+        (FP8, WeightCodes(NANS, ONES), "codes: expected numbers, found 512 NaN"),
+        (PAIRS, codes_of(65), "codes: expected sums of at most 128"),
+        (
+            W4,
+            codes_of(0, torch.ones(32)),
+            r"scale: .*float32 \[32, 1\] for PerChannel",
+        ),
+        (W4, codes_of(0, torch.ones(1, 16)), r"scale: .*found torch.float32 \[1, 16\]"),
+        (W4, codes_of(0, ONES.long()), "scale: expected torch.float32 .*found torch.int64"),
+        (W4, codes_of(0, ONES * torch.nan), "scale: expected finite values > 0, found 32 of 32"),
+        (W4, codes_of(0, -ONES), "scale: expected finite values > 0, found 32 of 32"),
+        (W4, codes_of(0, zero_point=ONES.int()), "zero_point: expected none for symmetric=True"),
+        (AFFINE, codes_of(0), "zero_point: expected one for symmetric=False"),
+        (AFFINE, codes_of(0, zero_point=ONES / 2), "zero_point: expected torch.int32"),
+        (
+            AFFINE,
+            codes_of(0, zero_point=ONES.int().T),
+            r"zero_point: .*found .*\[1, 32\]",
         ),
     ],
 )
-def test_codes_that_do_not_fit_their_weight_are_refused(fixed: WeightCodes, message: str) -> None:
+def test_codes_that_do_not_fit_their_weight_are_refused(
+    spec: LayerSpec, fixed: WeightCodes, message: str
+) -> None:
     captured = fxq.capture(TwoLayers().eval(), torch.randn(2, 16))
-    gm = InsertObservers(W4).run(captured.graph_module).graph_module
+    gm = InsertObservers(spec).run(captured.graph_module).graph_module
     state(linears(gm)[0], weight=fixed)
 
     with pytest.raises(ValueError, match=f"weight of a: {message}"):
         Convert().run(gm)
+
+
+@pytest.mark.parametrize("scales", [(1.0, 100.0), (100.0, 1.0)])
+def test_layers_may_share_codes_and_have_scales_of_their_own(scales: tuple[float, float]) -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).eval(), torch.randn(3, 8)
+    gm = InsertObservers(W4).run(fxq.capture(model, x).graph_module).graph_module
+    codes = torch.randint(-7, 8, (8, 8), dtype=torch.int8)
+    for node, scale in zip(linears(gm), scales, strict=True):
+        fixed = WeightCodes(codes, torch.full((8, 1), scale))
+        treat(node, "Book", "took the codes of a book", weight=fixed)
+
+    gm = Convert().run(gm).graph_module
+
+    hidden = F.linear(x, codes * scales[0], model[0].bias)
+    expected = F.linear(hidden, codes * scales[1], model[1].bias)
+    torch.testing.assert_close(gm(x)[0], expected)
+
+
+def test_the_mask_of_every_layer_is_checked_also_where_they_share_a_weight() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(self.a(x))
+
+    gm = fxq.capture(Shared().eval(), torch.randn(2, 8)).graph_module
+    gm = InsertObservers(W4).run(gm).graph_module
+    state(linears(gm)[1], mask=torch.zeros(8, 8, dtype=torch.bool))
+
+    with pytest.raises(ValueError, match="weight of a: mask: expected zeros"):
+        Convert().run(gm)
+
+
+def test_a_pruned_weight_has_the_codes_of_zero() -> None:
+    captured = fxq.capture(TwoLayers().eval(), torch.randn(2, 16))
+    gm = InsertObservers(AFFINE).run(captured.graph_module).graph_module
+    node, mask = linears(gm)[0], torch.arange(16).expand(32, 16) % 2 == 0
+    weight_of(node).data.mul_(mask)
+    zero_point = torch.full((32, 1), 3, dtype=torch.int32)
+
+    state(node, mask=mask, weight=codes_of(3, zero_point=zero_point))
+    Convert().run(copy_graph(gm))
+
+    state(node, weight=codes_of(0, zero_point=zero_point))
+    with pytest.raises(ValueError, match="codes: expected those of 0"):
+        Convert().run(gm)
+
+
+def test_a_layer_whose_codes_are_fixed_is_not_scaled() -> None:
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.norm, self.a = nn.LayerNorm(16), nn.Linear(16, 8)
+            self.norm.weight.data[:3] *= 100
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(self.norm(x))
+
+    model, x = Normed().eval(), torch.randn(64, 16)
+    gm = fxq.capture(model, x).graph_module
+    (node,) = linears(gm)
+    scale = model.a.weight.abs().amax(1, keepdim=True) / 60  # no two sum beyond 128
+    fixed = WeightCodes(torch.round(model.a.weight / scale).to(torch.int8), scale)
+    treat(node, "Fix", "fixed the codes", weight=fixed)
+
+    found = smoothquant.W8A8.apply(gm, [(x,)])
+
+    assert sqnr_db(model(x), found(x)[0]) > 25
+    assert "the codes of a are fixed" in layer_of(linears(found)[0]).remarks
 
 
 @dataclass(frozen=True)

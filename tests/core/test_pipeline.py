@@ -6,6 +6,7 @@ from torch import nn
 
 import fxq
 from fxq.history import Stage
+from fxq.observers import RangeObserver
 from fxq.passes import w8a8
 from fxq.pipeline import Recipe
 
@@ -33,10 +34,25 @@ def test_the_history_has_every_graph_as_a_pass_left_it() -> None:
     assert torch.equal(captured.graph_module(x)[0], model(x))
     assert torch.equal(converted.graph_module(x)[0], program(x))
     assert {"linear", "relu"} < captured.changed
-    assert calibrated.changed == calibrated.removed == frozenset()
+    assert calibrated.changed == observed.changed - {"linear"}  # the observer has seen data
+    assert calibrated.removed == frozenset()
     assert "linear" in observed.changed & converted.changed  # it reads something else
     assert "relu" not in converted.changed
     assert observed.changed - {"linear"} <= converted.removed  # the observer
     assert all(stage.seconds >= 0 for stage in stages)
     weights = [dict(s.graph_module.named_parameters()) for s in stages[:3]]
     assert all(w["0.weight"] is weights[0]["0.weight"] for w in weights)
+
+
+def test_observers_of_a_stage_have_seen_what_they_had_then() -> None:
+    model, x = nn.Linear(8, 8).eval(), torch.randn(3, 8)
+    stages: list[Stage] = []
+    fxq.compress(model, x, w8a8.STATIC, data=[x], history=stages)
+
+    stages[2].graph_module(10 * x)
+
+    counts = [
+        [m.count for m in stage.graph_module.modules() if isinstance(m, RangeObserver)]
+        for stage in stages
+    ]
+    assert counts == [[], [0], [48], []]  # 24 values in calibration, and 24 now

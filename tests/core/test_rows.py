@@ -12,7 +12,7 @@ import fxq
 from fxq.errors import FxqWarning, SkippedError
 from fxq.numerics import sqnr_db
 from fxq.observers import RangeObserver
-from fxq.passes.common import Calibrate, Convert, InsertObservers
+from fxq.passes.common import Calibrate, Convert, InsertObservers, ObserveActivations
 from fxq.passes.common.fake_quantize import student_of
 from fxq.pipeline import Recipe
 from fxq.program import Program
@@ -231,6 +231,31 @@ def test_positions_of_each_sample() -> None:
     torch.testing.assert_close(found, F.linear(given, weight_of(model.layer), model.layer.bias))
 
 
+def test_each_step_is_calibrated_by_its_own_batches() -> None:
+    model = nn.Sequential(nn.Linear(16, 8)).eval()
+    x = torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
+    data = [x, 10 * x, 100 * x, 2 * x]  # the fourth is step 0 again
+
+    program = fxq.compress(model, x, recipe(ByStep(3)), data=data)
+
+    for step, seen in enumerate((2 * x, 10 * x, 100 * x)):
+        fxq.set_step(program, step)
+        given = quantized(seen, seen.amin(), seen.amax())
+        expected = F.linear(given, weight_of(model[0]), model[0].bias)
+        torch.testing.assert_close(program(seen), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_program_starts_at_the_first_step_after_calibration() -> None:
+    model, x = nn.Sequential(nn.Linear(16, 8)).eval(), torch.randn(4, 16)
+    program = fxq.compress(model, x, recipe(ByStep(2)), data=[x, 100 * x])
+
+    fresh = program(x)
+
+    fxq.set_step(program, 0)
+    assert torch.equal(fresh, program(x))
+    assert sqnr_db(model(x), fresh) > 30
+
+
 def test_counted_along_the_token_axis_it_is_a_static_scale_per_token() -> None:
     model = nn.Sequential(nn.Linear(16, 8)).eval()
     x = (
@@ -308,9 +333,127 @@ def test_a_layer_that_has_lost_the_batch_stays_float_and_says_so() -> None:
         )
 
 
+class Timed(nn.Module):
+    """Two layers with something between them, and rows for all of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        x = x * timestep.reshape(-1, 1, 1)
+        h = self.a(x) + x
+        return self.b(torch.tanh(h)) + h
+
+
+@pytest.mark.parametrize("rows", [ByTimestep((0.5,)), ByStep(2), ByPosition(8)], ids=str)
+def test_rows_of_edges_between_layers(rows: Rows) -> None:
+    model, inputs = Timed().eval(), (torch.randn(4, 8, 16), torch.tensor([0.25, 1, 0.25, 1]))
+    spec = QuantSpec(rows=rows, symmetric=False)
+    passes = (InsertObservers(LayerSpec(spec, WEIGHT)), ObserveActivations(spec))
+    both = Recipe("edges", (*passes, Calibrate(), Convert()))
+
+    program = fxq.compress(model, inputs, both, data=[inputs, inputs])
+
+    quantizers = program.graph_module.code.count("torch.ops.fxq.quantize.default")
+    assert quantizers == 6  # two inputs, two outputs of layers, two sums
+    assert sqnr_db(model(*inputs), program(*inputs)) > 25
+
+
+def test_an_edge_that_rows_do_not_fit_stays_float_and_is_warned_of() -> None:
+    spec = QuantSpec(rows=ByPosition(8))
+    passes = (InsertObservers(LayerSpec(None, WEIGHT)), ObserveActivations(spec, ("layer",)))
+    model, x = nn.Sequential(nn.Linear(16, 8), nn.Softmax(-1)).eval(), torch.randn(4, 16)
+
+    with pytest.warns(FxqWarning, match="left 1 of 1 edges in float.*along the token axis"):
+        program = fxq.compress(model, x, Recipe("edge", (*passes, Calibrate(), Convert())), [x])
+
+    assert "fxq.quantize.default" not in program.graph_module.code
+
+
+def test_positions_counted_along_a_free_axis_serve_every_length(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 8)).eval()
+    x = torch.randn(2, 12, 16) * torch.arange(1, 13)[:, None]
+    free = {"input": {0: "b", 1: "t"}}
+    short = x[:, :5]
+
+    program = fxq.compress(model, x, recipe(ByPosition(12)), data=[short, x], dynamic_shapes=free)
+
+    for y in (short, x, x[:1, :1], torch.cat([x, x], 1)):
+        assert sqnr_db(model(y), program(y)) > 30
+    torch.testing.assert_close(program(short), program(x)[:, :5])
+    fxq.save(program, tmp_path / "rows.fxq")
+    assert torch.equal(fxq.load(tmp_path / "rows.fxq")(short), program(short))
+
+
+def test_positions_along_a_free_axis_of_edges_in_front_of_the_first_layer() -> None:
+    class Embedded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.layer = nn.LayerNorm(16), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            h = x + y
+            return h + self.layer(self.norm(h))
+
+    model, inputs = Embedded().eval(), (torch.randn(2, 7, 16), torch.randn(2, 7, 16))
+    spec = QuantSpec(rows=ByPosition(7))
+    passes = (InsertObservers(LayerSpec(spec, WEIGHT)), ObserveActivations(spec, ("sum",)))
+    edges = Recipe("edges", (*passes, Calibrate(), Convert()))
+    free = {name: {1: "t"} for name in "xy"}
+
+    program = fxq.compress(model, inputs, edges, data=[inputs], dynamic_shapes=free)
+
+    short = tuple(x[:, :3] for x in inputs)
+    assert sqnr_db(model(*short), program(*short)) > 30
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"), [(nn.Linear(8, 4), (8,)), (nn.Linear(8, 4), (3, 8)),
+                         (nn.Conv2d(8, 4, 1), (2, 8, 5, 5))],
+)  # fmt: skip
+def test_positions_are_not_counted_along_a_batch_or_an_image(
+    layer: nn.Module, shape: tuple[int, ...]
+) -> None:
+    spec = LayerSpec(QuantSpec(rows=ByPosition(5)), WEIGHT)
+    rows = Recipe("rows", (InsertObservers(spec, ("linear", "conv")), Calibrate(), Convert()))
+    x = torch.randn(shape)
+
+    with pytest.raises(SkippedError, match=r"rows by position (are counted|need)"):
+        fxq.compress(layer.eval(), x, rows, data=[x], strict=True, dynamic_shapes=None)
+
+
+class SequenceFirst(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 8)
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return self.layer((x * timestep.reshape(-1, 1, 1)).transpose(0, 1)).transpose(0, 1)
+
+
+@pytest.mark.parametrize(("tokens", "assumed"), [(4, True), (5, False)])
+def test_a_batch_that_only_its_size_tells_is_an_assumption_that_the_report_shows(
+    tokens: int, assumed: bool
+) -> None:
+    inputs = (torch.randn(4, tokens, 16), torch.tensor([0.25, 1.0, 0.25, 1.0]))
+
+    program = fxq.compress(
+        SequenceFirst().eval(), inputs, recipe(ByTimestep((0.5,))), [inputs], dynamic_shapes=None
+    )
+
+    shown = "; ".join(row.reason for row in fxq.report(program).rows)
+    assert ("is taken for the batch" in shown) is assumed
+    assert ("rows by timestep need the batch first" in shown) is not assumed
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: ByTimestep(("a", "b")), "of finite numbers"),  # type: ignore[arg-type]
+        (lambda: ByTimestep((float("nan"),)), "of finite numbers"),
+        (lambda: ByTimestep((5.0, float("inf"))), "of finite numbers"),
         (lambda: ByTimestep((2.0, 1.0)), "expected a tuple that ascends"),
         (lambda: ByTimestep([1.0]), "expected a tuple that ascends"),  # type: ignore[arg-type]
         (lambda: ByStep(0), "ByStep.count: expected 1 or more"),

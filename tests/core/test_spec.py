@@ -1,7 +1,11 @@
 """Specs: the shape of a scale for every granularity, the code grid, and what is refused."""
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 
+from fxq.formats import Float8, Integer
 from fxq.spec import (
     ALL,
     Entropy,
@@ -115,3 +119,23 @@ def test_equal_specs_are_one_key() -> None:
     assert (
         len({QuantSpec(4, granularity=PerGroup(32)), QuantSpec(4, granularity=PerGroup(32))}) == 1
     )
+
+
+@pytest.mark.parametrize("found", ["e4m3", 8, Integer])
+def test_a_format_is_one_of_ours(found: Any) -> None:
+    with pytest.raises(TypeError, match=r"QuantSpec.format: expected Integer or Float8"):
+        QuantSpec(format=found)
+
+
+def test_bits_and_another_format_contradict_each_other() -> None:
+    with pytest.raises(ValueError, match=r"found bits=4 with Integer\(bits=8\)"):
+        QuantSpec(bits=4, format=Integer(8))
+
+    assert QuantSpec(bits=4, format=Integer(4)).bits == 4
+
+
+def test_replace_takes_bits_and_format_as_they_are() -> None:
+    assert replace(QuantSpec(), bits=4).format == Integer(4)
+    assert replace(QuantSpec(bits=4), format=Integer(6)).bits == 6
+    assert replace(QuantSpec(bits=4), format=Float8()).format == Float8()
+    assert replace(QuantSpec(bits=4), symmetric=False).bits == 4

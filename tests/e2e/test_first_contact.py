@@ -144,11 +144,23 @@ def test_only_the_free_sizes_need_a_name() -> None:
         ({"ids": {1: "a b"}}, ValueError, "expected a Python name for 'ids', found 'a b'"),
         ({"ids": "tokens"}, TypeError, "expected {dimension: name} for 'ids', found 'tokens'"),
         ("batches", TypeError, 'expected "batch", None or'),
+        ({"extra": {"bais": {0: "b"}}}, ValueError, "no key 'bais' in extra; did you mean 'bias'"),
+        ({"extra": {"pair": {2: {0: "b"}}}}, ValueError, r"no entry 2 in extra\['pair'\]"),
+        ({"extra": {"pair": [None] * 3}}, ValueError, "expected at most 2 entries for extra"),
+        ({"extra": {"pair": "b"}}, TypeError, "expected a mapping or a sequence .* found 'b'"),
+        ({"extra": "b"}, TypeError, "expected a mapping or a sequence for what extra holds"),
+        ({"scale": "b"}, TypeError, "expected None for 'scale', which is no tensor"),
+        ((None,) * 4, ValueError, "expected at most 3 entries for the example, found 4"),
+        ({"ids": {0: "b", -2: "c"}}, ValueError, r"each dimension of 'ids' .* once, found -2"),
+        ({"ids": {0: 5}}, TypeError, "expected the name of a free size.* found 5"),
+        ({"ids": {True: "b"}}, ValueError, "expected dimensions of 'ids'.* found True"),
     ],
 )
 def test_a_wrong_name_of_a_size_is_told(shapes: Any, error: type[Exception], message: str) -> None:
+    bias = torch.zeros(2, 16, 16)
+    example = {"ids": bias[..., 0].long(), "extra": {"bias": bias, "pair": [bias, bias]}}
     with pytest.raises(error, match=message):
-        fxq.compress(Tokens().eval(), torch.zeros(2, 16).long(), FLOAT, dynamic_shapes=shapes)
+        fxq.compress(Tokens().eval(), example | {"scale": 2.0}, FLOAT, dynamic_shapes=shapes)
 
 
 def a_program() -> fxq.Program:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 import fxq
+from fxq.errors import PassError
 from fxq.graph import is_op
 from fxq.lowering import devices, lower, lower_linear
 from fxq.lowering.rule import Decision, Device, Lowering, Rule, close
@@ -202,6 +203,33 @@ def test_an_operator_without_a_rule_is_declined_with_a_reason(
     assert "weight-only" in decision.reason
 
 
+@dataclass(frozen=True)
+class Returns(Takes):
+    """Replaces nothing, and returns what it is given."""
+
+    returned: Any = None
+
+    def apply(self, node: Node, lowering: Lowering) -> Decision:
+        return self.returned  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("returned", "error", "message"),
+    [
+        (None, TypeError, "expected apply.. to return a Decision for linear, found None"),
+        ("kernel", TypeError, "found 'kernel'"),
+        (Decision("ghost"), PassError, "expected the kernel 'ghost' in the place of linear"),
+    ],
+)
+def test_a_rule_that_does_not_do_what_it_says_is_named(
+    returned: Any, error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rule = Returns("returns", returned=returned)
+
+    with pytest.raises(error, match=rf"rule \S+\.Returns: .*{message}"):
+        decisions_with(rule, monkeypatch=monkeypatch)
+
+
 def test_a_distribution_adds_a_kernel_to_the_cpu(foo: ModuleType) -> None:
     layer, x = whole_numbers()
     program = fxq.compress(layer, x, "w8")
@@ -284,6 +312,8 @@ NOWHERE, ASTRAY, ONE, TWO = Int8Linear(), Astray(), AtHome(), AtHome()
     ("value", "error", "message"),
     [
         ("fxq.lowering.rule:Rule", TypeError, "expected an instance of .*Rule or Device, found"),
+        ("nonexistent:RULE", ImportError, "of distribution 'bar'.*No module named 'nonexistent'"),
+        ("bar:ELSEWHERE", ImportError, "has no attribute 'ELSEWHERE'"),
         ("bar:NOWHERE", ValueError, r"expected .*'cuda'.*'x86'.* found \(\)"),
         ("bar:ASTRAY", ValueError, r"expected .*'cuda'.*'x86'.* found \('x68',\)"),
     ],

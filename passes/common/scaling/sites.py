@@ -21,6 +21,7 @@ from fxq.analysis.factor_walk import WeightReaders, channel_flow
 from fxq.analysis.factors import UNIT, ChannelFlow, Slot
 from fxq.analysis.labels import sizes_of
 from fxq.graph import is_constant, owner_name
+from fxq.layer import layer_of
 from fxq.operators import ATTENTION, LAYERS, NORMS
 
 Kind = Literal["norm", "modulate", "value", "gated", "relu", "linear", "quantizer", "query_key"]
@@ -109,6 +110,7 @@ def scale_sites(gm: GraphModule) -> ScaleSites:
             sites.append(shifts.complete(site))
     refusals = _refusals(gm, scales, sites)
     sites.extend(_quantizer_sites(gm, scales, refusals))
+    sites = [site for site in sites if not _refused_for_codes(site, refusals)]
     order = {node: index for index, node in enumerate(gm.graph.nodes)}
     sites.sort(key=lambda site: order[(site.consumers or site.producers)[0].node])
     scaled = {part.node for site in sites for part in site.consumers}
@@ -276,6 +278,16 @@ def _refusals(gm: GraphModule, flow: ChannelFlow, sites: list[ScaleSite]) -> dic
         if node.target in ATTENTION and (why := _query_key_refusal(node, flow, component, reasons)):
             refusals[node] = why
     return refusals
+
+
+def _refused_for_codes(site: ScaleSite, refusals: dict[Node, str]) -> bool:
+    """Refuse a site where a method has fixed codes: scaling changes the weight that they are of."""
+    parts = (*site.consumers, *site.producers, *site.shifted)
+    fixed = [part.node for part in parts if layer_of(part.node).weight is not None]
+    if fixed:
+        why = f"the codes of {owner_name(fixed[0])} are fixed; scale before that"
+        refusals |= {part.node: why for part in site.consumers}
+    return bool(fixed)
 
 
 def _columns(flow: ChannelFlow) -> dict[Node, Slot]:
