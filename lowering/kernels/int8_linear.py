@@ -25,8 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fxq.lowering.kernels import buffers
-
-ACTIVATION = {"none": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3}
+from fxq.lowering.kernels.int8_epilogue import ACTIVATION, FP_FUSION, finish, tile_of
 
 
 class Config(NamedTuple):
@@ -47,7 +46,6 @@ CONFIGS = {
     "odd": Config(64, 64, 32, 4, 2),
 }
 GROUP_M = 8
-FP_FUSION = False
 
 
 class Case(NamedTuple):
@@ -143,41 +141,6 @@ def is_light(flags: Mapping[str, Any]) -> bool:
 
 
 @triton.jit
-def _tanh(x):
-    return 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
-
-
-@triton.jit
-def _activate(y, ACT: tl.constexpr):
-    if ACT == 1:
-        y = 0.5 * y * (1.0 + tl.erf(y * 0.7071067811865476))
-    elif ACT == 2:
-        y = 0.5 * y * (1.0 + _tanh(0.7978845608028654 * (y + 0.044715 * y * y * y)))
-    elif ACT == 3:
-        y = y / (1.0 + tl.exp(-y))
-    return y
-
-
-@triton.jit
-def _round_half_even(y):
-    # Adding 1.5 * 2^23 leaves no bits behind the point; exact for |y| < 2^22, and larger values are
-    # clamped anyway.
-    bounded = tl.minimum(tl.maximum(y, -4194303.0), 4194303.0)
-    return (bounded + 12582912.0) - 12582912.0
-
-
-@triton.jit
-def _tile(M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
-    """First row and column of this program's tile; a group of rows is walked column by column."""
-    pid = tl.program_id(0)
-    n_rows, n_cols = tl.cdiv(M, BM), tl.cdiv(N, BN)
-    first = pid // (GROUP * n_cols) * GROUP
-    height = min(n_rows - first, GROUP)
-    inside = pid % (GROUP * n_cols)
-    return (first + inside % height) * BM, inside // height * BN
-
-
-@triton.jit
 def _accumulate(
     x_ptr, w_ptr, row0, col0, M, N, K,
     EVEN_K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -215,41 +178,19 @@ def int8_linear_kernel(
     EVEN_K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
-    row0, col0 = _tile(M, N, BM, BN, GROUP)
+    row0, col0 = tile_of(tl.program_id(0), M, N, BM, BN, GROUP)
     acc = _accumulate(x_ptr, w_ptr, row0, col0, M, N, K, EVEN_K, BM, BN, BK)
 
+    y = finish(
+        acc, row0, col0, x_scale_ptr, x_zero_ptr, w_scale_ptr, w_sum_ptr, bias_ptr, residual_ptr,
+        out_scale_ptr, out_zero_ptr, M, N, quant_min, quant_max,
+        PER_ROW_SCALE, PER_ROW_ZERO, HAS_ZERO, HAS_BIAS, HAS_RESIDUAL, HAS_OUT_SCALE,
+        PER_COLUMN_OUT, HAS_OUT_ZERO, ACT, BM, BN,
+    )  # fmt: skip
     rows, cols = row0 + tl.arange(0, BM), col0 + tl.arange(0, BN)
-    mask_m, mask_n = rows < M, cols < N
-    if HAS_ZERO:
-        w_sum = tl.load(w_sum_ptr + cols, mask=mask_n, other=0)
-        if PER_ROW_ZERO:
-            acc -= tl.load(x_zero_ptr + rows, mask=mask_m, other=0)[:, None] * w_sum[None, :]
-        else:
-            acc -= (tl.load(x_zero_ptr) * w_sum)[None, :]
-    w_scale = tl.load(w_scale_ptr + cols, mask=mask_n, other=0.0)
-    if PER_ROW_SCALE:
-        x_scale = tl.load(x_scale_ptr + rows, mask=mask_m, other=0.0)
-        y = acc.to(tl.float32) * (x_scale[:, None] * w_scale[None, :])
-    else:
-        y = acc.to(tl.float32) * (tl.load(x_scale_ptr) * w_scale)[None, :]
-    if HAS_BIAS:
-        y += tl.load(bias_ptr + cols, mask=mask_n, other=0.0)[None, :]
-    y = _activate(y, ACT)
-
-    mask = mask_m[:, None] & mask_n[None, :]
+    mask = (rows < M)[:, None] & (cols < N)[None, :]
     base = row0.to(tl.int64) * N + col0
     offs = tl.arange(0, BM)[:, None] * N + tl.arange(0, BN)[None, :]
-    if HAS_RESIDUAL:
-        y += tl.load(residual_ptr + base + offs, mask=mask, other=0.0).to(tl.float32)
-    if HAS_OUT_SCALE:
-        if PER_COLUMN_OUT:
-            out_scale = tl.load(out_scale_ptr + cols, mask=mask_n, other=1.0)[None, :]
-        else:
-            out_scale = tl.load(out_scale_ptr)
-        y = _round_half_even(y * tl.div_rn(1.0, out_scale))
-        if HAS_OUT_ZERO:
-            y += tl.load(out_zero_ptr).to(tl.float32)
-        y = tl.minimum(tl.maximum(y, quant_min), quant_max)
     tl.store(out_ptr + base + offs, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
