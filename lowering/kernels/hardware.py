@@ -4,10 +4,12 @@ From Hopper on, tiles can be loaded by the copy engine, which is told of a tenso
 The kernels here have a variant without, for older devices and for tensors that it cannot take.
 """
 
-from collections.abc import Sequence
+import contextvars
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 try:
@@ -37,6 +39,30 @@ def has_copy_engine(device: torch.device) -> bool:
     if TensorDescriptor is None:
         return False
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def can_specialize(device: torch.device) -> bool:
+    """Tell whether some warps can copy while others multiply by wgmma: on Hopper alone."""
+    if device.type != "cuda":
+        return has_copy_engine(device)
+    return has_copy_engine(device) and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def with_scratch(launch: Callable[[], object]) -> None:
+    """Launch a kernel that makes its descriptors itself, in memory that Triton asks us for.
+
+    Triton keeps who allocates in a context variable: a copy of the context leaves the caller's alone.
+    """
+
+    def run() -> None:
+        triton.set_allocator(_scratch)
+        launch()
+
+    contextvars.copy_context().run(run)
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda")  # aligned to 512 bytes
 
 
 def can_describe(x: Tensor) -> bool:

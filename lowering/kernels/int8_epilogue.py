@@ -4,8 +4,10 @@
     y    = act(acc * (x_scale * w_scale) + bias) + residual                     fp32
     out  = y, or clamp(rint(y * (1 / out_scale)) + out_zero_point)
 
-Products and sums are not contracted to FMA by the compiler (`FP_FUSION`), because eager PyTorch does
-not; those that GELU is made of are written as such.
+Codes must not depend on how a kernel was compiled: the reciprocal is correctly rounded, and products
+and sums are not contracted to FMA (`FP_FUSION`), because eager PyTorch does neither. The error
+function is the one of libdevice: a shorter polynomial, which the compiler takes step by step for all
+elements of a tile, spills.
 """
 
 import triton
@@ -21,28 +23,9 @@ def _tanh(x):
 
 
 @triton.jit
-def _gelu(y):
-    """GELU to 1e-7 and its own rounding, with a fifth of the instructions of an error function.
-
-    It is max(y, 0) - c * Phi(-c) with c = |y|, and the normal tail Phi(-c) is 2 to the power of a
-    polynomial, fitted on [0, 5.75] to the least largest error of c * Phi(-c). Beyond, the product
-    is below 3e-8. A NaN stays one, and -Inf gives NaN, as in PyTorch.
-    """
-    size = tl.abs(y)
-    c = tl.minimum(size, 5.75)
-    power = tl.fma(c, 2.99244074994931e-05, -0.0007398760062642395)
-    power = tl.fma(power, c, 0.007977467961609364)
-    power = tl.fma(power, c, -0.053238194435834885)
-    power = tl.fma(power, c, -0.45891568064689636)
-    power = tl.fma(power, c, -1.1511471271514893)
-    tail = tl.exp2(tl.fma(power, c, -1.0))
-    return tl.fma(-c, tail, tl.fma(size, 0.5, 0.5 * y))
-
-
-@triton.jit
 def _activate(y, ACT: tl.constexpr):
     if ACT == 1:
-        y = _gelu(y)
+        y = 0.5 * y * (1.0 + tl.erf(y * 0.7071067811865476))
     elif ACT == 2:
         y = 0.5 * y * (1.0 + _tanh(0.7978845608028654 * (y + 0.044715 * y * y * y)))
     elif ACT == 3:
@@ -107,6 +90,6 @@ def finish(
             out_scale = tl.load(out_scale_ptr + cols, mask=mask_n, other=1.0)[None, :]
         else:
             out_scale = tl.load(out_scale_ptr)
-        zero = tl.load(out_zero_ptr) if HAS_OUT_ZERO else 0
+        zero = tl.load(out_zero_ptr) if HAS_OUT_ZERO else tl.full((), 0, tl.int32)
         y = _codes(y * tl.div_rn(1.0, out_scale), quant_min, quant_max, zero)
     return y

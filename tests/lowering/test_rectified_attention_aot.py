@@ -258,7 +258,9 @@ SELECTIONS = {
 @pytest.mark.parametrize("options", SELECTIONS)
 @pytest.mark.parametrize("mode", [0, 1, 2])
 @pytest.mark.parametrize("n_blocks", [1, MAX_BLOCKS])
-def test_selection_compiles_without_spills_in_its_loops(n_blocks: int, mode: int, options: str) -> None:
+def test_selection_compiles_without_spills_in_its_loops(
+    n_blocks: int, mode: int, options: str
+) -> None:
     signature = dict.fromkeys(select_blocks_kernel.arg_names, "*fp32")
     signature |= {"adjacency_ptr": "*i8", "count_ptr": "*i32", "list_ptr": "*i32"}
     signature |= {"N": "i32", "T": "i32", "scale": "fp32", "top_p": "fp32"}

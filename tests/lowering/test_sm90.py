@@ -55,7 +55,9 @@ def test_a_loop_that_waits_for_everything_is_seen() -> None:
 
 
 def test_the_same_loop_that_streams_is_seen() -> None:
-    lines = [line.replace("SB0, 0x0", "SB0, 0x2").replace("gsb0, 0x0", "gsb0, 0x1") for line in SERIAL]
+    lines = [
+        line.replace("SB0, 0x0", "SB0, 0x2").replace("gsb0, 0x0", "gsb0, 0x1") for line in SERIAL
+    ]
 
     found = code(*lines)
 
