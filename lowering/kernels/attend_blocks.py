@@ -10,14 +10,16 @@ pseudo-key (pooled key and value in the dtype of K, bias `[B, H, N, N]`, fp32) o
 One program is one block of queries of one head. What the program visits is a list, so that the main
 loop has neither branch nor mask: a branch on data would end software pipelining. The next entry of
 the list is carried through the loop, so that tiles load while others are multiplied. With the copy
-engine, logits of the next tile are multiplied under the softmax of this one, as in FlashAttention-3;
-without, tiles are loaded by pointers and softmax waits for its logits. What needs a mask (the last, shorter block, the program's own block where attention is
+engine, logits of the next tile are multiplied under the softmax of this one, as FlashAttention-3
+does; without, tiles are loaded by pointers and softmax waits for its logits.
+
+What needs a mask (the last, shorter block, the program's own block where attention is
 causal, and text) comes after, in a loop of its own. Text queries are programs beyond the last
 block, whose list is everything. Query blocks are the fastest grid axis, so that programs of a head
 share its keys in L2.
 
-Not measured yet on a GPU. What `choose_config` returns is proved from its sm_90 code: no local memory,
-copies that run on at every wait, softmax that runs beside the tensor cores
+Not measured yet on a GPU. What `choose_config` returns is proved from its sm_90 code: no local
+memory, copies that run on at every wait, softmax that runs beside the tensor cores
 (tests/lowering/test_rectified_attention_aot.py).
 """
 
@@ -162,8 +164,8 @@ def _tile(desc, b, h, start, BN: tl.constexpr, BD: tl.constexpr):
 
 @triton.jit
 def attend_blocks_kernel(
-    q_ptr, k_ptr, v_ptr, k_desc, v_desc, out_ptr, lse_ptr, count_ptr, list_ptr, ratio_ptr, correction_ptr,
-    pooled_k_ptr, pooled_v_ptr, bias_ptr, text_len_ptr, index_ptr,
+    q_ptr, k_ptr, v_ptr, k_desc, v_desc, out_ptr, lse_ptr, count_ptr, list_ptr,
+    ratio_ptr, correction_ptr, pooled_k_ptr, pooled_v_ptr, bias_ptr, text_len_ptr, index_ptr,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, out_b, out_h, out_s,
     H, GROUP, S, T, N, D, DV, visual_start, text_start, text_size, scale,
     HAS_TEXT_LEN: tl.constexpr, HAS_ORDER: tl.constexpr, CAUSAL: tl.constexpr, MODE: tl.constexpr,
@@ -366,8 +368,9 @@ def launch(
     if grid[0] * grid[1] == 0:
         return out, lse
     attend_blocks_kernel[grid](
-        query, key, value, *(descriptors or (None, None)), out, lse, selection.n_visited, selection.visited, selection.ratio,
-        correction, *(pooled or (None, None, None)), text_len, index,
+        query, key, value, *(descriptors or (None, None)), out, lse,
+        selection.n_visited, selection.visited, selection.ratio, correction,
+        *(pooled or (None, None, None)), text_len, index,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
         n_heads, n_heads // key.shape[1], n_tokens, layout.n_visual, n_blocks, dim, dim_v,
         layout.visual_start, layout.text_start, layout.text_size, scale,

@@ -51,7 +51,8 @@ def can_specialize(device: torch.device) -> bool:
 def with_scratch(launch: Callable[[], object]) -> None:
     """Launch a kernel that makes its descriptors itself, in memory that Triton asks us for.
 
-    Triton keeps who allocates in a context variable: a copy of the context leaves the caller's alone.
+    Triton keeps who allocates in a context variable; a copy of the context leaves the caller's
+    alone.
     """
 
     def run() -> None:

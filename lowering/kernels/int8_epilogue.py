@@ -4,10 +4,10 @@
     y    = act(acc * (x_scale * w_scale) + bias) + residual                     fp32
     out  = y, or clamp(rint(y * (1 / out_scale)) + out_zero_point)
 
-Codes must not depend on how a kernel was compiled: the reciprocal is correctly rounded, and products
-and sums are not contracted to FMA (`FP_FUSION`), because eager PyTorch does neither. The error
-function is the one of libdevice: a shorter polynomial, which the compiler takes step by step for all
-elements of a tile, spills.
+Codes must not depend on how a kernel was compiled: the reciprocal is correctly rounded, and
+products and sums are not contracted to FMA (`FP_FUSION`), because eager PyTorch does neither. The
+error function is the one of libdevice: a shorter polynomial, which the compiler takes step by step
+for all elements of a tile, spills.
 """
 
 import triton

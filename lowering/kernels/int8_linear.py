@@ -273,7 +273,11 @@ def launch(
     out = buffers.allocate((m, n), out_dtype if out_scale is None else torch.int8, x.device)
     if out.numel() == 0:
         return out
-    tma = hardware.can_specialize(x.device) and all(map(hardware.can_describe, (x, weight, out)))
+    tma = (
+        hardware.can_specialize(x.device)
+        and all(map(hardware.can_describe, (x, weight, out)))
+        and k % 16 == n * out.element_size() % 16 == 0  # of a single row too
+    )
     n_sms = hardware.multiprocessors(x.device)
     light = is_light(flags, out.dtype, tma=tma)
     aligned = all(tensor.data_ptr() % 16 == 0 for tensor in (x, weight))

@@ -6,8 +6,8 @@ inner loop one warp that copies and two warp groups that multiply half a tile ea
 let the product of integers run on past its wait, so that each group multiplies while the other one
 waits. It makes so only with four warps, descriptors made in the kernel, and loops left apart.
 
-Same epilogue as `int8_linear_kernel`, which takes what this one cannot: other devices, and rows that
-are no multiple of 16 bytes.
+Same epilogue as `int8_linear_kernel`, which takes what this one cannot: other devices, and rows
+that are no multiple of 16 bytes.
 """
 
 import triton
@@ -40,8 +40,8 @@ def int8_linear_tma_kernel(
             w = w_desc.load([col0, k])
             acc = tl.dot(x, tl.trans(w), acc, out_dtype=tl.int32)
         y = finish(
-            acc, row0, col0, x_scale_ptr, x_zero_ptr, w_scale_ptr, w_sum_ptr, bias_ptr, residual_ptr,
-            out_scale_ptr, out_zero_ptr, M, N, quant_min, quant_max,
+            acc, row0, col0, x_scale_ptr, x_zero_ptr, w_scale_ptr, w_sum_ptr, bias_ptr,
+            residual_ptr, out_scale_ptr, out_zero_ptr, M, N, quant_min, quant_max,
             PER_ROW_SCALE, PER_ROW_ZERO, HAS_ZERO, HAS_BIAS, HAS_RESIDUAL, HAS_OUT_SCALE,
             PER_COLUMN_OUT, HAS_OUT_ZERO, ACT, BM, BN,
         )  # fmt: skip

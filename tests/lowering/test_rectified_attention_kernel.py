@@ -28,13 +28,14 @@ from fxq.lowering.kernels import attend_blocks, pool_blocks, select_blocks
 strict()
 def whole(case):
     return attend_blocks.Config(case.block_size, 4, 3)
+streamed = attend_blocks.Config(16, 4, 2, True)
 halved = [case._replace(block_size=32) for case in attend_blocks.CASES[4:10]]
 print(json.dumps({
     "pool": [check_pool(case, "cpu") for case in pool_blocks.CASES],
     "select": [check_select(case, "cpu") for case in select_blocks.CASES],
     "attend": [check_attend(case, "cpu") for case in attend_blocks.CASES],
     "half": [check_attend(case, "cpu", attend_blocks.Config(16, 4, 2)) for case in halved],
-    "half tma": [check_attend(case, "cpu", attend_blocks.Config(16, 4, 2, True)) for case in halved],
+    "half tma": [check_attend(case, "cpu", streamed) for case in halved],
     "no tma": [check_attend(case, "cpu", whole(case)) for case in attend_blocks.CASES],
 }))
 """
