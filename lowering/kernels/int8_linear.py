@@ -276,6 +276,7 @@ def launch(
     tma = (
         hardware.can_specialize(x.device)
         and all(map(hardware.can_describe, (x, weight, out)))
+        and (residual is None or hardware.can_describe(residual))  # byte loads would spill
         and k % 16 == n * out.element_size() % 16 == 0  # of a single row too
     )
     n_sms = hardware.multiprocessors(x.device)
