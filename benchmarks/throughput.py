@@ -1,4 +1,4 @@
-"""What a kernel should reach on an H200, from its machine code: what a measurement is compared with.
+"""What a kernel should reach on an H200, from its machine code: what to compare a measurement to.
 
 A round of the main loop takes as long as the busiest of what works side by side: tensor cores, the
 issue of instructions, exponentials, shared memory, and copies from L2. Softmax that waits for its
