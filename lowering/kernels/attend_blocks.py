@@ -7,15 +7,20 @@ Q, K, V and O `[B, H, S, D]`, fp16 or bf16 (fp32 in tests), D contiguous, all el
 sums and the accumulator are fp32; softmax is in base 2. Online: every block left out is one
 pseudo-key (pooled key and value in the dtype of K, bias `[B, H, N, N]`, fp32) of the same softmax.
 
-One program is one block of queries of one head, FlashAttention-2 style. What the program visits is
-a list, so that the main loop has neither branch nor mask: a branch on data would end software
-pipelining. What needs a mask (the last, shorter block, the program's own block where attention is
+One program is one block of queries of one head. What the program visits is a list, so that the main
+loop has neither branch nor mask: a branch on data would end software pipelining. The next entry of
+the list is carried through the loop, so that tiles load while others are multiplied. With the copy
+engine, logits of the next tile are multiplied under the softmax of this one, as FlashAttention-3
+does; without, tiles are loaded by pointers and softmax waits for its logits.
+
+What needs a mask (the last, shorter block, the program's own block where attention is
 causal, and text) comes after, in a loop of its own. Text queries are programs beyond the last
 block, whose list is everything. Query blocks are the fastest grid axis, so that programs of a head
 share its keys in L2.
 
-Not measured yet on a GPU. `choose_config` returns tiles that compile for sm_90 with wgmma,
-asynchronous copies and zero spills (tests/lowering/test_rectified_attention_aot.py).
+Not measured yet on a GPU. What `choose_config` returns is proved from its sm_90 code: no local
+memory, copies that run on at every wait, softmax that runs beside the tensor cores
+(tests/lowering/test_rectified_attention_aot.py).
 """
 
 from typing import NamedTuple
@@ -25,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fxq.lowering.kernels import buffers
+from fxq.lowering.kernels import buffers, hardware
 from fxq.lowering.kernels.select_blocks import Selection
 from fxq.rectified_attention.layout import BlockLayout
 
@@ -35,11 +40,19 @@ LOWEST = tl.constexpr(-1e38)  # finite, so that a row without keys makes no NaN
 
 
 class Config(NamedTuple):
-    """Keys per tile and launch parameters."""
+    """Keys per tile and launch parameters.
+
+    Args:
+        bn: keys per tile.
+        num_warps: of a program.
+        num_stages: tiles of keys and values in shared memory.
+        tma: the copy engine loads them.
+    """
 
     bn: int
     num_warps: int
     num_stages: int
+    tma: bool = False
 
 
 class Case(NamedTuple):
@@ -103,15 +116,32 @@ BENCHMARK_CASES = {
 }
 
 
-def choose_config(block_size: int, dim: int, *, online: bool) -> Config:
+def choose_config(
+    block_size: int, dim: int, *, online: bool, tma: bool, shared_bytes: int
+) -> Config:
     """Return tiles for a block size and a head dim padded to a power of two.
 
-    One tile is a whole block, half of one in the largest online kernel, whose second loop would
-    spill in float16. Four warps would spill with 128 queries; of three stages the index takes one,
-    so that two tiles of keys and values are in flight.
+    With the copy engine a tile is 64 keys, because logits of two tiles are in registers, and with
+    128 queries, of which one program fits a multiprocessor, four tiles are in flight. Without it a
+    tile is a whole block, half of one in the largest online kernel, whose second loop would spill
+    in float16. Four warps would spill with 128 queries.
+
+    Args:
+        block_size: visual tokens per block.
+        dim: D.
+        online: there are pseudo-keys.
+        tma: the copy engine can load keys and values.
+        shared_bytes: what one program may have.
     """
-    half = online and block_size >= 128 and dim >= 128
-    return Config(block_size // 2 if half else block_size, 8 if block_size >= 128 else 4, 3)
+    warps = 8 if block_size >= 128 else 4
+    half = tma or (online and block_size >= 128 and dim >= 128)
+    bn = min(block_size, 64) if half else block_size
+    depth = 4 if tma and block_size >= 128 else 3
+    for keys, stages in ((bn, depth), (bn, 3), (bn // 2, 3), (bn // 2, 2)):
+        tiles = 2 * stages + tma  # the first tile of keys has a place of its own
+        if 2 * dim * (block_size + tiles * keys) + 1024 <= shared_bytes:
+            return Config(keys, warps, stages, tma)
+    return Config(max(16, bn // 4), warps, 2, tma)
 
 
 @triton.jit
@@ -127,13 +157,19 @@ def _weigh(acc, total, peak, dots, v, scale2):
 
 
 @triton.jit
+def _tile(desc, b, h, start, BN: tl.constexpr, BD: tl.constexpr):
+    """`BN` tokens of a head, from a descriptor of `[B, Hkv, S, D]`; zeros beyond its ends."""
+    return tl.reshape(desc.load([b, h, start, 0]), (BN, BD))
+
+
+@triton.jit
 def attend_blocks_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, count_ptr, list_ptr, ratio_ptr, correction_ptr,
-    pooled_k_ptr, pooled_v_ptr, bias_ptr, text_len_ptr, index_ptr,
+    q_ptr, k_ptr, v_ptr, k_desc, v_desc, out_ptr, lse_ptr, count_ptr, list_ptr,
+    ratio_ptr, correction_ptr, pooled_k_ptr, pooled_v_ptr, bias_ptr, text_len_ptr, index_ptr,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, out_b, out_h, out_s,
     H, GROUP, S, T, N, D, DV, visual_start, text_start, text_size, scale,
     HAS_TEXT_LEN: tl.constexpr, HAS_ORDER: tl.constexpr, CAUSAL: tl.constexpr, MODE: tl.constexpr,
-    TAIL: tl.constexpr,
+    TAIL: tl.constexpr, TMA: tl.constexpr,
     PADDED: tl.constexpr, BLOCK: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     n, bh = tl.program_id(0), tl.program_id(1)
@@ -170,15 +206,34 @@ def attend_blocks_kernel(
         masked = tl.where((count > 0) & (last == N - 1), 1, 0)
     full = count - masked
 
-    for i in range(0, full * SPLIT):
-        start = visual_start + tl.load(visited + i // SPLIT) * BLOCK + (i % SPLIT) * BN
-        if PADDED:
-            k = tl.load(k_base + start.to(tl.int64) * k_s + k_offs, in_d[None, :], other=0.0)
-            v = tl.load(v_base + start.to(tl.int64) * v_s + v_offs, in_dv[None, :], other=0.0)
-        else:
-            k = tl.load(k_base + start.to(tl.int64) * k_s + k_offs)
-            v = tl.load(v_base + start.to(tl.int64) * v_s + v_offs)
-        acc, total, peak = _weigh(acc, total, peak, tl.dot(q, tl.trans(k)), v, scale2)
+    n_tiles = full * SPLIT
+    ahead = tl.load(visited, mask=full > 0, other=0)
+    if TMA:
+        start = visual_start + ahead * BLOCK
+        ahead = tl.load(visited + 1 // SPLIT, mask=n_tiles > 1, other=0)
+        dots = tl.dot(q, tl.trans(_tile(k_desc, b, h // GROUP, start, BN, BD)))
+        for i in range(0, n_tiles):
+            # The last round multiplies a tile that nobody uses: cheaper than a loop of its own.
+            following = visual_start + ahead * BLOCK + (i + 1) % SPLIT * BN
+            ahead = tl.load(visited + (i + 2) // SPLIT, mask=i + 2 < n_tiles, other=0)
+            # Loaded side by side, so that they share a barrier, and no wait parts the product of
+            # the next tile from the softmax of this one: the compiler weaves them together.
+            k = _tile(k_desc, b, h // GROUP, following, BN, BD)
+            v = _tile(v_desc, b, h // GROUP, start, BN, BD)
+            next_dots = tl.dot(q, tl.trans(k))
+            acc, total, peak = _weigh(acc, total, peak, dots, v, scale2)
+            dots, start = next_dots, following
+    else:
+        for i in range(0, n_tiles):
+            start = visual_start + ahead * BLOCK + (i % SPLIT) * BN
+            ahead = tl.load(visited + (i + 1) // SPLIT, mask=i + 1 < n_tiles, other=0)
+            if PADDED:
+                k = tl.load(k_base + start.to(tl.int64) * k_s + k_offs, in_d[None, :], other=0.0)
+                v = tl.load(v_base + start.to(tl.int64) * v_s + v_offs, in_dv[None, :], other=0.0)
+            else:
+                k = tl.load(k_base + start.to(tl.int64) * k_s + k_offs)
+                v = tl.load(v_base + start.to(tl.int64) * v_s + v_offs)
+            acc, total, peak = _weigh(acc, total, peak, tl.dot(q, tl.trans(k)), v, scale2)
 
     n_text = text_size
     if HAS_TEXT_LEN:
@@ -299,21 +354,30 @@ def launch(
     n_batch, n_heads, n_tokens, dim = query.shape
     n_blocks, block, dim_v = layout.n_blocks, layout.block_size, value.shape[-1]
     padded = triton.next_power_of_2(max(dim, dim_v))
-    tiles = config or choose_config(block, padded, online=pooled is not None)
+    tiles = config or choose_config(
+        block,
+        padded,
+        online=pooled is not None,
+        tma=hardware.can_describe(key) and hardware.can_describe(value),
+        shared_bytes=hardware.shared_bytes(query.device),
+    )
+    described = (key, value) if tiles.tma else ()
+    descriptors = [hardware.describe(x, (1, 1, tiles.bn, padded)) for x in described]
     lse = buffers.allocate((n_batch, n_heads, n_tokens), torch.float32, query.device)
     grid = (n_blocks + triton.cdiv(layout.text_size, block), n_batch * n_heads)
     if grid[0] * grid[1] == 0:
         return out, lse
     attend_blocks_kernel[grid](
-        query, key, value, out, lse, selection.n_visited, selection.visited, selection.ratio,
-        correction, *(pooled or (None, None, None)), text_len, index,
+        query, key, value, *(descriptors or (None, None)), out, lse,
+        selection.n_visited, selection.visited, selection.ratio, correction,
+        *(pooled or (None, None, None)), text_len, index,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
         n_heads, n_heads // key.shape[1], n_tokens, layout.n_visual, n_blocks, dim, dim_v,
         layout.visual_start, layout.text_start, layout.text_size, scale,
         HAS_TEXT_LEN=text_len is not None, HAS_ORDER=index is not None, CAUSAL=is_causal,
         MODE=1 if pooled else 0 if correction is not None else 2,
-        TAIL=layout.n_visual % block != 0, PADDED=not dim == dim_v == padded,
+        TAIL=layout.n_visual % block != 0, TMA=tiles.tma, PADDED=not dim == dim_v == padded,
         BLOCK=block, BN=tiles.bn, BD=padded,
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     return out, lse

@@ -9,11 +9,11 @@ x [M, K] and w [N, K] are int8 and both K-contiguous, as wgmma s8 needs; w_scale
 or one per column. The accumulator is int32 until the scales are applied; everything after is fp32.
 Programs are ordered in groups of rows, so that neighbours share tiles of w in L2.
 
-Codes must not depend on how the kernel was compiled: the reciprocal is correctly rounded, and
-products and sums are not contracted to FMA (`FP_FUSION`), because eager PyTorch does neither.
+Where there is a copy engine and the rows are whole multiples of 16 bytes, more than 64 rows are
+multiplied by `int8_linear_tma_kernel`; the kernel here takes everything else.
 
-Not measured yet on a GPU: `CONFIGS` was chosen so that what `choose_config` returns compiles for
-sm_90 with wgmma, asynchronous copies and zero spills (tests/lowering/test_int8_linear_aot.py).
+Not measured yet on a GPU: what `choose_config` returns is proved from its sm_90 code
+(tests/lowering/test_int8_linear_aot.py).
 """
 
 from collections.abc import Mapping
@@ -24,30 +24,40 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fxq.lowering.kernels import buffers
-
-ACTIVATION = {"none": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3}
+from fxq.lowering.kernels import buffers, hardware
+from fxq.lowering.kernels.int8_epilogue import ACTIVATION, FP_FUSION, finish, tile_of
+from fxq.lowering.kernels.int8_linear_tma import int8_linear_tma_kernel
 
 
 class Config(NamedTuple):
-    """Tile sizes and launch parameters."""
+    """Tile sizes and launch parameters.
+
+    Args:
+        bm, bn, bk: rows, columns and depth of a tile.
+        num_warps: of a program; with `tma` of a group that multiplies.
+        num_stages: tiles of both operands in shared memory.
+        tma: `int8_linear_tma_kernel`.
+    """
 
     bm: int
     bn: int
     bk: int
     num_warps: int
     num_stages: int
+    tma: bool = False
 
 
 CONFIGS = {
+    "tma, large": Config(128, 256, 128, 4, 3, True),
+    "tma, medium": Config(128, 128, 128, 4, 4, True),
     "large": Config(128, 256, 128, 8, 3),
     "medium": Config(128, 128, 128, 8, 3),
     "rows": Config(64, 128, 128, 4, 4),
     "few": Config(16, 64, 256, 4, 4),
+    "few, narrow": Config(16, 32, 512, 4, 4),
     "odd": Config(64, 64, 32, 4, 2),
 }
 GROUP_M = 8
-FP_FUSION = False
 
 
 class Case(NamedTuple):
@@ -113,7 +123,16 @@ BENCHMARK_CASES = (
 )
 
 
-def choose_config(m: int, n: int, k: int, *, light: bool) -> Config:
+def choose_config(
+    m: int,
+    n: int,
+    k: int,
+    *,
+    light: bool,
+    aligned: bool = True,
+    tma: bool = False,
+    n_sms: int = 132,
+) -> Config:
     """Return the tiles for `[m, k] x [k, n]`.
 
     Frozen, so that a program compiles to the same code every time.
@@ -123,58 +142,36 @@ def choose_config(m: int, n: int, k: int, *, light: bool) -> Config:
         n: output channels.
         k: input channels.
         light: the epilogue fits the registers that a 128 x 256 accumulator leaves (`is_light`).
+        aligned: both operands start at a multiple of 16 bytes.
+        tma: `int8_linear_tma_kernel` takes the operands.
+        n_sms: multiprocessors; as many as an H100 has.
     """
-    if k % 16:  # rows are not aligned: byte loads, whose addresses spill in larger tiles
+    if tma and m > 64:
+        large, medium = CONFIGS["tma, large"], CONFIGS["tma, medium"]
+        # A round of large tiles takes as long as two of medium ones.
+        rounds = [-(-_tiles(m, n, config) // n_sms) for config in (large, medium)]
+        return large if light and 2 * rounds[0] <= rounds[1] else medium
+    if k % 16 or not aligned:  # byte loads, whose addresses spill in larger tiles
         return CONFIGS["odd"]
     if m <= 16:
-        return CONFIGS["few"]
+        return CONFIGS["few" if _tiles(m, n, CONFIGS["few"]) >= n_sms else "few, narrow"]
     if m <= 64 or n % 16:  # stores that are not aligned take registers as well
         return CONFIGS["rows"]
     large = CONFIGS["large"]
-    tiles = triton.cdiv(m, large.bm) * triton.cdiv(n, large.bn)
-    fills = tiles >= 132  # multiprocessors of an H100
+    fills = _tiles(m, n, large) >= n_sms
     return CONFIGS["large" if light and fills and k % large.bk == 0 else "medium"]
 
 
-def is_light(flags: Mapping[str, Any]) -> bool:
-    """Tell whether an epilogue compiles without spills in the largest tile."""
+def _tiles(m: int, n: int, config: Config) -> int:
+    return triton.cdiv(m, config.bm) * triton.cdiv(n, config.bn)
+
+
+def is_light(flags: Mapping[str, Any], out_dtype: torch.dtype, *, tma: bool) -> bool:
+    """Tell whether an epilogue compiles without spills in the largest tile, and fits beside it."""
+    if tma and (flags["ACT"] or out_dtype == torch.float32):
+        return False
     heavy = (ACTIVATION["gelu"], ACTIVATION["gelu_tanh"])
     return not (flags["HAS_RESIDUAL"] or flags["HAS_OUT_SCALE"] or flags["ACT"] in heavy)
-
-
-@triton.jit
-def _tanh(x):
-    return 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
-
-
-@triton.jit
-def _activate(y, ACT: tl.constexpr):
-    if ACT == 1:
-        y = 0.5 * y * (1.0 + tl.erf(y * 0.7071067811865476))
-    elif ACT == 2:
-        y = 0.5 * y * (1.0 + _tanh(0.7978845608028654 * (y + 0.044715 * y * y * y)))
-    elif ACT == 3:
-        y = y / (1.0 + tl.exp(-y))
-    return y
-
-
-@triton.jit
-def _round_half_even(y):
-    # Adding 1.5 * 2^23 leaves no bits after the point; exact for |y| < 2^22, and larger values are
-    # clamped anyway.
-    bounded = tl.minimum(tl.maximum(y, -4194303.0), 4194303.0)
-    return (bounded + 12582912.0) - 12582912.0
-
-
-@triton.jit
-def _tile(M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
-    """First row and column of this program's tile; a group of rows is walked column by column."""
-    pid = tl.program_id(0)
-    n_rows, n_cols = tl.cdiv(M, BM), tl.cdiv(N, BN)
-    first = pid // (GROUP * n_cols) * GROUP
-    height = min(n_rows - first, GROUP)
-    inside = pid % (GROUP * n_cols)
-    return (first + inside % height) * BM, inside // height * BN
 
 
 @triton.jit
@@ -215,41 +212,19 @@ def int8_linear_kernel(
     EVEN_K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
-    row0, col0 = _tile(M, N, BM, BN, GROUP)
+    row0, col0 = tile_of(tl.program_id(0), M, N, BM, BN, GROUP)
     acc = _accumulate(x_ptr, w_ptr, row0, col0, M, N, K, EVEN_K, BM, BN, BK)
 
+    y = finish(
+        acc, row0, col0, x_scale_ptr, x_zero_ptr, w_scale_ptr, w_sum_ptr, bias_ptr, residual_ptr,
+        out_scale_ptr, out_zero_ptr, M, N, quant_min, quant_max,
+        PER_ROW_SCALE, PER_ROW_ZERO, HAS_ZERO, HAS_BIAS, HAS_RESIDUAL, HAS_OUT_SCALE,
+        PER_COLUMN_OUT, HAS_OUT_ZERO, ACT, BM, BN,
+    )  # fmt: skip
     rows, cols = row0 + tl.arange(0, BM), col0 + tl.arange(0, BN)
-    mask_m, mask_n = rows < M, cols < N
-    if HAS_ZERO:
-        w_sum = tl.load(w_sum_ptr + cols, mask=mask_n, other=0)
-        if PER_ROW_ZERO:
-            acc -= tl.load(x_zero_ptr + rows, mask=mask_m, other=0)[:, None] * w_sum[None, :]
-        else:
-            acc -= (tl.load(x_zero_ptr) * w_sum)[None, :]
-    w_scale = tl.load(w_scale_ptr + cols, mask=mask_n, other=0.0)
-    if PER_ROW_SCALE:
-        x_scale = tl.load(x_scale_ptr + rows, mask=mask_m, other=0.0)
-        y = acc.to(tl.float32) * (x_scale[:, None] * w_scale[None, :])
-    else:
-        y = acc.to(tl.float32) * (tl.load(x_scale_ptr) * w_scale)[None, :]
-    if HAS_BIAS:
-        y += tl.load(bias_ptr + cols, mask=mask_n, other=0.0)[None, :]
-    y = _activate(y, ACT)
-
-    mask = mask_m[:, None] & mask_n[None, :]
+    mask = (rows < M)[:, None] & (cols < N)[None, :]
     base = row0.to(tl.int64) * N + col0
     offs = tl.arange(0, BM)[:, None] * N + tl.arange(0, BN)[None, :]
-    if HAS_RESIDUAL:
-        y += tl.load(residual_ptr + base + offs, mask=mask, other=0.0).to(tl.float32)
-    if HAS_OUT_SCALE:
-        if PER_COLUMN_OUT:
-            out_scale = tl.load(out_scale_ptr + cols, mask=mask_n, other=1.0)[None, :]
-        else:
-            out_scale = tl.load(out_scale_ptr)
-        y = _round_half_even(y * tl.div_rn(1.0, out_scale))
-        if HAS_OUT_ZERO:
-            y += tl.load(out_zero_ptr).to(tl.float32)
-        y = tl.minimum(tl.maximum(y, quant_min), quant_max)
     tl.store(out_ptr + base + offs, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -295,18 +270,32 @@ def launch(
     flags = epilogue_flags(
         x_scale, x_zero_point, bias, residual, out_scale, out_zero_point, activation
     )
-    tiles = config or choose_config(m, n, k, light=is_light(flags))
     out = buffers.allocate((m, n), out_dtype if out_scale is None else torch.int8, x.device)
     if out.numel() == 0:
         return out
-    grid = (triton.cdiv(m, tiles.bm) * triton.cdiv(n, tiles.bn),)
-    int8_linear_kernel[grid](
+    tma = (
+        hardware.can_specialize(x.device)
+        and all(map(hardware.can_describe, (x, weight, out)))
+        and (residual is None or hardware.can_describe(residual))  # byte loads would spill
+        and k % 16 == n * out.element_size() % 16 == 0  # of a single row too
+    )
+    n_sms = hardware.multiprocessors(x.device)
+    light = is_light(flags, out.dtype, tma=tma)
+    aligned = all(tensor.data_ptr() % 16 == 0 for tensor in (x, weight))
+    tiles = config or choose_config(m, n, k, light=light, aligned=aligned, tma=tma, n_sms=n_sms)
+    args = (
         x, weight, out, x_scale, x_zero_point, w_scale, w_sum, bias, residual,
         out_scale, out_zero_point, m, n, k, quant_min, quant_max,
-        **flags,
-        EVEN_K=k % tiles.bk == 0, BM=tiles.bm, BN=tiles.bn, BK=tiles.bk, GROUP=GROUP_M,
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages, enable_fp_fusion=FP_FUSION,
     )  # fmt: skip
+    flags |= {"BM": tiles.bm, "BN": tiles.bn, "BK": tiles.bk, "GROUP": GROUP_M}
+    options = {"num_stages": tiles.num_stages, "enable_fp_fusion": FP_FUSION}
+    options["num_warps"] = tiles.num_warps
+    n_tiles = _tiles(m, n, tiles)
+    if tiles.tma and tma:
+        grid = (min(n_tiles, n_sms),)
+        hardware.with_scratch(lambda: int8_linear_tma_kernel[grid](*args, **flags, **options))
+    else:
+        int8_linear_kernel[(n_tiles,)](*args, **flags, EVEN_K=k % tiles.bk == 0, **options)
     return out
 
 

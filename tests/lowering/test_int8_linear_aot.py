@@ -2,9 +2,20 @@
 cores, asynchronous copies, no spills."""
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
-from fxq.lowering.aot import AotReport, compile_for
+from sm90 import (
+    COPY,
+    LDGSTS,
+    SHARED_BYTES,
+    TMA,
+    TMA_STORE,
+    WARP_GROUP_PRODUCT,
+    Code,
+    compile_for,
+)
+
 from fxq.lowering.kernels.int8_linear import (
     ACTIVATION,
     CONFIGS,
@@ -14,6 +25,7 @@ from fxq.lowering.kernels.int8_linear import (
     int8_linear_kernel,
     is_light,
 )
+from fxq.lowering.kernels.int8_linear_tma import int8_linear_tma_kernel
 
 PLAIN = {
     "PER_ROW_SCALE": False, "PER_ROW_ZERO": False, "HAS_ZERO": False, "HAS_BIAS": True,
@@ -39,6 +51,13 @@ POINTERS = {
     "w_scale_ptr": "*fp32", "w_sum_ptr": "*i32", "bias_ptr": "*fp32", "residual_ptr": "*bf16",
     "out_scale_ptr": "*fp32", "out_zero_ptr": "*i32",
 }  # fmt: skip
+DTYPES = {"*i8": torch.int8, "*bf16": torch.bfloat16, "*fp32": torch.float32}
+LARGE = ("bias", "per token")  # epilogues that fit the registers beside the largest tile
+INSTRUCTIONS = {  # of the whole kernel, the wider of the two Triton tested, and a tenth more
+    "bias": 2_900, "per token": 3_700, "per token, silu": 4_700, "requantize": 3_150,
+    "tanh gelu, requantize": 6_600, "gelu, requantize per column": 8_700,
+    "affine, gelu, requantize": 7_900, "everything": 8_900,
+}  # fmt: skip
 SIZES = ("M", "N", "K", "quant_min", "quant_max")
 SHAPES = {  # one per way of choosing
     "large": (4096, 4096, 4096),
@@ -47,33 +66,42 @@ SHAPES = {  # one per way of choosing
     "rows": (64, 768, 768),
     "rows, masked K": (64, 768, 784),
     "rows, odd N": (4096, 1001, 768),
-    "few": (16, 4096, 4096),
+    "few": (16, 16384, 4096),
+    "few, narrow": (16, 4096, 4096),
     "few, odd N": (16, 1001, 784),
     "odd K": (4096, 1001, 147),
 }
 
 
 def compiled(
-    shape: tuple[int, int, int], flags: dict[str, object], out: str, **fixed: int
-) -> AotReport:
+    shape: tuple[int, int, int],
+    flags: dict[str, object],
+    out: str,
+    tma: bool = False,
+    light: bool | None = None,
+    unaligned: tuple[str, ...] = (),
+    **fixed: int,
+) -> Code:
     """Compile what a launch of this shape would; Triton makes arguments equal to 1 `fixed`."""
     m, n, k = shape
-    tiles = choose_config(m, n, k, light=is_light(flags))
+    if light is None:
+        light = is_light(flags, DTYPES[out], tma=tma)
+    tiles = choose_config(m, n, k, light=light, tma=tma, aligned="x_ptr" not in unaligned)
+    kernel = int8_linear_tma_kernel if tiles.tma else int8_linear_kernel
     constants = flags | {
         "EVEN_K": k % tiles.bk == 0, "BM": tiles.bm, "BN": tiles.bn, "BK": tiles.bk,
         "GROUP": GROUP_M, **fixed,
     }  # fmt: skip
-    signature = dict.fromkeys(int8_linear_kernel.arg_names, "constexpr")
-    signature |= POINTERS | {size: "i32" for size in SIZES if size not in fixed}
-    signature["out_ptr"] = out
+    signature = POINTERS | {size: "i32" for size in SIZES if size not in fixed} | {"out_ptr": out}
+    signature = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
     aligned = [name for name, size in (("N", n), ("K", k)) if size % 16 == 0]
     return compile_for(
-        int8_linear_kernel,
+        kernel,
         signature,
-        constants,
+        {name: value for name, value in constants.items() if name in signature},
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
-        divisible_by_16=(*POINTERS, "out_ptr", *aligned),
+        divisible_by_16=tuple({*POINTERS, "out_ptr", *aligned} - {*unaligned}),
         fp_fusion=FP_FUSION,
     )
 
@@ -84,54 +112,121 @@ SHIPPED = [
     for epilogue, flags in EPILOGUES.items()
     for out in (("*i8",) if "HAS_OUT_SCALE" in flags else ("*bf16", "*fp32"))
 ]
+STREAMED = [(epilogue, out) for shape, epilogue, out in SHIPPED if shape == "large"]
+
+
+@pytest.mark.parametrize(("epilogue", "out"), STREAMED)
+def test_on_hopper_some_warps_copy_while_others_multiply(epilogue: str, out: str) -> None:
+    code = compiled((8192, 8192, 8192), PLAIN | EPILOGUES[epilogue], out, tma=True)
+    loop = code.main_loop
+
+    assert code.is_specialized
+    assert code.num_warps == 12  # two groups that multiply, one that copies
+    assert code.count(TMA) > 0
+    assert code.count(LDGSTS) == 0
+    assert code.count(TMA_STORE) > 0
+    assert code.local_memory == 0
+    assert code.shared_bytes <= SHARED_BYTES
+    assert code.blocks_per_sm == 1
+    assert loop.count(WARP_GROUP_PRODUCT) == (8 if epilogue in LARGE and out == "*bf16" else 4)
+    assert len(loop.body) <= 80
+    assert len(code.instructions) <= INSTRUCTIONS[epilogue]
+
+
+UNALIGNED = tuple(name for name in POINTERS if name not in ("x_ptr", "w_ptr", "residual_ptr"))
+
+
+@pytest.mark.parametrize("epilogue", ["bias", "everything"])
+def test_what_the_epilogue_reads_may_start_anywhere(epilogue: str) -> None:
+    out = "*i8" if epilogue == "everything" else "*bf16"
+
+    code = compiled(
+        (8192, 8192, 8192), PLAIN | EPILOGUES[epilogue], out, tma=True, unaligned=UNALIGNED
+    )
+
+    assert code.is_specialized
+    assert code.local_memory == 0
+
+
+def test_operands_that_start_anywhere_compile_without_spills() -> None:
+    code = compiled(SHAPES["large"], PLAIN, "*bf16", unaligned=("x_ptr", "w_ptr", "out_ptr"))
+
+    assert code.local_memory == 0
+    assert code.count(COPY) == 0
+
+
+def test_tiles_of_a_round_decide_between_large_and_medium() -> None:
+    large, medium = CONFIGS["tma, large"], CONFIGS["tma, medium"]
+
+    assert choose_config(8192, 8192, 8192, light=True, tma=True) == large
+    assert choose_config(8192, 8192, 8192, light=False, tma=True) == medium
+    # 156 large tiles are two rounds, as long as four of the medium ones, whose 312 take three.
+    assert choose_config(1576, 3072, 768, light=True, tma=True) == medium
+    assert not choose_config(64, 4096, 4096, light=True, tma=True).tma
+
+
+def test_few_rows_keep_the_multiprocessors_busy() -> None:
+    narrow = choose_config(16, 4096, 4096, light=True)
+
+    assert 4096 // narrow.bn >= 0.95 * 132
+    assert choose_config(16, 16384, 4096, light=True).bn > narrow.bn
 
 
 @pytest.mark.parametrize(("shape", "epilogue", "out"), SHIPPED)
 def test_what_is_shipped_compiles_for_sm_90_without_spills(
     shape: str, epilogue: str, out: str
 ) -> None:
-    report = compiled(SHAPES[shape], PLAIN | EPILOGUES[epilogue], out)
+    code = compiled(SHAPES[shape], PLAIN | EPILOGUES[epilogue], out)
 
-    assert report.spill_bytes == 0
-    assert not report.serialized
+    assert code.local_memory == 0
     # A warp group multiplies 64 rows at least: below that the older tensor-core instruction is
     # right.
-    assert report.has_wgmma == (not shape.startswith("few"))
-    if report.has_wgmma:
-        assert "s32.s8.s8" in report.ptx
+    wide = code.count(WARP_GROUP_PRODUCT) > 0
+    assert wide == (not shape.startswith("few"))
+    if wide:
+        assert "s32.s8.s8" in code.ptx
+        assert len(code.main_loop.pending_products) == 1  # ptxas did not serialize them
     # cp.async moves 4 bytes at least, and rows of odd length are aligned to one.
-    assert report.has_async_copy == (shape != "odd K")
+    assert (code.count(COPY) > 0) == (shape != "odd K")
 
 
 def test_codes_do_not_depend_on_how_the_kernel_is_compiled() -> None:
-    report = compiled(SHAPES["medium"], PLAIN | EPILOGUES["requantize"], "*i8")
+    code = compiled(SHAPES["medium"], PLAIN | EPILOGUES["requantize"], "*i8")
 
-    assert "fma.rn.f32" not in report.ptx  # a product and a sum round twice, as in PyTorch
-    assert "div.full.f32" not in report.ptx
-    assert "rcp.rn.f32" in report.ptx or "div.rn.f32" in report.ptx
+    assert "fma.rn.f32" not in code.ptx  # a product and a sum round twice, as in PyTorch
+    assert "div.full.f32" not in code.ptx
+    assert "rcp.rn.f32" in code.ptx or "div.rn.f32" in code.ptx
 
 
 def test_two_bit_codes_compile() -> None:
-    report = compiled(SHAPES["medium"], PLAIN | EPILOGUES["requantize"], "*i8", quant_max=1)
+    code = compiled(SHAPES["medium"], PLAIN | EPILOGUES["requantize"], "*i8", quant_max=1)
 
-    assert report.spill_bytes == 0
+    assert code.local_memory == 0
+
+
+def test_two_bit_codes_without_a_zero_point_compile() -> None:
+    flags = PLAIN | {"HAS_OUT_SCALE": True}
+
+    assert compiled(SHAPES["medium"], flags, "*i8", quant_max=1).local_memory == 0
 
 
 def test_one_row_of_one_channel_compiles() -> None:
-    report = compiled((1, 1, 1), PLAIN | PER_TOKEN, "*fp32", M=1, N=1, K=1)
+    code = compiled((1, 1, 1), PLAIN | PER_TOKEN, "*fp32", M=1, N=1, K=1)
 
-    assert report.spill_bytes == 0
+    assert code.local_memory == 0
 
 
 def test_shapes_reach_every_configuration() -> None:
     chosen = {choose_config(*shape, light=True) for shape in SHAPES.values()}
+    chosen |= {choose_config(8192, 8192, 8192, light=light, tma=True) for light in (False, True)}
 
     assert chosen == set(CONFIGS.values())
 
 
-def test_a_heavy_epilogue_in_the_largest_tile_would_spill(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(f"{__name__}.is_light", lambda flags: True)
+@pytest.mark.parametrize("tma", [False, True])
+def test_a_heavy_epilogue_in_the_largest_tile_would_spill(tma: bool) -> None:
+    flags = PLAIN | EPILOGUES["everything"]
 
-    report = compiled(SHAPES["large"], PLAIN | EPILOGUES["everything"], "*i8")
+    code = compiled(SHAPES["large"], flags, "*i8", tma=tma, light=True)
 
-    assert report.spill_bytes > 0
+    assert code.local_memory > 0

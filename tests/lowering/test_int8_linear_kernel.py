@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,6 @@ from kernel_cases import assert_passes
 
 from fxq.lowering.kernels import int8_linear as kernel
 
-SMALL = kernel.Config(16, 16, 32, 4, 2)  # tiles that the cases' sizes do not divide
 RUNNER = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
@@ -27,13 +27,19 @@ from strict import strict
 from fxq.lowering.kernels import int8_linear as kernel
 strict()
 small = kernel.Config(16, 16, 32, 4, 2)
-print(json.dumps([check(case, "cpu", config) for config in (None, small) for case in kernel.CASES]))
+configs = (None, small, small._replace(tma=True))
+streamed = []
+launched = kernel.hardware.with_scratch
+kernel.hardware.with_scratch = lambda launch: (streamed.append(1), launched(launch))
+results = [check(case, "cpu", config) for config in configs for case in kernel.CASES]
+print(json.dumps({"cases": results, "streamed": len(streamed)}))
 """
 
 
 @functools.cache
-def results() -> list[dict[str, float]]:
-    """Return what `check` found for every case, first with shipped tiles, then with small ones."""
+def results() -> dict[str, Any]:
+    """Return what `check` found for every case, with shipped tiles, with small ones, and
+    with small ones of the kernel that streams; and how many launches streamed."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", RUNNER, str(Path(__file__).parent)],
         env=os.environ | {"TRITON_INTERPRET": "1"},
@@ -45,11 +51,24 @@ def results() -> list[dict[str, float]]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("tiles", ["shipped", "small"])
+@pytest.mark.parametrize("tiles", ["shipped", "small", "small, streamed"])
 @pytest.mark.parametrize(
     "index", range(len(kernel.CASES)), ids=lambda i: str(tuple(kernel.CASES[i]))
 )
 def test_kernel_equals_reference_in_the_interpreter(index: int, tiles: str) -> None:
-    found = results()[index + (len(kernel.CASES) if tiles == "small" else 0)]
+    offset = ["shipped", "small", "small, streamed"].index(tiles) * len(kernel.CASES)
+    found = results()["cases"][index + offset]
 
     assert_passes(kernel.CASES[index], found)
+
+
+def test_the_kernel_that_streams_took_what_it_can() -> None:
+    # Sums are fp32; rows that are no multiple of 16 bytes go to the other kernel.
+    can = [
+        (case, case.k % 16 == 0 and case.n * size % 16 == 0)
+        for case in kernel.CASES
+        for size in (4, 1 if case.requantize else 4)
+    ]
+
+    assert results()["streamed"] == sum(ok + (ok and case.m > 64) for case, ok in can)
+    assert 0 < sum(ok for _, ok in can) < len(can)

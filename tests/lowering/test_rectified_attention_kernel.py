@@ -26,12 +26,17 @@ from attention_cases import check_attend, check_pool, check_select
 from strict import strict
 from fxq.lowering.kernels import attend_blocks, pool_blocks, select_blocks
 strict()
+def whole(case):
+    return attend_blocks.Config(case.block_size, 4, 3)
+streamed = attend_blocks.Config(16, 4, 2, True)
 halved = [case._replace(block_size=32) for case in attend_blocks.CASES[4:10]]
 print(json.dumps({
     "pool": [check_pool(case, "cpu") for case in pool_blocks.CASES],
     "select": [check_select(case, "cpu") for case in select_blocks.CASES],
     "attend": [check_attend(case, "cpu") for case in attend_blocks.CASES],
     "half": [check_attend(case, "cpu", attend_blocks.Config(16, 4, 2)) for case in halved],
+    "half tma": [check_attend(case, "cpu", streamed) for case in halved],
+    "no tma": [check_attend(case, "cpu", whole(case)) for case in attend_blocks.CASES],
 }))
 """
 
@@ -78,9 +83,15 @@ def test_attention_equals_the_definition(i: int) -> None:
     assert_attends(attend_blocks.CASES[i], results()["attend"][i])
 
 
+@number(attend_blocks.CASES)
+def test_attention_without_the_copy_engine_equals_the_definition(i: int) -> None:
+    assert_attends(attend_blocks.CASES[i], results()["no tma"][i])
+
+
+@pytest.mark.parametrize("loads", ["half", "half tma"])
 @number(attend_blocks.CASES[4:10])
-def test_attention_in_tiles_of_half_a_block_equals_the_definition(i: int) -> None:
-    assert_attends(attend_blocks.CASES[4 + i], results()["half"][i])
+def test_attention_in_tiles_of_half_a_block_equals_the_definition(i: int, loads: str) -> None:
+    assert_attends(attend_blocks.CASES[4 + i], results()[loads][i])
 
 
 def test_cases_reach_every_mode_and_both_ends() -> None:
