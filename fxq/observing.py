@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxq.bound_graph import BoundGraph, Run
+from fxq.calibrate import warn_of_missing_data
 from fxq.dialect import OBSERVED
 from fxq.dynamo import passing_graphs, readable
 from fxq.errors import MissingInputError, UnreadableGraphError, UnsupportedError
@@ -193,6 +194,8 @@ def observe(model: nn.Module, recipe: Recipe | str) -> Iterator[Observed]:
             f"layer which {recipe.name!r} quantizes{''.join(f'; {why}' for why in seen.unread)}"
         )
     seen.missed = tuple(_missed(model, seen))
+    observers = dict.fromkeys(layer.observer for layer in seen.layers.values())
+    warn_of_missing_data([observer for observer in observers if observer.count])
 
 
 def _preparing(recipe: Recipe) -> Recipe:

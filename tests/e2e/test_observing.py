@@ -567,3 +567,13 @@ def test_a_layer_without_data_stays_float() -> None:
 
     with pytest.raises(SkippedError, match="head: it had no data while it was observed"):
         fxq.compress(model, x, seen.recipe, strict=True)
+
+
+def test_rows_that_no_call_reached_are_told() -> None:
+    rows = QuantSpec(symmetric=False, rows=ByTimestep((0.5, 5.0)))
+    recipe = Recipe("rows", (InsertObservers(LayerSpec(rows, LAYER.weight)), *STATIC.passes[1:]))
+    model, x = Parts().eval(), torch.randn(2, 5, 16)
+
+    told = pytest.warns(FxqWarning, match="reached no value in rows 1")
+    with told, torch.no_grad(), fxq.observe(model, recipe):
+        model(x, torch.tensor([0.1, 9.0]))
