@@ -261,10 +261,11 @@ def test_a_pruned_weight_has_the_codes_of_zero() -> None:
     weight_of(node).data.mul_(mask)
     zero_point = torch.full((32, 1), 3, dtype=torch.int32)
 
-    state(node, mask=mask, weight=codes_of(3, zero_point=zero_point))
+    right, wrong = torch.where(mask, 5, 3), torch.where(mask, 3, 5)
+    state(node, mask=mask, weight=codes_of(right, zero_point=zero_point))
     Convert().run(copy_graph(gm))
 
-    state(node, weight=codes_of(0, zero_point=zero_point))
+    state(node, weight=codes_of(wrong, zero_point=zero_point))
     with pytest.raises(ValueError, match="codes: expected those of 0"):
         Convert().run(gm)
 
