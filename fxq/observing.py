@@ -206,6 +206,11 @@ def _preparing(recipe: Recipe) -> Recipe:
             f"recipe {recipe.name!r}: expected one that calibrates, found none to observe for; "
             "compile with it as it is"
         )
+    if recipe.needs_program:
+        raise UnsupportedError(
+            f"recipe {recipe.name!r}: it goes by a step that is set on a program, and there is "
+            "none yet; use ByTimestep, or fxq.compress"
+        )
     prepare = recipe.passes[: kinds.index(Calibrate)]
     for step in recipe.passes:
         if isinstance(step, DataPass) and not isinstance(step, Calibrate):

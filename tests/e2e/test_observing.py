@@ -22,7 +22,7 @@ from fxq.passes import w8a8
 from fxq.passes.common import FIRST, Calibrate, Convert, InsertObservers, ObserveActivations
 from fxq.passes.smoothquant import SmoothQuant
 from fxq.pipeline import Recipe
-from fxq.rows import ByTimestep
+from fxq.rows import ByStep, ByTimestep
 from fxq.spec import LayerSpec, PerChannel, PerTensor, PerToken, QuantSpec
 
 ACTIVATION = QuantSpec(symmetric=False, granularity=PerTensor())
@@ -293,6 +293,17 @@ def test_a_layer_whose_scale_has_another_shape_in_another_graph_is_told() -> Non
             ),
             UnsupportedError,
             "override '<first>' is of a whole graph",
+        ),
+        (
+            Recipe(
+                "steps",
+                (
+                    InsertObservers(LayerSpec(QuantSpec(rows=ByStep(2)), LAYER.weight)),
+                    *STATIC.passes[1:],
+                ),
+            ),
+            UnsupportedError,
+            "it goes by a step that is set on a program",
         ),
     ],
 )
