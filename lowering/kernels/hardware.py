@@ -66,13 +66,18 @@ def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
     return torch.empty(size, dtype=torch.int8, device="cuda")  # aligned to 512 bytes
 
 
+def starts_aligned(x: Tensor) -> bool:
+    """Tell whether the first element of `x` is at a multiple of what one load takes."""
+    return x.data_ptr() % ALIGNMENT == 0
+
+
 def can_describe(x: Tensor) -> bool:
     """Tell whether the copy engine can load tiles of `x`."""
     strides = [step * x.element_size() for step in _strides(x)[:-1]]
     return (
         has_copy_engine(x.device)
         and x.numel() > 0
-        and x.data_ptr() % ALIGNMENT == 0
+        and starts_aligned(x)
         and _strides(x)[-1] == 1
         and all(step > 0 and step % ALIGNMENT == 0 for step in strides)
     )

@@ -281,7 +281,7 @@ def launch(
     )
     n_sms = hardware.multiprocessors(x.device)
     light = is_light(flags, out.dtype, tma=tma)
-    aligned = all(tensor.data_ptr() % 16 == 0 for tensor in (x, weight))
+    aligned = all(map(hardware.starts_aligned, (x, weight)))
     tiles = config or choose_config(m, n, k, light=light, aligned=aligned, tma=tma, n_sms=n_sms)
     args = (
         x, weight, out, x_scale, x_zero_point, w_scale, w_sum, bias, residual,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fxq.lowering.kernels import attend_blocks, pool_blocks, select_blocks
+from fxq.lowering.kernels.hardware import starts_aligned
 from fxq.lowering.kernels.select_blocks import Products, Selection
 from fxq.rectified_attention.layout import BlockLayout, empty_output, repeat_heads
 from fxq.rectified_attention.pooling import BlockStats, mean_token
@@ -70,7 +71,7 @@ def is_aligned(x: Tensor) -> bool:
     spill."""
     steps = [step for step, size in zip(x.stride(), x.shape, strict=True) if size > 1][:-1]
     in_sequence = x.shape[-1] == 1 or x.stride(-1) == 1
-    return in_sequence and x.data_ptr() % 16 == 0 and all(step % 16 == 0 for step in steps)
+    return in_sequence and starts_aligned(x) and all(step % 16 == 0 for step in steps)
 
 
 class Prepared(NamedTuple):

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 ADDRESSES = {"data_ptr", "_cdata"}
 MAY_ASK = {
     "fxq/identity.py",
-    "lowering/kernels/rectified_attention.py",  # whether a pointer is aligned, not whose it is
+    "lowering/kernels/hardware.py",  # whether a pointer is aligned, not whose it is
 }
 
 

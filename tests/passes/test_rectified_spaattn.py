@@ -138,7 +138,10 @@ def test_padded_text_is_counted_and_has_no_influence(mask: Mask) -> None:
         torch.testing.assert_close(program(**example), before, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int64], ids=str)
+SLOWLY = [pytest.param(dtype, marks=pytest.mark.slow) for dtype in (torch.float32, torch.int64)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *SLOWLY], ids=str)
 def test_a_mask_of_zeros_and_ones_may_have_any_dtype(dtype: torch.dtype) -> None:
     """diffusers' HunyuanVideo pipeline casts it to the transformer's dtype."""
     model, example = seeded(ZOO["hunyuan_video"])
