@@ -72,6 +72,14 @@ def test_float8_codes_by_hand() -> None:
     assert codes.float().tolist() == expected
 
 
+def test_what_float8_cannot_reach_saturates() -> None:
+    x = torch.tensor([1e9, -1e9, 57344.0, 61440.0])
+
+    codes = numerics.quantize(x, torch.ones(1), None, *QuantSpec(format=E5M2).grid)
+
+    assert codes.float().tolist() == [57344.0, -57344.0, 57344.0, 57344.0]
+
+
 @pytest.mark.parametrize("format", [E4M3, E5M2])
 def test_float8_is_the_cast_of_the_scaled_value(format: Float8) -> None:
     x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)) * 3
