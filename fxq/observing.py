@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
@@ -181,7 +182,8 @@ def observe(model: nn.Module, recipe: Recipe | str) -> Iterator[Observed]:
     before = model._compiled_call_impl
     try:
         with passing_graphs(MAX_GRAPHS):
-            model.compile(backend=backend)
+            # By way of a function: Dynamo of torch 2.11 leaves torch's own modules to Python.
+            model._compiled_call_impl = torch.compile(_calling(model), backend=backend)
             yield seen
     finally:
         vars(model).pop("_compiled_call_impl", None)
@@ -196,6 +198,11 @@ def observe(model: nn.Module, recipe: Recipe | str) -> Iterator[Observed]:
     seen.missed = tuple(_missed(model, seen))
     observers = dict.fromkeys(layer.observer for layer in seen.layers.values())
     warn_of_missing_data([observer for observer in observers if observer.count])
+
+
+def _calling(model: nn.Module) -> Callable[..., Any]:
+    call = model._call_impl
+    return lambda *args, **kwargs: call(*args, **kwargs)
 
 
 def _preparing(recipe: Recipe) -> Recipe:

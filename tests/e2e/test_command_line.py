@@ -105,7 +105,7 @@ def test_a_mistake_ends_in_one_line(
         (["--data", "broken", "--checkpoint", "broken/b.png"], "found others in broken/b.png"),
         (["--data", "broken", "--checkpoint", "broken"], "is a directory"),
         (["--data", "other.safetensors"], "is a file"),
-        (["--data", "broken", "--batch-size", "0"], "greater than or equal to 1"),
+        (["--data", "broken", "--batch-size", "0"], "--batch-size"),
     ],
 )
 def test_files_that_are_something_else_end_in_one_line(
