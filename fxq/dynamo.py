@@ -53,7 +53,6 @@ def from_dynamo(gm: GraphModule) -> tuple[GraphModule, tuple[int, ...]]:
         if any(map(is_transform, gm.graph.nodes)):
             # Below their dispatch transforms are operators like any other; composites come apart.
             run = Interpreter(make_fx(run, _allow_non_fake_inputs=True)(*values)).run
-        functionalized = Functionalized(run)
         flat = _trace(run, values)
         if interpreter.numbers and any(is_op(node, *READS) for node in flat.graph.nodes):
             # An operator takes numbers only: read them off when it is called.
@@ -62,6 +61,7 @@ def from_dynamo(gm: GraphModule) -> tuple[GraphModule, tuple[int, ...]]:
             flat = _trace(run, values)
             if any(getattr(n.target, "__module__", "") == "builtins" for n in flat.graph.nodes):
                 raise UnreadableGraphError(NUMBER)
+        functionalized = Functionalized(run)
         refuse_train_mode(flat)  # before its operators are taken apart
         if any(map(writes, flat.graph.nodes)):  # as in `capture`
             flat = _trace(functionalized, values)
@@ -96,9 +96,9 @@ class _Run(Interpreter):
             if not self.numbers:
                 raise
             raise UnreadableGraphError(f"{NUMBER}: {error}") from error
-        if isinstance(expected, Tensor) and isinstance(result, Tensor):
-            return result.to(expected.dtype)
-        return result
+        if not self.numbers or not isinstance(expected, Tensor) or not isinstance(result, Tensor):
+            return result
+        return result if result.dtype == expected.dtype else result.to(expected.dtype)
 
 
 def _pending(env: Any) -> list[Any]:

@@ -133,10 +133,10 @@ def treat(node: Node, by: str, did: str | Skip, remark: str = "", **facts: Any) 
         facts: fields of `Layer` that are known now.
     """
     treatments = (*layer_of(node).treatments, Treatment(by, did, remark))
-    state(node, treatments=treatments, **facts)
+    set_facts(node, treatments=treatments, **facts)
 
 
-def state(node: Node, **facts: Any) -> None:
+def set_facts(node: Node, **facts: Any) -> None:
     """Set fields of a node's record."""
     node.meta[LAYER] = replace(layer_of(node), **facts)
 

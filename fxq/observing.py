@@ -5,9 +5,9 @@
     fast = torch.compile(model, backend="fxq", options={"recipe": seen.recipe})
 
 Inside the block Dynamo compiles every call of the model to graphs that observe: prefill and decode,
-every length, what is between graph breaks. All graphs fill one state per layer, known by the
-layer's qualified name. `seen.recipe` quantizes statically with these ranges, while compiling or
-through `fxq.compress`, with the same numbers.
+every length, what is between graph breaks. All graphs fill one state per layer, known by its weight
+and its name. `seen.recipe` quantizes statically with these ranges, while compiling or through
+`fxq.compress`, with the same numbers.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
+import safetensors
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
@@ -27,6 +27,7 @@ from fxq.calibrate import warn_of_missing_data
 from fxq.dialect import OBSERVED
 from fxq.dynamo import passing_graphs, readable
 from fxq.errors import MissingInputError, UnreadableGraphError, UnsupportedError
+from fxq.files import write_tensors
 from fxq.graph import is_constant, val_of
 from fxq.layer_json import decode_value, encode_value
 from fxq.observers import RangeObserver
@@ -102,7 +103,7 @@ class Observed:
             for index, observer in enumerate(observers)
             for name, buffer in observer.named_buffers()
         }
-        safetensors.torch.save_file(tensors, path, {FILE: json.dumps(about)})
+        write_tensors(Path(path), tensors, {FILE: json.dumps(about)})
 
     @classmethod
     def load(cls, path: str | Path, recipe: Recipe | str) -> "Observed":
@@ -115,7 +116,13 @@ class Observed:
             ValueError: no such file of fxq, or of another recipe.
         """
         recipe = resolve_recipe(recipe)
-        with safetensors.safe_open(path, "pt") as file:
+        try:
+            opened = safetensors.safe_open(path, "pt")
+        except safetensors.SafetensorError as error:
+            raise ValueError(
+                f"{path}: expected a file that Observed.save wrote, found another: {error}"
+            ) from error
+        with opened as file:
             text = (file.metadata() or {}).get(FILE)
             if text is None:
                 raise ValueError(f"{path}: expected a file that Observed.save wrote, found another")

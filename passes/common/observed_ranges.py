@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
+from fxq.checkpoint import add_tensors
 from fxq.dialect import OBSERVED, Dialect
 from fxq.graph import args_of, is_op, val_of, weight_of
 from fxq.layer import Skip, treat
@@ -65,8 +66,7 @@ class ObservedRanges(Pass):
         digest = hashlib.sha256()
         for layer in self.layers:
             digest.update(repr(layer).encode())
-            for buffer in layer.observer.buffers():
-                digest.update(digest_of(buffer).encode())
+            add_tensors(digest, layer.observer.buffers())
         return f"ObservedRanges({len(self.layers)} layers, sha256 {digest.hexdigest()[:16]})"
 
     def run(self, gm: GraphModule) -> PassResult:
@@ -189,9 +189,8 @@ def name_of(layer: Node) -> str:
 
 def digest_of(tensor: Tensor) -> str:
     """Return a digest of a tensor's shape, dtype and values."""
-    digest = hashlib.sha256(f"{list(tensor.shape)} {tensor.dtype}".encode())
-    plain = tensor.detach().cpu().contiguous().flatten()
-    digest.update(plain.view(torch.uint8).numpy().data)
+    digest = hashlib.sha256()
+    add_tensors(digest, [tensor])
     return digest.hexdigest()[:16]
 
 

@@ -17,7 +17,7 @@ from fxq.dialect import ATEN, OBSERVED, Dialect
 from fxq.errors import SkippedError, UnsupportedError
 from fxq.formats import Float8
 from fxq.graph import is_op, weight_of
-from fxq.layer import NOT_SEEN, Layer, Skip, Treatment, WeightCodes, layer_of, state, treat
+from fxq.layer import NOT_SEEN, Layer, Skip, Treatment, WeightCodes, layer_of, set_facts, treat
 from fxq.lowering.lower import lower
 from fxq.numerics import sqnr_db
 from fxq.passes import smoothquant
@@ -215,7 +215,7 @@ def test_codes_that_do_not_fit_their_weight_are_refused(
 ) -> None:
     captured = fxq.capture(TwoLayers().eval(), torch.randn(2, 16))
     gm = InsertObservers(spec).run(captured.graph_module).graph_module
-    state(linears(gm)[0], weight=fixed)
+    set_facts(linears(gm)[0], weight=fixed)
 
     with pytest.raises(ValueError, match=f"weight of a: {message}"):
         Convert().run(gm)
@@ -248,7 +248,7 @@ def test_the_mask_of_every_layer_is_checked_also_where_they_share_a_weight() -> 
 
     gm = fxq.capture(Shared().eval(), torch.randn(2, 8)).graph_module
     gm = InsertObservers(W4).run(gm).graph_module
-    state(linears(gm)[1], mask=torch.zeros(8, 8, dtype=torch.bool))
+    set_facts(linears(gm)[1], mask=torch.zeros(8, 8, dtype=torch.bool))
 
     with pytest.raises(ValueError, match="weight of a: mask: expected zeros"):
         Convert().run(gm)
@@ -262,10 +262,10 @@ def test_a_pruned_weight_has_the_codes_of_zero() -> None:
     zero_point = torch.full((32, 1), 3, dtype=torch.int32)
 
     right, wrong = torch.where(mask, 5, 3), torch.where(mask, 3, 5)
-    state(node, mask=mask, weight=codes_of(right, zero_point=zero_point))
+    set_facts(node, mask=mask, weight=codes_of(right, zero_point=zero_point))
     Convert().run(copy_graph(gm))
 
-    state(node, weight=codes_of(wrong, zero_point=zero_point))
+    set_facts(node, weight=codes_of(wrong, zero_point=zero_point))
     with pytest.raises(ValueError, match="codes: expected those of 0"):
         Convert().run(gm)
 

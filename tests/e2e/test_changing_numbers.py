@@ -61,3 +61,33 @@ def test_a_number_that_must_stay_one_leaves_the_graph_as_it_is_and_says_so(round
         found = fast(x)
 
     torch.testing.assert_close(found, model(x))
+
+
+def test_a_graph_without_such_a_number_gets_no_casts(built: list[GraphModule]) -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU()).eval(), torch.randn(3, 8)
+    with torch.no_grad():
+        torch.compile(model, backend="fxq", options={"recipe": FLOAT})(x)
+
+    calls = [str(n.target) for n in built[0].graph.nodes if n.op == "call_function"]
+    assert calls == ["aten.linear.default", "aten.relu.default"]
+
+
+def test_a_number_that_changes_beside_a_write_is_written_with() -> None:
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.factor = 1.0
+            self.register_buffer("kept", torch.zeros(3, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.kept.add_(x * self.factor)
+            return self.kept + 1
+
+    model, reference, x = Writes().eval(), Writes().eval(), torch.randn(3, 8)
+    fast = torch.compile(model, backend="fxq", options={"recipe": FLOAT}, fullgraph=True)
+
+    for factor in (1.0, 2.5, 0.3):
+        model.factor = reference.factor = factor
+        with torch.no_grad():
+            torch.testing.assert_close(fast(x), reference(x))
+        torch.testing.assert_close(model.kept, reference.kept)

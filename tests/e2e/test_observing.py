@@ -212,6 +212,9 @@ def test_what_was_seen_can_be_saved(tmp_path: Path) -> None:
     assert torch.equal(first(x), second(x))
     with pytest.raises(ValueError, match="give the recipe that was observed"):
         Observed.load(tmp_path / "seen.safetensors", w8a8.STATIC)
+    (tmp_path / "other").write_text("something else")
+    with pytest.raises(ValueError, match=r"expected a file that Observed\.save wrote"):
+        Observed.load(tmp_path / "other", STATIC)
 
 
 def test_a_model_called_twice_in_a_graph_has_a_range_for_each_call() -> None:

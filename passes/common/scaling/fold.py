@@ -21,7 +21,7 @@ from fxq.analysis.labels import sizes_of
 from fxq.errors import UnsupportedError
 from fxq.graph import constant_of, dtype_of, is_constant, owner_name
 from fxq.identity import TensorKey
-from fxq.layer import layer_of, state
+from fxq.layer import layer_of, set_facts
 from fxq.operators import LAYERS, NORMS, operand, set_operand
 from fxq.passes.common.scaling.sites import Part, ScaleSite
 from fxq.rewriting import add_buffer, erase_dead, insert_call
@@ -116,7 +116,7 @@ def fold_scaling(gm: GraphModule, scalings: Iterable[Scaling]) -> None:
         if node.target in LAYERS:
             _rewrite_layer(gm, node, change, cache)
             # What must be undone before the layer compares with the model's module (fxq.judging).
-            state(node, scaled=tuple(sorted({*layer_of(node).scaled, *change.sides})))
+            set_facts(node, scaled=tuple(sorted({*layer_of(node).scaled, *change.sides})))
         elif node.target in NORMS:
             _rewrite_norm(gm, node, change)
         for index, term in change.operands.items():
@@ -289,7 +289,9 @@ def _divide_edge(gm: GraphModule, scaling: Scaling) -> None:
     product = insert_call(aten.mul.Tensor, (edge, factor), after=edge, like=first)
     for part in scaling.site.consumers:
         part.node.update_arg(0, product)
-        state(part.node, divided=True)  # Convert makes the product part of the quantizer after it
+        set_facts(
+            part.node, divided=True
+        )  # Convert makes the product part of the quantizer after it
 
 
 def _add(gm: GraphModule, node: Node, name: str, value: Tensor) -> Node:
