@@ -196,12 +196,12 @@ def test_layer_errors_count_alike_for_tokens_and_images() -> None:
     exact, found = torch.randn(2, 5, 7), torch.randn(2, 5, 7)
     loss = BlockLoss(layer_weight=0.5)
     for turned in ([exact, found], [exact.transpose(1, 2), found.transpose(1, 2)]):
-        value = loss([turned[1], turned[1]], [turned[0], turned[0]], 1)
+        value = loss([turned[1], turned[1]], [turned[0], turned[0]], [None, None], 1)
         by_hand = ((found - exact) ** 2).sum() / (exact**2).sum()
         torch.testing.assert_close(value, 1.5 * by_hand)
     assert loss.watched(["a", "b", "c"]) == ("a", "b")
     assert BlockLoss().watched(["a", "b", "c"]) == ()
-    zero = loss([exact, found], [exact, exact], 1)
+    zero = loss([exact, found], [exact, exact], [None, None], 1)
     torch.testing.assert_close(zero, 0.5 * by_hand)
 
 

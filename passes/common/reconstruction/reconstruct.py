@@ -34,6 +34,7 @@ from fxq.passes.common.reconstruction.blocks import cut
 from fxq.passes.common.reconstruction.frontier import Frontier, Place
 from fxq.passes.common.reconstruction.losses import BlockLoss
 from fxq.passes.common.reconstruction.methods import Learned, Method, Rounding
+from fxq.passes.common.reconstruction.sensitivity import sensitivities
 from fxq.passes.common.reconstruction.training import BlockTraining, Outcome
 from fxq.passes.common.student import set_parameter, student_of, without_observers
 from fxq.pipeline import Batches, DataPass
@@ -117,6 +118,7 @@ class _Walk:
             self.frontier = Frontier(gm, batches, self.blocks, settings.place)
         if not len(self.frontier):
             raise ValueError(NO_DATA)
+        self.weights = self._sensitivities() if settings.loss.fisher else {}
         numbers = range(len(self.frontier))
         n_judges = max(1, round(len(numbers) * settings.held_out))
         if len(numbers) < 4 or not settings.held_out:
@@ -155,6 +157,15 @@ class _Walk:
         with torch.random.fork_rng([device.index for device in devices]):
             yield
 
+    def _sensitivities(self) -> dict[str, Tensor]:
+        """Return how much the results feel errors at the outputs of blocks and layers."""
+        names = {name for block in self.blocks for name in (*block.outputs, *block.layers)}
+        inputs = [node.name for node in self.gm.graph.nodes if node.op == "placeholder"]
+        batches = (self.frontier.read("exact", k, inputs) for k in range(len(self.frontier)))
+        with self._random():
+            torch.manual_seed(self.settings.seed)
+            return sensitivities(without_observers(self.gm), batches, sorted(names))
+
     def _go_on(self) -> None:
         """Take over what blocks have learned in an earlier call."""
         names = self.blocks[0].inputs
@@ -178,8 +189,8 @@ class _Walk:
         torch.manual_seed(self.settings.seed * 1_000_003 + k)
         s = self.settings
         training = BlockTraining(
-            self.blocks[k], self.exact[k], self.frontier, s.method, s.loss, s.inputs_share,
-            self.judges, self.pupils,
+            self.blocks[k], self.exact[k], self.frontier, s.method, s.loss, self.weights,
+            s.inputs_share, self.judges, self.pupils,
         )  # fmt: skip
         outcome = training.train(s.steps, task)
         if outcome.learned is not None:

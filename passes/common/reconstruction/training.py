@@ -2,7 +2,7 @@
 the float block gives on what the float blocks before it give."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -47,6 +47,7 @@ class BlockTraining:
         frontier: inputs in both forms, and the block's outputs in float.
         method: what learns.
         loss: what it learns for.
+        weights: of the elements of nodes, by name.
         inputs_share: share of the input's elements that come from the quantized blocks in each
             step; the others are the float model's.
         judges: numbers of the batches that judge.
@@ -60,6 +61,7 @@ class BlockTraining:
         frontier: Frontier,
         method: Method,
         loss: BlockLoss,
+        weights: Mapping[str, Tensor],
         inputs_share: float,
         judges: Sequence[int],
         pupils: Sequence[int],
@@ -68,6 +70,7 @@ class BlockTraining:
         self.inputs_share, self.judges, self.pupils = inputs_share, judges, pupils
         self.student = method.student(block.graph_module)
         watched = loss.watched(block.layers)
+        self.weights = [weights.get(name) for name in (*block.outputs, *watched)]
         self.watched_student = with_outputs(self.student, watched)
         self.watched_exact = with_outputs(exact, watched)
 
@@ -110,7 +113,8 @@ class BlockTraining:
         targets = self._targets(batch, exact)
         self.student.train()  # and what it shares with the other
         with torch.enable_grad():
-            error = self.loss(self.watched_student(*mixed), targets, len(self.block.outputs)) / unit
+            found = self.watched_student(*mixed)
+            error = self.loss(found, targets, self.weights, len(self.block.outputs)) / unit
             error = error + self.method.penalty(self.student, done)
             parameters = [p for group in adam.param_groups for p in group["params"]]
             gradients = torch.autograd.grad(error, parameters, materialize_grads=True)
@@ -139,7 +143,7 @@ class BlockTraining:
             with torch.no_grad():
                 found = self.student(*self.frontier.read("found", batch, self.block.inputs))
             exact = self.frontier.read("exact", batch, self.block.outputs)
-            error = total_error(found, exact)
+            error = total_error(found, exact, self.weights[: len(exact)])
             total += torch.tensor([float(error), 1.0], dtype=torch.float64)
         if n_processes() > 1:
             total = all_reduce(total, "SUM")
