@@ -227,9 +227,8 @@ def compare_steps(
 def _features(
     module: nn.Module, found: Trajectories, call: int, rows: Sequence[int], tap: str
 ) -> Tensor:
-    with _tapped(module, tap) as seen:
-        with suppress(_Reached):
-            _run(module, found.rows_of(call, rows))
+    with _tapped(module, tap) as seen, suppress(_Reached):
+        _run(module, found.rows_of(call, rows))
     if not seen:
         raise ValueError(
             f"tap {tap!r}: expected that {found.named(call)} reaches it with a floating-point "
