@@ -22,6 +22,7 @@ from fxq.graph import (
     dtype_of,
     input_name,
     is_constant,
+    is_op,
     is_settled,
     owner_name,
     shape_of,
@@ -30,6 +31,7 @@ from fxq.graph import (
 )
 from fxq.layer import Skip, treat
 from fxq.observers import RangeObserver
+from fxq.operators import Movement, of
 from fxq.pipeline import Pass
 from fxq.rewriting import insert_module
 from fxq.row_choice import assumed, index_of, why_not_counted, why_unfit
@@ -39,6 +41,7 @@ from fxq.spec import LayerSpec, PerTensor, PerToken, QuantSpec, block_of, scale_
 FIRST = "<first>"  # override key: layers that no other layer comes before, by data flow
 LAST = "<last>"  # override key: layers that no other layer comes after, by data flow
 FIRST_OF, FIRST_INPUT = "<first of {}>", "the first input"
+SHAPE_ONLY = of(Movement.SHAPE_ONLY)  # no data goes through these
 
 TARGETS = ("linear", "conv")
 # Kinds of operators whose constants are no matrix that multiplies rows.
@@ -181,8 +184,8 @@ class InsertObservers(Pass):
                 f"override {pattern!r}: no input {name!r} of the model is a tensor; "
                 f"{did_you_mean(name, inputs)}"
             )
-        among = {*layers}
-        reached = _reachable([named[pattern]], lambda n: () if n in among else n.users)
+        ends = {*layers, *(n for n in layers[0].graph.nodes if is_op(n, *SHAPE_ONLY))}
+        reached = _reachable([named[pattern]], lambda n: () if n in ends else n.users)
         return [layer for layer in layers if layer in reached]
 
 

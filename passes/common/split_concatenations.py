@@ -28,6 +28,7 @@ aten = torch.ops.aten
 CAT = aten.cat.default
 # Between a concatenation and a layer, these keep a range of their own for each part from being
 # needed (a norm), or from being possible without other operators on the parts.
+SHAPE_ONLY = of(Movement.SHAPE_ONLY)
 BETWEEN = NORMS | RESHAPES | of(
     Movement.RELU, Movement.ACTIVATION, Movement.MUL, Movement.ADD, Movement.TRANSPOSE,
     Movement.SPATIAL_1D, Movement.SPATIAL_2D, Movement.SPATIAL_3D,
@@ -122,6 +123,8 @@ def _sources(node: Node) -> frozenset[Node]:
         each = stack.pop()
         if is_op(each, *LAYERS) or each.op == "placeholder":
             found.add(each)
+            continue
+        if is_op(each, *SHAPE_ONLY):
             continue
         stack += [n for n in each.all_input_nodes if n not in seen]
         seen.update(each.all_input_nodes)

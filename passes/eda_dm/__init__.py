@@ -1,7 +1,8 @@
 """EDA-DM: post-training quantization of diffusion models (arXiv:2401.04585).
 
 `select` chooses calibration samples by density and variety of a feature map, out of whatever
-`fxq.record` kept of a pipeline's runs.
+`fxq.record` kept of a pipeline's runs. `NEAREST_W8A8`, `NEAREST_W4A8` and `NEAREST_W4A4` have the
+published quantizers, rounded to nearest; block-wise reconstruction is not part of them.
 
 Departures from the paper and its published code:
 
@@ -19,15 +20,25 @@ Departures from the paper and its published code:
 - There may be a least number of samples per step.
 """
 
+from fxq.passes.eda_dm.recipes import (
+    NEAREST_W4A4,
+    NEAREST_W4A8,
+    NEAREST_W8A8,
+    rounded_to_nearest,
+)
 from fxq.passes.eda_dm.select import VARIETY_WEIGHT, Selection, select, select_evenly
 from fxq.passes.eda_dm.selection import RADIUS_CIFAR, RADIUS_LSUN, MedianRadius
 
 __all__ = [
+    "NEAREST_W4A4",
+    "NEAREST_W4A8",
+    "NEAREST_W8A8",
     "RADIUS_CIFAR",
     "RADIUS_LSUN",
     "VARIETY_WEIGHT",
     "MedianRadius",
     "Selection",
+    "rounded_to_nearest",
     "select",
     "select_evenly",
 ]
