@@ -1,6 +1,6 @@
-"""How far quantized diffusion models are from float ones, step by step, and what calibrates them best.
+"""How far quantized diffusion models are from float ones, step by step, and what calibrates best.
 
-    python benchmarks/diffusion.py --data PATH    # hours on one core; --models, --recipes for less
+    python benchmarks/diffusion.py --data PATH    # hours on one core; --models, --methods for less
 
 The judge is the teacher-forced one-step error: on trajectories of the float model, both models see
 the same noisy sample at each step, and what the step's result differs by is added up,
