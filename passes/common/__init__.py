@@ -6,8 +6,9 @@ from fxq.passes.common.convert import Convert
 from fxq.passes.common.decompose_attention import DecomposeAttention
 from fxq.passes.common.fake_quantize import fake_quantize
 from fxq.passes.common.float_function import check_float_function, float_difference
-from fxq.passes.common.insert_observers import FIRST, LAST, InsertObservers
+from fxq.passes.common.insert_observers import FIRST, LAST, InsertObservers, first_of
 from fxq.passes.common.observe_activations import ObserveActivations
+from fxq.passes.common.split_concatenations import SplitConcatenations
 from fxq.passes.common.student import (
     activation_scales,
     adopt,
@@ -23,10 +24,12 @@ __all__ = [
     "DecomposeAttention",
     "InsertObservers",
     "ObserveActivations",
+    "SplitConcatenations",
     "activation_scales",
     "adopt",
     "check_float_function",
     "fake_quantize",
+    "first_of",
     "float_difference",
     "student_of",
     "without_observers",
