@@ -20,7 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 import fxq
 from fxq.passes import eda_dm
 from fxq.passes.common import Calibrate, Convert, InsertObservers
+from fxq.passes.common.reconstruction import BlockLoss, Rounding
 from fxq.pipeline import Recipe
 from fxq.spec import LayerSpec, MeanSquaredError, PerChannel, PerTensor, QuantSpec
 
@@ -87,6 +88,8 @@ def by(recipe: Recipe) -> Compress:
     return lambda model, example, data: fxq.compress(model, example, recipe, data=data)
 
 
+# Steps as in the recipes; the block's error alone, and no activations that stay float.
+PLAIN = replace(eda_dm.FINE_GRAINED, loss=BlockLoss(), inputs_share=1.0)
 # A method is a line: its name, what it makes of a model, and which selections it is measured with.
 METHODS: tuple[tuple[str, Compress, tuple[str, ...]], ...] = (
     ("plain W8A8", by(plain(8, 8)), ("uniform", "selected")),
@@ -95,7 +98,19 @@ METHODS: tuple[tuple[str, Compress, tuple[str, ...]], ...] = (
     ("EDA-DM quantizers W8A8", by(eda_dm.NEAREST_W8A8), ("uniform", "selected")),
     ("EDA-DM quantizers W4A8", by(eda_dm.NEAREST_W4A8), ("uniform", "selected")),
     ("EDA-DM quantizers W4A4", by(eda_dm.NEAREST_W4A4), ("uniform", "selected")),
-)
+    *(
+        (f"{name} W4A{bits}", by(eda_dm.reconstructed(f"{name}_{bits}", 4, bits, reconstruct=how)),
+         ("selected",))
+        for bits in (8, 4)
+        for name, how in {
+            "AdaRound alone": replace(PLAIN, method=Rounding(activation_learning_rate=0.0)),
+            "LSQ alone": replace(PLAIN, method=Rounding(learning_rate=0.0)),
+        }.items()
+    ),
+    ("EDA-DM W8A8", by(eda_dm.W8A8), ("selected",)),
+    ("EDA-DM W4A8", by(eda_dm.W4A8), ("uniform", "selected")),
+    ("EDA-DM W4A4", by(eda_dm.W4A4), ("uniform", "selected")),
+)  # fmt: skip
 
 
 def ddim_coefficients(scheduler: Any) -> Tensor:

@@ -117,8 +117,8 @@ class RoundedWeight(nn.Module):
     """A weight in a fixed range, of which each element learns whether it is rounded up or down.
 
     In train mode it is rounded by a share of a step, which begins where the weight is; in eval mode
-    up where that share is at least a half. Before it has learned anything that is rounding to
-    nearest.
+    and where its position does not train, up where that share is at least a half. Before it has
+    learned anything that is rounding to nearest.
 
     Args:
         weight: `[N, ...]`, any float dtype.
@@ -150,7 +150,7 @@ class RoundedWeight(nn.Module):
 
     def _steps(self) -> Tensor:
         """Return what is added to `below`: shares in train mode, 0 or 1 in eval mode."""
-        if self.training:
+        if self.training and self.position.requires_grad:
             steps = rounding(self.position)
         else:
             steps = (self.position >= 0).float()

@@ -93,7 +93,7 @@ class Rounding:
     logarithms of scales, and of biases in units of the error that they correct.
 
     Args:
-        learning_rate: of roundings.
+        learning_rate: of roundings; 0 leaves them to the nearest.
         activation_learning_rate: of activations' scales; 0 leaves them to calibration.
         bias_learning_rate: of biases; 0 leaves them.
         penalty_weight: of the indecision of roundings, which must be 0 or 1 in the end; in units of
@@ -110,11 +110,14 @@ class Rounding:
     penalty_weight: float = 1.0
     warmup: float = 0.2
     sharpness: tuple[float, float] = (20.0, 2.0)
-    float_share: float = 0.5
+    float_share: float = 0.0
 
     def student(self, block: GraphModule) -> GraphModule:
         """Return the block with learned roundings."""
-        return _with_float_share(student_of(block, "rounded"), self.float_share)
+        student = _with_float_share(student_of(block, "rounded"), self.float_share)
+        for module in _rounded(student):
+            module.position.requires_grad_(self.learning_rate > 0)
+        return student
 
     def groups(self, student: GraphModule) -> Groups:
         """Return roundings, scales and biases."""
@@ -126,7 +129,8 @@ class Rounding:
 
     def penalty(self, student: GraphModule, done: float) -> Tensor | float:
         """Return the mean indecision of all roundings, in its weight; 0 while warming up."""
-        share, modules = (done - self.warmup) / (1 - self.warmup), _rounded(student)
+        share = (done - self.warmup) / (1 - self.warmup)
+        modules = [m for m in _rounded(student) if m.position.requires_grad]
         if share < 0 or not modules:
             return 0.0
         first, last = self.sharpness
