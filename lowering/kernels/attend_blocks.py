@@ -107,13 +107,6 @@ CASES = (
     Case(80, dim=128, density=0.2, mode="online", dtype=torch.float16),
     Case(20, text_size=20, text_len=(0, 20)),
 )
-BENCHMARK_CASES = {
-    "HunyuanVideo 129 frames 720p": Case(
-        119056, 128, 128, 24, 24, 256, (256,), density=0.2, dtype=torch.bfloat16
-    ),
-    "Wan 14B 81 frames 720p": Case(75600, 128, 128, 40, 40, density=0.2, dtype=torch.bfloat16),
-    "8k tokens": Case(8192, 128, 128, 24, 24, density=0.2, dtype=torch.bfloat16),
-}
 
 
 def choose_config(

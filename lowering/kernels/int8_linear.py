@@ -105,22 +105,6 @@ CASES = (
     Case(130, 257, 384, zero_point=True, requantize=True),
     Case(65, 129, 64, bias=True, activation="gelu", requantize=True, per_column=True),
 )
-BENCHMARK_CASES = (
-    Case(4096, 4096, 4096, bias=True),
-    Case(8192, 8192, 8192, bias=True),
-    Case(
-        4096,
-        4096,
-        4096,
-        per_row=True,
-        zero_point=True,
-        bias=True,
-        activation="gelu",
-        requantize=True,
-    ),
-    Case(1576, 3072, 768, bias=True, activation="gelu", requantize=True),
-    Case(16, 4096, 4096, per_row=True, bias=True),
-)
 
 
 def choose_config(

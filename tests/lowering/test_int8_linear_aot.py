@@ -2,9 +2,11 @@
 cores, asynchronous copies, no spills."""
 
 import pytest
-import torch
 
 pytest.importorskip("triton")
+from shipped import LINEAR as PLAIN
+from shipped import LINEAR_POINTERS as POINTERS
+from shipped import linear as compiled
 from sm90 import (
     COPY,
     LDGSTS,
@@ -13,26 +15,14 @@ from sm90 import (
     TMA,
     TMA_STORE,
     WARP_GROUP_PRODUCT,
-    Code,
-    compile_for,
 )
 
 from fxq.lowering.kernels.int8_linear import (
     ACTIVATION,
     CONFIGS,
-    FP_FUSION,
-    GROUP_M,
     choose_config,
-    int8_linear_kernel,
-    is_light,
 )
-from fxq.lowering.kernels.int8_linear_tma import int8_linear_tma_kernel
 
-PLAIN = {
-    "PER_ROW_SCALE": False, "PER_ROW_ZERO": False, "HAS_ZERO": False, "HAS_BIAS": True,
-    "HAS_RESIDUAL": False, "HAS_OUT_SCALE": False, "PER_COLUMN_OUT": False, "HAS_OUT_ZERO": False,
-    "ACT": 0,
-}  # fmt: skip
 PER_TOKEN = {"PER_ROW_SCALE": True, "PER_ROW_ZERO": True, "HAS_ZERO": True}
 REQUANTIZE = {"HAS_OUT_SCALE": True, "HAS_OUT_ZERO": True}
 EPILOGUES = {
@@ -47,19 +37,12 @@ EPILOGUES = {
     "affine, gelu, requantize": {"HAS_ZERO": True, "ACT": ACTIVATION["gelu"]} | REQUANTIZE,
     "everything": PER_TOKEN | REQUANTIZE | {"HAS_RESIDUAL": True, "ACT": ACTIVATION["gelu"]},
 }  # fmt: skip
-POINTERS = {
-    "x_ptr": "*i8", "w_ptr": "*i8", "x_scale_ptr": "*fp32", "x_zero_ptr": "*i32",
-    "w_scale_ptr": "*fp32", "w_sum_ptr": "*i32", "bias_ptr": "*fp32", "residual_ptr": "*bf16",
-    "out_scale_ptr": "*fp32", "out_zero_ptr": "*i32",
-}  # fmt: skip
-DTYPES = {"*i8": torch.int8, "*bf16": torch.bfloat16, "*fp32": torch.float32}
 LARGE = ("bias", "per token")  # epilogues that fit the registers beside the largest tile
 INSTRUCTIONS = {  # of the whole kernel, the wider of the two Triton tested, and a tenth more
     "bias": 2_900, "per token": 3_700, "per token, silu": 4_700, "requantize": 3_150,
     "tanh gelu, requantize": 6_600, "gelu, requantize per column": 8_700,
     "affine, gelu, requantize": 7_900, "everything": 8_900,
 }  # fmt: skip
-SIZES = ("M", "N", "K", "quant_min", "quant_max")
 SHAPES = {  # one per way of choosing
     "large": (4096, 4096, 4096),
     "medium": (197, 768, 768),
@@ -72,39 +55,6 @@ SHAPES = {  # one per way of choosing
     "few, odd N": (16, 1001, 784),
     "odd K": (4096, 1001, 147),
 }
-
-
-def compiled(
-    shape: tuple[int, int, int],
-    flags: dict[str, object],
-    out: str,
-    tma: bool = False,
-    light: bool | None = None,
-    unaligned: tuple[str, ...] = (),
-    **fixed: int,
-) -> Code:
-    """Compile what a launch of this shape would; Triton makes arguments equal to 1 `fixed`."""
-    m, n, k = shape
-    if light is None:
-        light = is_light(flags, DTYPES[out], tma=tma)
-    tiles = choose_config(m, n, k, light=light, tma=tma, aligned="x_ptr" not in unaligned)
-    kernel = int8_linear_tma_kernel if tiles.tma else int8_linear_kernel
-    constants = flags | {
-        "EVEN_K": k % tiles.bk == 0, "BM": tiles.bm, "BN": tiles.bn, "BK": tiles.bk,
-        "GROUP": GROUP_M, **fixed,
-    }  # fmt: skip
-    signature = POINTERS | {size: "i32" for size in SIZES if size not in fixed} | {"out_ptr": out}
-    signature = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
-    aligned = [name for name, size in (("N", n), ("K", k)) if size % 16 == 0]
-    return compile_for(
-        kernel,
-        signature,
-        {name: value for name, value in constants.items() if name in signature},
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
-        divisible_by_16=tuple({*POINTERS, "out_ptr", *aligned} - {*unaligned}),
-        fp_fusion=FP_FUSION,
-    )
 
 
 SHIPPED = [
