@@ -231,3 +231,10 @@ def test_selection_compiles_without_spills_in_its_loops(
     # ptxas moves three registers out of the way once, for the sake of a fourth program beside it.
     assert code.local_memory <= 6
     assert all(loop.count(LOCAL) == 0 for loop in code.loops)
+
+
+@pytest.mark.parametrize("tma", [False, True])
+def test_products_of_fp32_are_not_tf32(tma: bool) -> None:
+    code = compiled("online", 64, 64, "text", dtype="fp32", tiles=Config(16, 4, 2, tma))
+
+    assert "tf32" not in code.ptx
