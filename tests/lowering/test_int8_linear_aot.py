@@ -47,8 +47,9 @@ SHAPES = {  # one per way of choosing
     "large": (4096, 4096, 4096),
     "medium": (197, 768, 768),
     "medium, masked K": (4096, 4096, 4160),
-    "rows": (64, 768, 768),
-    "rows, masked K": (64, 768, 784),
+    "rows": (64, 32768, 768),
+    "rows, masked K": (64, 32768, 784),
+    "rows, narrow": (64, 4096, 4096),
     "rows, odd N": (4096, 1001, 768),
     "few": (16, 16384, 4096),
     "few, narrow": (16, 4096, 4096),
@@ -116,11 +117,24 @@ def test_tiles_of_a_round_decide_between_large_and_medium() -> None:
     assert not choose_config(64, 4096, 4096, light=True, tma=True).tma
 
 
-def test_few_rows_keep_the_multiprocessors_busy() -> None:
-    narrow = choose_config(16, 4096, 4096, light=True)
+@pytest.mark.parametrize("rows", [1, 16, 17, 64])
+def test_few_rows_keep_the_multiprocessors_busy(rows: int) -> None:
+    narrow = choose_config(rows, 4096, 4096, light=True)
 
-    assert 4096 // narrow.bn >= 0.95 * 132
-    assert choose_config(16, 16384, 4096, light=True).bn > narrow.bn
+    programs = 4096 // narrow.bn
+    assert rows <= narrow.bm
+    assert programs >= 0.95 * 132
+    # What is on its way from memory: as much as 4.3 TB/s fetch in the 0.7 us that it takes.
+    assert programs * (narrow.num_stages - 1) * narrow.bn * narrow.bk >= 4.3e12 * 0.7e-6
+    assert choose_config(rows, 32768, 4096, light=True).bn > narrow.bn
+
+
+@pytest.mark.parametrize("shared", [65_536, 101_376, 166_912, SHARED_BYTES])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_tiles_fit_the_shared_memory_that_there_is(shape: str, shared: int) -> None:
+    tiles = choose_config(*SHAPES[shape], light=True, shared_bytes=shared)
+
+    assert (tiles.bm + tiles.bn) * tiles.bk * tiles.num_stages <= shared
 
 
 @pytest.mark.parametrize(
