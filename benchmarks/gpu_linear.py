@@ -7,7 +7,7 @@ function, and is held to the same sums.
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from gpu_rows import Job, Row, rotated, too_far
 from torch import Tensor
 
 from fxq.lowering.int8_linear import int8_linear, reference
+from fxq.lowering.kernels.int8_linear import why_by_pointers
 
 BF16_DB = 40.0  # rounded once, to 8 bits
 ROUNDED_CODES = 2e-3  # of a result near the middle of two codes either is right
@@ -154,13 +155,16 @@ def wrong_layer(given: Inputs, found: Tensor) -> str | None:
 def make_ours(shape: Shape, device: str) -> Job:
     """Return the row of fxq."""
     given = inputs_of(shape, device)
-    return _job(
+    job = _job(
         given,
         given.weight,
         given.x,
         lambda x, weight: ours(given, x, weight),
         lambda found: wrong_sums(given) or wrong_layer(given, found),
     )
+    size = 1 if shape.requantize else 2
+    why = why_by_pointers(*shape[:3], size, given.x.device)
+    return replace(job, notes={"kernel": f"by pointers: {why}" if why else "TMA"})
 
 
 def make_cublas(shape: Shape, device: str) -> Job:
