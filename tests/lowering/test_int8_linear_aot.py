@@ -85,6 +85,19 @@ def test_on_hopper_some_warps_copy_while_others_multiply(epilogue: str, out: str
     assert len(code.instructions) <= INSTRUCTIONS[epilogue]
 
 
+def test_the_next_tile_is_copied_under_the_epilogue_of_this_one() -> None:
+    code = compiled((8192, 8192, 8192), PLAIN, "*bf16", tma=True)
+
+    # The warp that copies has a loop over tiles of its own, without products or stores in it; each
+    # group that multiplies has one with its epilogue, without copies.
+    copying = [loop for loop in code.loops if loop.count(TMA)]
+    assert len(copying) == 2  # tiles, and rounds inside
+    assert not any(loop.count(WARP_GROUP_PRODUCT) + loop.count(TMA_STORE) for loop in copying)
+    groups = [loop for loop in code.loops if loop.count(TMA_STORE) == 1]
+    assert len(groups) == 2
+    assert all(loop.count(WARP_GROUP_PRODUCT) and not loop.count(TMA) for loop in groups)
+
+
 UNALIGNED = tuple(name for name in POINTERS if name not in ("x_ptr", "w_ptr", "residual_ptr"))
 
 
