@@ -218,6 +218,20 @@ def largest_sum(codes: Tensor) -> int:
     return 256 * int(sums.max())
 
 
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """Return `a @ b` as fp32, whatever torch's switches say of the precision of products.
+
+    `allow_tf32` and `torch.set_float32_matmul_precision` make fp32 products on a GPU, and some on a
+    CPU, round their operands to 10 bits and fewer: enough to change which blocks attention selects.
+    No switch touches float64, and data-center GPUs multiply it as fast as fp32.
+
+    Args:
+        a: `[..., M, K]`, any float dtype.
+        b: `[..., K, N]`, likewise.
+    """
+    return (a.double() @ b.double()).float()
+
+
 def sqnr_db(reference: Tensor, other: Tensor) -> float:
     """Return the signal-to-quantization-noise ratio in dB: 10 log10(|ref|^2 / |ref - other|^2), inf
     where equal. NaN and infinities that both have at the same places are equal; others give NaN or
