@@ -33,6 +33,11 @@ class Bound:
 def check_model(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, found {type(model).__name__}")
+    if hasattr(model, "_orig_mod"):
+        raise TypeError(
+            "model: expected the model itself, found what torch.compile made of it; compress the "
+            "model (._orig_mod), and compile the program"
+        )
     training = [name or "the model" for name, module in model.named_modules() if module.training]
     if training:
         raise ValueError(

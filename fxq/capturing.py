@@ -24,7 +24,7 @@ from fxq.binding import Bound, bind, bind_exported, check_finite, check_model
 from fxq.canonicalize import canonicalize
 from fxq.canonicalize.cleanup import refuse_train_mode
 from fxq.checking import Checked
-from fxq.dynamic_shapes import export_shapes
+from fxq.dynamic_shapes import export_shapes, why_not_free
 from fxq.errors import UnsupportedError
 from fxq.graph import is_transform, shape_of, why_unreadable, writes
 from fxq.module_state import restored
@@ -70,7 +70,8 @@ def capture(
             (`fxq.dynamic_shapes`).
     Raises:
         TypeError: not a module, or arguments it does not take.
-        ValueError: train mode, NaN or Inf in the example.
+        ValueError: train mode, NaN or Inf in the example, a size named as free that the model
+            fixes.
         UnsupportedError: torch.export cannot capture it, or what it captured is not what the model
             computes; the message has the reason.
     """
@@ -162,7 +163,12 @@ def _export(
 ) -> tuple[ExportedProgram, tuple[str, ...]]:
     if dynamic_shapes != "batch":
         shapes = None if dynamic_shapes is None else export_shapes(values, dynamic_shapes)
-        return _try_export(model, values, shapes), ()
+        try:
+            return _try_export(model, values, shapes), ()
+        except UnsupportedError as error:
+            if why := why_not_free(str(error.__cause__)):
+                raise ValueError(why) from error
+            raise
     leaves, spec = pytree.tree_flatten(values)
     sizes = [t.shape[0] for t in leaves if isinstance(t, Tensor) and t.ndim]
     batch = sizes[0] if sizes else None
