@@ -10,7 +10,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from fxq.errors import UnsupportedError, did_you_mean
-from fxq.signature import Inputs, split_inputs
+from fxq.signature import RETURN_DICT, Inputs, split_inputs
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,8 @@ def bind(model: nn.Module, example: Inputs) -> Bound:
         )
     values = dict(zip(names, args, strict=False))
     for name, value in kwargs.items():
+        if name == RETURN_DICT and name not in known:
+            continue
         if name not in known:
             raise TypeError(f"example_inputs: no argument {name!r}; {did_you_mean(name, known)}")
         values[name] = value

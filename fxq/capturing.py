@@ -20,6 +20,7 @@ from torch.fx import GraphModule
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
+from fxq.autocast import without_inert_regions
 from fxq.binding import Bound, bind, bind_exported, check_finite, check_model
 from fxq.canonicalize import canonicalize
 from fxq.canonicalize.cleanup import refuse_train_mode
@@ -85,7 +86,7 @@ def capture(
         bound = bind(model, example_inputs)
         module = model
         # Tracing leaves fake tensors in what the model keeps.
-        with restored(model), _noting_lengths(lengths):
+        with restored(model), _noting_lengths(lengths), without_inert_regions():
             exported, notes = _export(model, bound.values, dynamic_shapes)
     check_finite(bound.values)
     refuse_train_mode(exported.graph_module)
@@ -260,7 +261,8 @@ def _refusing(name: str) -> Iterator[None]:
             del hooks[key]
         reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
         remedy = "(torch.export.draft_export shows the place in its source)"
-        if "not a known type" in reason:  # what a call returns
+        if found := re.match(r"Found <class '[\w.]*?(\w+)'> in output, which is not", reason):
+            reason = f"a call returns a {found[1]}, which no graph can return."
             remedy = "A cache is not made where the example has use_cache=False."
         raise UnsupportedError(
             f"{name} cannot be captured by torch.export: {reason.strip()} {remedy}"

@@ -52,8 +52,8 @@ def why_not_free(text: str) -> str | None:
     for name, fix in ((name, fix) for name, fix in fixes if not name.startswith("_")):
         if fix.isdigit():
             found.append(
-                f"{name!r} is always {fix}: leave it out, or name the sizes of other inputs that it "
-                "must equal likewise"
+                f"{name!r} is always {fix}: leave it out, or name the sizes of other inputs that "
+                "it must equal likewise"
             )
         elif fix.isidentifier():
             found.append(f"{name!r} is always {fix!r}: give both the same name")

@@ -19,6 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import PendingUnbackedSymbolNotFound
 from torch.fx.traceback import preserve_node_meta
 
+from fxq.autocast import drop_inert_regions
 from fxq.canonicalize import canonicalize
 from fxq.canonicalize.cleanup import refuse_train_mode
 from fxq.errors import UnreadableGraphError
@@ -42,9 +43,10 @@ def from_dynamo(gm: GraphModule) -> tuple[GraphModule, tuple[int, ...]]:
         ValueError: an operator is in train mode.
         UnreadableGraphError: it calls other graphs, or does what only real values can answer.
     """
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    gm = drop_inert_regions(gm)
     if why := why_unreadable(gm.graph):
         raise UnreadableGraphError(why)
-    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     values = [n.meta["example_value"] for n in placeholders]
     mode = fake_mode_of(values)
     interpreter = _Run(gm)  # node by node: so the new nodes know the modules they come from

@@ -348,6 +348,47 @@ def test_a_region_of_autocast_is_left_to_inductor_and_refused_by_capture() -> No
         fxq.compress(model, x, "w8")
 
 
+class Angles(nn.Module):
+    """Switches autocast off around what must stay exact, as model libraries do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+        self.register_buffer("count", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cuda", enabled=False):
+            y = self.layer(x)
+            with torch.amp.autocast("cpu", torch.float32):  # no dtype to cast to: off
+                self.count += 1
+                y = y * torch.arange(8.0) * self.count
+        return y + x
+
+
+@pytest.mark.filterwarnings("ignore:In CPU autocast")
+def test_a_region_that_casts_nothing_is_no_obstacle(built: list[GraphModule]) -> None:
+    model, judge, x = Angles().eval(), Angles().eval(), torch.randn(3, 8)
+    judge.load_state_dict(model.state_dict())
+    enter = torch.autocast.__enter__
+
+    program = fxq.compress(model, x, "w8a8_dynamic", strict=True)
+    assert torch.autocast.__enter__ is enter
+    fast = torch.compile(model, backend="fxq", options={"recipe": FLOAT})
+
+    for _ in range(2):
+        with torch.no_grad():
+            expected = judge(x)
+            torch.testing.assert_close(fast(x), expected)
+        assert sqnr_db(expected, program(x)) > 30
+    assert len(built) == 1
+    torch._dynamo.reset()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with pytest.warns(FxqWarning, match="as it is: .*a region of torch.autocast"):
+            torch.testing.assert_close(fast(x), judge(x), rtol=1e-2, atol=1e-2)
+        with pytest.raises(UnsupportedError, match="a region of torch.autocast"):
+            fxq.compress(model, x, "w8")
+
+
 def test_a_language_model_that_makes_a_cache_says_what_to_do() -> None:
     config = transformers.LlamaConfig(
         hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
@@ -355,8 +396,24 @@ def test_a_language_model_that_makes_a_cache_says_what_to_do() -> None:
     )  # fmt: skip
     model, ids = transformers.LlamaForCausalLM(config).eval(), torch.randint(1, 31, (2, 5))
 
-    with pytest.raises(UnsupportedError, match="use_cache=False"):
+    with pytest.raises(UnsupportedError, match=r"returns a DynamicCache, .* use_cache=False\.$"):
         fxq.compress(model, {"input_ids": ids}, "w8")
     program = fxq.compress(model, {"input_ids": ids, "use_cache": False}, "w8")
 
     assert sqnr_db(model(ids, use_cache=False).logits, program(ids, use_cache=False).logits) > 35
+
+
+def test_a_model_may_take_arguments_that_its_signature_does_not_name() -> None:
+    """transformers' decorators take `return_dict`, and refuse `use_cache` by position."""
+    config = transformers.BertConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=31,
+    )  # fmt: skip
+    model, ids = transformers.BertModel(config).eval(), torch.randint(1, 31, (2, 5))
+    example = {"input_ids": ids, "return_dict": True}
+
+    program = fxq.compress(model, example, "w8a8_static", data=[example, example])
+
+    expected = model(ids).last_hidden_state
+    assert sqnr_db(expected, program(ids).last_hidden_state) > 30
+    assert torch.equal(program(ids, return_dict=False)[0], program(**example).last_hidden_state)
