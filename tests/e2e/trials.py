@@ -3,12 +3,10 @@
 `python tests/e2e/trials.py` prints the table that stands in docs/getting-started.md.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 RUNS = "runs"
-SLOW_TO_TRY = "not tried"
-NO_CACHE = "no: a graph holds no cache; `use_cache=False`, or compile"
+NOT_TRIED = "not tried yet"
 
 
 @dataclass(frozen=True)
@@ -31,6 +29,27 @@ class Trial:
 
 
 TRIALS = (
+    Trial("diffusers", "Wan", "`pipe.transformer`"),
+    Trial("diffusers", "HunyuanVideo", "`pipe.transformer`"),
+    Trial("diffusers", "Flux", "`pipe.transformer`"),
+    Trial("diffusers", "CogVideoX", "`pipe.transformer`", compiled=NOT_TRIED),
+    Trial("diffusers", "LTX-Video", "`pipe.transformer`", compiled=NOT_TRIED),
+    Trial("diffusers", "Stable Diffusion 3", "`pipe.transformer`"),
+    Trial("diffusers", "Qwen-Image", "`pipe.transformer`", compiled=NOT_TRIED),
+    Trial("diffusers", "PixArt", "`pipe.transformer`", compiled=NOT_TRIED),
+    Trial("diffusers", "Mochi", "`pipe.transformer`"),
+    Trial("diffusers", "Stable Diffusion (UNet)", "`pipe.unet`", compiled=NOT_TRIED),
+    Trial("diffusers", "DiT", "`pipe.transformer`", compiled=NOT_TRIED),
+    Trial(
+        "transformers", "`pipeline`, image classification, ViT", "`pipe.model`", compiled=NOT_TRIED
+    ),
+    Trial(
+        "transformers",
+        "`generate`, Llama and Mistral, dynamic and static cache",
+        "`model.forward`",
+        compressed="no: a graph returns no cache",
+    ),
+    Trial("timm", "validation loop over (images, labels), ViT", "model"),
 )
 
 
