@@ -76,6 +76,23 @@ def test_a_data_loader_with_labels_calibrates_and_says_what_it_leaves_out() -> N
     assert torch.equal(program(x), fxq.compress(model, x[:3], "w8a8_static", data=[x])(x))
 
 
+def test_labels_are_no_mask_that_the_example_left_out() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor, mask: Tensor | None = None, times: int = 1) -> Tensor:
+            y = self.layer(x) * times
+            return y if mask is None else y * mask
+
+    model, x = Masked().eval(), torch.randn(6, 8)
+    with pytest.warns(FxqWarning, match=r"takes 'x' alone; .*left out"):
+        program = fxq.compress(model, x, "w8a8_static", data=[(x, torch.zeros(6))])
+
+    assert torch.equal(program(x), fxq.compress(model, x, "w8a8_static", data=[x])(x))
+
+
 def test_a_model_of_two_inputs_is_not_told_what_its_labels_are() -> None:
     class Two(nn.Module):
         def forward(self, a: Tensor, b: Tensor) -> Tensor:
