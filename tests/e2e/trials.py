@@ -49,7 +49,6 @@ TRIALS = (
         "`model.forward`",
         compressed="no: a graph returns no cache",
     ),
-    Trial("timm", "validation loop over (images, labels), ViT", "model"),
 )
 
 
