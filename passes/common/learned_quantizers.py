@@ -3,6 +3,7 @@
     StaticActivation      the range that calibration found, times a gain
     DynamicActivation     the activation's own range; learns nothing itself
     StraightThroughWeight the weight's own range; the weight learns through it
+    ScaledWeight          the range that the weight has at first, times a gain; both learn
     RoundedWeight         a fixed range; which of its two neighbours each weight goes to is learned
                           (AdaRound, arXiv:2004.10568)
     FixedWeight           codes that a method has chosen
@@ -111,6 +112,41 @@ class StraightThroughWeight(nn.Module):
         with torch.no_grad():
             _, scale, zero_point = quantize_weight(weight, self.spec)
         return fake_quantize(weight, scale, zero_point, *self.spec.grid)
+
+
+class ScaledWeight(nn.Module):
+    """A weight in the range it has at first, times a gain.
+
+    Args:
+        weight: `[N, ...]`, any float dtype.
+        spec: how it is quantized.
+    """
+
+    found: Tensor
+    zero_point: Tensor | None
+
+    def __init__(self, weight: Tensor, spec: QuantSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        _, scale, zero_point = quantize_weight(weight.detach(), spec)
+        self.register_buffer("found", scale)
+        self.register_buffer("zero_point", zero_point)
+        self.log_gain = nn.Parameter(torch.zeros_like(scale))
+
+    @property
+    def scale(self) -> Tensor:
+        """The scale as trained so far, fp32."""
+        return self.found * self.log_gain.exp()
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the weight quantized and dequantized."""
+        return fake_quantize(weight, self.scale, self.zero_point, *self.spec.grid)
+
+    def codes(self, weight: Tensor) -> WeightCodes:
+        """Return what a weight is quantized to."""
+        scale = self.scale.detach()
+        codes = numerics.quantize(weight.detach(), scale, self.zero_point, *self.spec.grid)
+        return WeightCodes(codes, scale, self.zero_point)
 
 
 class RoundedWeight(nn.Module):

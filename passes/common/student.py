@@ -21,13 +21,14 @@ from fxq.passes.common.learned_quantizers import (
     DynamicActivation,
     FixedWeight,
     RoundedWeight,
+    ScaledWeight,
     StaticActivation,
     StraightThroughWeight,
 )
 from fxq.rewriting import copy_graph, insert_module
 from fxq.spec import LayerSpec, QuantSpec
 
-Weights = Literal["straight_through", "rounded"]
+Weights = Literal["straight_through", "scaled", "rounded"]
 Modules = dict[tuple[tuple[TensorKey, ...], QuantSpec], nn.Module]  # by what they quantize
 
 
@@ -53,8 +54,10 @@ def student_of(gm: GraphModule, weights: Weights = "straight_through") -> GraphM
 
     Args:
         gm: a graph in the OBSERVED dialect, in float32. It is not modified.
-        weights: how they learn: "straight_through" by their values, "rounded" in a fixed range,
-            each whether it is rounded up or down; only the layers' biases train beside them then.
+        weights: how they learn: "straight_through" by their values; "scaled" likewise, in the
+            ranges they have at first, times gains that learn; "rounded" in fixed ranges, each
+            whether it is rounded up or down. With the last two, of other tensors only the layers'
+            biases train.
     Raises:
         UnsupportedError: parameters in half precision, in which small steps round away.
     """
@@ -122,6 +125,8 @@ def _quantize_operands(
             modules[key] = FixedWeight(fixed)
         elif weights == "rounded" and isinstance(spec.weight.format, Integer):
             modules[key] = RoundedWeight(value, spec.weight)
+        elif weights == "scaled" and not spec.weight.pair_safe:  # which fixes the range
+            modules[key] = ScaledWeight(value, spec.weight)
         else:
             modules[key] = StraightThroughWeight(spec.weight)
     weight = insert_module(student, f"{name}.weight_fake_quantize", modules[key], weight)

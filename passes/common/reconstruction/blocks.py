@@ -90,7 +90,8 @@ def _stack(node: Node) -> list[Path]:
 
 def _residual_sums(nodes: Sequence[Node]) -> set[Node]:
     """Return the sums of equal shapes where one operand went through a layer since the two were
-    one. Sums of embeddings have nothing in common; those of a rotation no layer in between."""
+    one. Sums of embeddings have nothing in common; those of a rotation no layer in between; those
+    of a layer's own parts are in the layer's module."""
     given = [node for node in nodes[0].graph.nodes if node.op == "placeholder"] if nodes else []
     bits = {node: 1 << place for place, node in enumerate((*given, *nodes))}
     layers = sum(bits[node] for node in nodes if kind_of(node) is not None)
@@ -101,12 +102,19 @@ def _residual_sums(nodes: Sequence[Node]) -> set[Node]:
         seen[node] = bits[node]
         for arg in reads:
             seen[node] |= seen.get(arg, 0)
-        if is_op(node, *ADD) and len(reads) == 2:
+        if _adds_alike(node, reads):
             one, other = (seen.get(arg, 0) for arg in reads)
-            same = [shape_of(arg) for arg in args_of(node)[:2] if isinstance(arg, Node)]
-            if one & other and (one ^ other) & layers and len(same) == 2 and same[0] == same[1]:
+            if one & other and (one ^ other) & layers:
                 found.add(node)
     return found
+
+
+def _adds_alike(node: Node, reads: Sequence[Node]) -> bool:
+    """Tell whether a node adds two values of one shape that are not parts of one layer."""
+    if not is_op(node, *ADD) or len(reads) != 2:
+        return False
+    parts = all(kind_of(arg) is not None and _stack(arg) == _stack(node) for arg in reads)
+    return not parts and shape_of(reads[0]) == shape_of(reads[1])
 
 
 def _source(node: Node) -> Node:

@@ -17,7 +17,11 @@ from fxq.checkpoint import Tensors
 from fxq.graph import args_of, constant_of
 from fxq.layer import WeightCodes, layer_of
 from fxq.passes.common.convert import pending_layers, quantize_weight
-from fxq.passes.common.learned_quantizers import RoundedWeight, StaticActivation
+from fxq.passes.common.learned_quantizers import (
+    RoundedWeight,
+    ScaledWeight,
+    StaticActivation,
+)
 from fxq.passes.common.student import activation_scales, layer_operands, student_of
 from fxq.spec import QuantSpec
 
@@ -146,24 +150,26 @@ class Rounding:
 
 @dataclass(frozen=True)
 class StraightThrough:
-    """Learn weights by their values, with straight-through gradients, the scales of static
-    activations, and biases. A weight's range follows the weight.
+    """Learn weights by their values, with straight-through gradients, their scales, the scales of
+    static activations, and biases. A pair-safe weight's range follows the weight instead.
 
     Args:
         learning_rate: of weights, in units of each layer's mean magnitude.
+        scale_learning_rate: of logarithms of weights' scales; 0 leaves them.
         activation_learning_rate: of logarithms of activations' scales; 0 leaves them.
         bias_learning_rate: of biases; 0 leaves them.
         float_share: share of the activations that stay float in each step.
     """
 
     learning_rate: float = 1e-3
+    scale_learning_rate: float = 0.0
     activation_learning_rate: float = 2e-3
     bias_learning_rate: float = 0.0
     float_share: float = 0.0
 
     def student(self, block: GraphModule) -> GraphModule:
         """Return the block with weights that train."""
-        return _with_float_share(student_of(block), self.float_share)
+        return _with_float_share(student_of(block, "scaled"), self.float_share)
 
     def groups(self, student: GraphModule) -> Groups:
         """Return weights, scales and biases."""
@@ -171,8 +177,10 @@ class StraightThrough:
             (self.learning_rate * float(weight.detach().abs().mean()), [weight])
             for weight in layer_operands(student, 1).values()
         ]
+        scales = [m.log_gain for m in student.modules() if isinstance(m, ScaledWeight)]
         return _groups(
             *weights,
+            (self.scale_learning_rate, scales),
             (self.activation_learning_rate, activation_scales(student)),
             (self.bias_learning_rate, layer_operands(student, 2).values()),
         )
@@ -224,4 +232,7 @@ def _codes_of(student: GraphModule, layer: Node, spec: QuantSpec) -> WeightCodes
     module = student.get_submodule(str(quantizer.target))
     if isinstance(module, RoundedWeight):
         return module.codes()
-    return WeightCodes(*quantize_weight(constant_of(args_of(quantizer)[0]).detach(), spec))
+    weight = constant_of(args_of(quantizer)[0])
+    if isinstance(module, ScaledWeight):
+        return module.codes(weight)
+    return WeightCodes(*quantize_weight(weight.detach(), spec))

@@ -119,13 +119,7 @@ class _Walk:
         if not len(self.frontier):
             raise ValueError(NO_DATA)
         self.weights = self._sensitivities() if settings.loss.fisher else {}
-        numbers = range(len(self.frontier))
-        n_judges = max(1, round(len(numbers) * settings.held_out))
-        if len(numbers) < 4 or not settings.held_out:
-            self.judges = self.pupils = list(numbers)
-        else:
-            self.judges = [*numbers[-n_judges:]]
-            self.pupils = [*numbers[:-n_judges]] or self.judges
+        self.judges, self.pupils = _divided(len(self.frontier), settings.held_out)
         self.tensors: Tensors = {}  # what blocks have learned, for the checkpoint
         self.errors: dict[int, tuple[float, float]] = {}  # before and after, by block
 
@@ -227,6 +221,17 @@ class _Walk:
             for node, _ in pending_layers(owner):
                 if layer_of(node).weight is None and weight_key(node) == key:
                     set_facts(node, weight=codes)
+
+
+def _divided(count: int, held_out: float) -> tuple[list[int], list[int]]:
+    """Return the numbers of the batches that judge and of those that are learned from: the former
+    evenly spread, because data are often in the order of time-steps."""
+    everything = list(range(count))
+    if count < 4 or not held_out:
+        return everything, everything
+    n_judges = max(1, round(count * held_out))
+    judges = [int((k + 0.5) * count / n_judges) for k in range(n_judges)]
+    return judges, [k for k in everything if k not in judges] or everything
 
 
 WeightKey = tuple[TensorKey, QuantSpec]
