@@ -56,7 +56,7 @@ def calibrate(
 
     def counted() -> Iterator[Sequence[Any]]:
         for inputs in batches:
-            sizes.append(_batch_size(inputs))
+            sizes.append(batch_size(inputs))
             yield inputs
 
     def state() -> Tensors:
@@ -169,7 +169,8 @@ def n_processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _batch_size(inputs: Sequence[Any]) -> int:
+def batch_size(inputs: Sequence[Any]) -> int:
+    """Return the number of samples of a batch: rows of its first tensor that has any."""
     tensors = (x for x in inputs if isinstance(x, Tensor) and x.ndim)
     return next((len(x) for x in tensors), 1)
 

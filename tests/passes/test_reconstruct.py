@@ -212,7 +212,13 @@ def test_bad_input_is_told() -> None:
     )
     with pytest.raises(ValueError, match=NO_DATA[:20]):
         FAST.run(gm, [])
-    for wrong in ({"steps": 0}, {"held_out": 1.5}, {"inputs_share": -1}, {"place": "tape"}):
+    for wrong in (
+        {"steps": 0},
+        {"rows_per_step": 0},
+        {"held_out": 1.5},
+        {"inputs_share": -1},
+        {"place": "tape"},
+    ):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             Reconstruct(**wrong)
     with pytest.raises(TypeError, match="blocks"):

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.fx import GraphModule
 
+from fxq.calibrate import batch_size
 from fxq.files import write_tensors
 from fxq.graph import is_state, tensor_of
 from fxq.passes.common.reconstruction.blocks import Block
@@ -45,8 +46,10 @@ class Frontier:
         names = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
         state = [node for node in gm.graph.nodes if is_state(node)]
         self.exact: list[dict[str, Any]] = []
+        self.rows: list[int] = []  # samples of each batch
         for batch in batches:  # a counter of steps has its value for the batch now
             values = dict(zip(names, batch, strict=True))
+            self.rows.append(max(1, batch_size(batch)))
             values |= {node.name: tensor_of(gm, node).clone() for node in state}
             self.exact.append({n: self.shelf.put(v) for n, v in values.items()})
         self.found = [dict(values) for values in self.exact]

@@ -35,7 +35,7 @@ from fxq.passes.common.reconstruction.frontier import Frontier, Place
 from fxq.passes.common.reconstruction.losses import BlockLoss
 from fxq.passes.common.reconstruction.methods import Learned, Method, Rounding
 from fxq.passes.common.reconstruction.sensitivity import sensitivities
-from fxq.passes.common.reconstruction.training import BlockTraining, Outcome
+from fxq.passes.common.reconstruction.training import BlockTraining, Course, Outcome
 from fxq.passes.common.student import set_parameter, student_of, without_observers
 from fxq.pipeline import Batches, DataPass
 from fxq.progress import Reported, Reporter, Task
@@ -57,6 +57,8 @@ class Reconstruct(DataPass):
         loss: what for.
         inputs_share: share of the elements of a block's inputs that come from the quantized blocks
             while it trains; the others are the float model's (QDrop, arXiv:2203.05740).
+        rows_per_step: samples that each step learns from: those of one batch, or of several where
+            batches are smaller.
         held_out: share of the batches that judge and are not learned from; of fewer than four
             batches all do both.
         blocks: qualified names of modules with shell wildcards; found from the graph unless given.
@@ -68,6 +70,7 @@ class Reconstruct(DataPass):
     method: Method = Rounding()  # noqa: RUF009  frozen
     loss: BlockLoss = BlockLoss()  # noqa: RUF009
     inputs_share: float = 1.0
+    rows_per_step: int = 8
     held_out: float = 0.125
     blocks: tuple[str, ...] = ()
     place: Place = "device"
@@ -77,8 +80,11 @@ class Reconstruct(DataPass):
     writes: ClassVar[Dialect] = OBSERVED
 
     def __post_init__(self) -> None:
-        if type(self.steps) is not int or self.steps < 1:
-            raise ValueError(f"Reconstruct.steps: expected 1 or more, found {self.steps!r}")
+        for name in ("steps", "rows_per_step"):
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise ValueError(
+                    f"Reconstruct.{name}: expected 1 or more, found {getattr(self, name)!r}"
+                )
         for name in ("inputs_share", "held_out"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(
@@ -118,8 +124,14 @@ class _Walk:
             self.frontier = Frontier(gm, batches, self.blocks, settings.place)
         if not len(self.frontier):
             raise ValueError(NO_DATA)
-        self.weights = self._sensitivities() if settings.loss.fisher else {}
-        self.judges, self.pupils = _divided(len(self.frontier), settings.held_out)
+        self.course = Course(
+            settings.method,
+            settings.loss,
+            settings.inputs_share,
+            settings.rows_per_step,
+            self._sensitivities() if settings.loss.fisher else {},
+            *_divided(len(self.frontier), settings.held_out),
+        )
         self.tensors: Tensors = {}  # what blocks have learned, for the checkpoint
         self.errors: dict[int, tuple[float, float]] = {}  # before and after, by block
 
@@ -181,12 +193,8 @@ class _Walk:
 
     def _train(self, k: int, task: Task) -> Outcome:
         torch.manual_seed(self.settings.seed * 1_000_003 + k)
-        s = self.settings
-        training = BlockTraining(
-            self.blocks[k], self.exact[k], self.frontier, s.method, s.loss, self.weights,
-            s.inputs_share, self.judges, self.pupils,
-        )  # fmt: skip
-        outcome = training.train(s.steps, task)
+        training = BlockTraining(self.blocks[k], self.exact[k], self.frontier, self.course)
+        outcome = training.train(self.settings.steps, task)
         if outcome.learned is not None:
             self.tensors |= {f"{k} {n}": v for n, v in outcome.learned.tensors().items()}
         self.errors[k] = outcome.before, outcome.after

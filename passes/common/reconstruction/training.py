@@ -38,6 +38,30 @@ class Outcome:
     after: float
 
 
+@dataclass(frozen=True, eq=False)
+class Course:
+    """How all blocks train.
+
+    Args:
+        method: what learns.
+        loss: what it learns for.
+        inputs_share: share of the input's elements that come from the quantized blocks in each
+            step; the others are the float model's.
+        rows_per_step: samples of a step, of as many batches as that takes.
+        weights: of the elements of nodes, by name.
+        judges: numbers of the batches that judge.
+        pupils: numbers of those that are learned from.
+    """
+
+    method: Method
+    loss: BlockLoss
+    inputs_share: float
+    rows_per_step: int
+    weights: Mapping[str, Tensor]
+    judges: Sequence[int]
+    pupils: Sequence[int]
+
+
 class BlockTraining:
     """One block's training.
 
@@ -45,32 +69,16 @@ class BlockTraining:
         block: what is trained; observers calibrated.
         exact: its float function.
         frontier: inputs in both forms, and the block's outputs in float.
-        method: what learns.
-        loss: what it learns for.
-        weights: of the elements of nodes, by name.
-        inputs_share: share of the input's elements that come from the quantized blocks in each
-            step; the others are the float model's.
-        judges: numbers of the batches that judge.
-        pupils: numbers of those that are learned from.
+        course: how.
     """
 
     def __init__(
-        self,
-        block: Block,
-        exact: GraphModule,
-        frontier: Frontier,
-        method: Method,
-        loss: BlockLoss,
-        weights: Mapping[str, Tensor],
-        inputs_share: float,
-        judges: Sequence[int],
-        pupils: Sequence[int],
+        self, block: Block, exact: GraphModule, frontier: Frontier, course: Course
     ) -> None:
-        self.block, self.frontier, self.method, self.loss = block, frontier, method, loss
-        self.inputs_share, self.judges, self.pupils = inputs_share, judges, pupils
-        self.student = method.student(block.graph_module)
-        watched = loss.watched(block.layers)
-        self.weights = [weights.get(name) for name in (*block.outputs, *watched)]
+        self.block, self.frontier, self.course = block, frontier, course
+        self.student = course.method.student(block.graph_module)
+        watched = course.loss.watched(block.layers)
+        self.weights = [course.weights.get(name) for name in (*block.outputs, *watched)]
         self.watched_student = with_outputs(self.student, watched)
         self.watched_exact = with_outputs(exact, watched)
 
@@ -80,7 +88,7 @@ class BlockTraining:
         Raises:
             ValueError: an error that is not finite.
         """
-        groups = self.method.groups(self.student)
+        groups = self.course.method.groups(self.student)
         before = best = self._judged()
         if not groups or best == 0:
             task.advance(steps)
@@ -95,7 +103,7 @@ class BlockTraining:
                 group["lr"] = rate * (1 + math.cos(math.pi * step / steps)) / 2
             self._step(adam, step, step / steps, unit)
             if step + 1 in judged and (found := self._judged()) < best:
-                best, kept = found, self.method.learned(self.student)
+                best, kept = found, self.course.method.learned(self.student)
             task.advance(1, partial(self._news, before, best))
         return Outcome(kept, before, best)
 
@@ -103,34 +111,46 @@ class BlockTraining:
         return f"{self.block.name}: error {before:.2e} at first, {best:.2e} so far"
 
     def _step(self, adam: torch.optim.Adam, step: int, done: float, unit: float) -> None:
-        batch = self.pupils[int(torch.randint(len(self.pupils), ()))]
-        names = self.block.inputs
-        exact = self.frontier.read("exact", batch, names)
-        mixed = [
-            _mixed(one, other, self.inputs_share)
-            for one, other in zip(self.frontier.read("found", batch, names), exact, strict=True)
-        ]
-        targets = self._targets(batch, exact)
+        parameters = [p for group in adam.param_groups for p in group["params"]]
+        batches, rows = list[int](), 0
+        while rows < self.course.rows_per_step:
+            batches.append(self.course.pupils[int(torch.randint(len(self.course.pupils), ()))])
+            rows += self.frontier.rows[batches[-1]]
+        gradients = [torch.zeros_like(parameter) for parameter in parameters]
         self.student.train()  # and what it shares with the other
-        with torch.enable_grad():
-            found = self.watched_student(*mixed)
-            error = self.loss(found, targets, self.weights, len(self.block.outputs)) / unit
-            error = error + self.method.penalty(self.student, done)
-            parameters = [p for group in adam.param_groups for p in group["params"]]
-            gradients = torch.autograd.grad(error, parameters, materialize_grads=True)
-        if not bool(error.isfinite()):
-            raise ValueError(
-                f"reconstruction: expected a finite error, found {float(error)} in "
-                f"{self.block.name} at step {step}; check the data, or lower the learning rates"
-            )
+        for batch in batches:
+            error = self._error(batch, done, unit)
+            if not bool(error.isfinite()):
+                raise ValueError(
+                    f"reconstruction: expected a finite error, found {float(error)} in "
+                    f"{self.block.name} at step {step}; check the data, or lower the learning rates"
+                )
+            share = self.frontier.rows[batch] / rows
+            parts = torch.autograd.grad(error, parameters, materialize_grads=True)
+            for gradient, part in zip(gradients, parts, strict=True):
+                gradient.add_(part, alpha=share)
         for parameter, gradient in zip(parameters, _averaged(gradients), strict=True):
             parameter.grad = gradient
         adam.step()
 
+    def _error(self, batch: int, done: float, unit: float) -> Tensor:
+        """Return what is lowered, of one batch, in units of the error at the beginning."""
+        course, names = self.course, self.block.inputs
+        exact = self.frontier.read("exact", batch, names)
+        mixed = [
+            _mixed(one, other, course.inputs_share)
+            for one, other in zip(self.frontier.read("found", batch, names), exact, strict=True)
+        ]
+        targets = self._targets(batch, exact)
+        with torch.enable_grad():
+            found = self.watched_student(*mixed)
+            error = course.loss(found, targets, self.weights, len(self.block.outputs)) / unit
+            return error + course.method.penalty(self.student, done)
+
     def _targets(self, batch: int, inputs: Sequence[Any]) -> list[Any]:
         """Return the float block's outputs, and those of the layers watched."""
         outputs = self.frontier.read("exact", batch, self.block.outputs)
-        if not self.loss.watched(self.block.layers):
+        if not self.course.loss.watched(self.block.layers):
             return outputs
         with torch.no_grad():
             return [*outputs, *self.watched_exact(*inputs)[len(outputs) :]]
@@ -139,7 +159,7 @@ class BlockTraining:
         """Return the error of the block's outputs as it would be converted now."""
         self.student.eval()
         total = torch.zeros(2, dtype=torch.float64)
-        for batch in self.judges:
+        for batch in self.course.judges:
             with torch.no_grad():
                 found = self.student(*self.frontier.read("found", batch, self.block.inputs))
             exact = self.frontier.read("exact", batch, self.block.outputs)
