@@ -1,12 +1,15 @@
 """Reconstruct: closer to the model on data it has not seen, kept to the last integer, resumable,
 each block run once in each form; a weight that two layers share has one set of codes."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from test_blocks import W4A8, SmallUNet, Transformer
 from torch import Tensor, nn
 
@@ -236,3 +239,79 @@ def test_inputs_may_mix_both_chains() -> None:
     program, model = compressed(Transformer, replace(FAST, inputs_share=0.5))
     plain, _ = compressed(Transformer)
     assert error(program, model, Transformer) < error(plain, model, Transformer)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [FAST.method, StraightThrough(learning_rate=3e-2, scale_learning_rate=1e-2)],
+    ids=["rounding", "straight"],
+)
+def test_what_was_trained_is_what_is_converted(
+    method: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    last: list[Tensor] = []
+    original = frontier_module.Frontier.run
+
+    def kept(self: Any, chain: Any, block: Any, gm: Any) -> None:
+        original(self, chain, block, gm)
+        if chain == "found" and block.name == "results":
+            last[:] = [self.found[k][block.outputs[0]] for k in range(len(self))]
+
+    monkeypatch.setattr(frontier_module.Frontier, "run", kept)
+    program, _ = compressed(Transformer, replace(FAST, method=method))
+
+    for x, expected in zip(batches(Transformer, 5, 0), last, strict=True):
+        assert torch.equal(program(*x), expected)
+
+
+def test_no_roundings_to_learn_leaves_the_weights_at_the_nearest() -> None:
+    scales_alone = replace(
+        FAST, method=Rounding(learning_rate=0.0, activation_learning_rate=0.05, float_share=0.5)
+    )
+    program, _ = compressed(Transformer, scales_alone)
+    nearest, _ = compressed(Transformer)
+    found, plain = (dict(p.graph_module.named_buffers()) for p in (program, nearest))
+    moved = [name for name in plain if not torch.equal(plain[name], found[name])]
+    assert moved
+    assert all("input" in name for name in moved)
+
+
+def test_a_step_learns_from_as_many_batches_as_its_rows_take(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    taken: list[int] = []
+    original = training.BlockTraining._error
+
+    def counted(self: Any, batch: int, *args: Any) -> Tensor:
+        taken.append(batch)
+        return original(self, batch, *args)
+
+    monkeypatch.setattr(training.BlockTraining, "_error", counted)
+    compressed(Transformer, replace(FAST, steps=2, rows_per_step=9, blocks=("blocks.?",)))
+    # Batches of four rows, so three of them, twice; for the stem, two blocks and the head.
+    assert len(taken) == 3 * 2 * 4
+    assert 2 not in taken  # which judges
+
+
+def run_rank(rank: int, folder: str) -> None:
+    """Reconstruct as one of two processes, each with its own batches."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
+    data = batches(Transformer, 8, 0)[rank::2]
+    passes = (InsertObservers(W3A6), Calibrate(), FAST, Convert())
+    program = fxq.compress(Transformer().eval(), data[0], Recipe("r", passes), data)
+    torch.save(program.graph_module.state_dict(), Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_end_with_the_same_program(tmp_path: Path) -> None:
+    mp.spawn(run_rank, (str(tmp_path),), nprocs=2)
+
+    one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    nearest, _ = compressed(Transformer)
+
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    codes = dict(nearest.graph_module.named_buffers())["blocks.0.up.weight_codes"]
+    assert not torch.equal(one["blocks.0.up.weight_codes"], codes)
