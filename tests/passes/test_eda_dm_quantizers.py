@@ -1,5 +1,6 @@
 """EDA-DM's quantizers: which layers are first and last, and what attention multiplies."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -197,3 +198,29 @@ def test_products_of_quantized_operands_are_those_of_their_codes() -> None:
     error, more = ((p(x, y)[0] - exact).norm() / exact.norm() for p in (program, coarse))
     assert 0 < error < 0.02
     assert more > 5 * error  # 3-bit operands
+
+
+@pytest.mark.slow
+def test_reconstruction_brings_a_unet_closer_to_the_model_at_steps_it_has_not_seen() -> None:
+    model = time_first_unet()
+
+    def batch(seed: int, time: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(4, 1, 8, 8, generator=generator)
+        return {"sample": x, "timestep": torch.full((4,), time)}
+
+    data = [batch(k, 100 * k) for k in range(9)]
+    short = replace(eda_dm.FINE_GRAINED, steps=40)
+    recipe = eda_dm.reconstructed("short", 4, 4, reconstruct=short)
+    program = fxq.compress(model, data[0], recipe, data=data)
+    nearest = fxq.compress(model, data[0], eda_dm.NEAREST_W4A4, data=data)
+
+    errors = torch.zeros(2)
+    with torch.no_grad():
+        for k in range(8):
+            x = batch(20 + k, 50 + 100 * k)
+            exact = model(**x).sample
+            for index, found in enumerate((program, nearest)):
+                errors[index] += (found(**x).sample - exact).square().sum()
+    assert errors[0] < 0.9 * errors[1]
+    assert eda_dm.W4A4.passes[-2] == eda_dm.FINE_GRAINED

@@ -108,10 +108,10 @@ class Rounding:
             arXiv:2203.05740).
     """
 
-    learning_rate: float = 3e-2
-    activation_learning_rate: float = 2e-3
+    learning_rate: float = 0.1
+    activation_learning_rate: float = 1e-3
     bias_learning_rate: float = 0.0
-    penalty_weight: float = 1.0
+    penalty_weight: float = 0.1
     warmup: float = 0.2
     sharpness: tuple[float, float] = (20.0, 2.0)
     float_share: float = 0.0
@@ -161,9 +161,9 @@ class StraightThrough:
         float_share: share of the activations that stay float in each step.
     """
 
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-3
     scale_learning_rate: float = 0.0
-    activation_learning_rate: float = 2e-3
+    activation_learning_rate: float = 1e-3
     bias_learning_rate: float = 0.0
     float_share: float = 0.0
 

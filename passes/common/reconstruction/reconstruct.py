@@ -33,7 +33,7 @@ from fxq.passes.common.convert import pending_layers
 from fxq.passes.common.reconstruction.blocks import cut
 from fxq.passes.common.reconstruction.frontier import Frontier, Place
 from fxq.passes.common.reconstruction.losses import BlockLoss
-from fxq.passes.common.reconstruction.methods import Learned, Method, Rounding
+from fxq.passes.common.reconstruction.methods import Learned, Method, StraightThrough
 from fxq.passes.common.reconstruction.sensitivity import sensitivities
 from fxq.passes.common.reconstruction.training import BlockTraining, Course, Outcome
 from fxq.passes.common.student import set_parameter, student_of, without_observers
@@ -53,7 +53,7 @@ class Reconstruct(DataPass):
 
     Args:
         steps: of Adam, per block; the learning rates fall to zero along half a cosine.
-        method: what learns: `Rounding` or `StraightThrough`.
+        method: what learns: `StraightThrough`, `Rounding` or one of your own.
         loss: what for.
         inputs_share: share of the elements of a block's inputs that come from the quantized blocks
             while it trains; the others are the float model's (QDrop, arXiv:2203.05740).
@@ -66,8 +66,8 @@ class Reconstruct(DataPass):
         seed: of all random numbers.
     """
 
-    steps: int = 400
-    method: Method = Rounding()  # noqa: RUF009  frozen
+    steps: int = 200
+    method: Method = StraightThrough()  # noqa: RUF009  frozen
     loss: BlockLoss = BlockLoss()  # noqa: RUF009
     inputs_share: float = 1.0
     rows_per_step: int = 8
