@@ -15,7 +15,7 @@ float model on the rows that judge stays as calibration left it.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -166,21 +166,18 @@ class _Walk:
     def _sensitivities(self) -> dict[str, Tensor]:
         """Return how much the results feel errors at the outputs of blocks and layers."""
         names = {name for block in self.blocks for name in (*block.outputs, *block.layers)}
-        inputs = [node.name for node in self.gm.graph.nodes if node.op == "placeholder"]
-        batches = (self.frontier.read("exact", k, inputs) for k in range(len(self.frontier)))
         with self._random():
             torch.manual_seed(self.settings.seed)
-            return sensitivities(without_observers(self.gm), batches, sorted(names))
+            return sensitivities(without_observers(self.gm), self._batches(), sorted(names))
+
+    def _batches(self) -> Iterator[list[Any]]:
+        """Yield the graph's inputs, batch by batch; before any block is forgotten."""
+        names = [node.name for node in self.gm.graph.nodes if node.op == "placeholder"]
+        return (self.frontier.read("exact", k, names) for k in range(len(self.frontier)))
 
     def _go_on(self) -> None:
         """Take over what blocks have learned in an earlier call."""
-        names = self.blocks[0].inputs
-        inputs = (
-            value
-            for batch in range(len(self.frontier))
-            for value in self.frontier.read("exact", batch, names)
-            if isinstance(value, Tensor)
-        )
+        inputs = (x for batch in self._batches() for x in batch if isinstance(x, Tensor))
         state = self.checkpoint.load(fingerprint(self.gm, repr(self.settings), *inputs))
         if state is not None:
             about, self.tensors = state
