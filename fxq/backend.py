@@ -22,7 +22,7 @@ from torch.fx import GraphModule
 from fxq import numerics, ops, writes
 from fxq.account import account, flops_of
 from fxq.bound_graph import BoundGraph, Run
-from fxq.dynamo import readable
+from fxq.dynamo import fix_sizes, graphs_left, readable
 from fxq.errors import (
     FxqWarning,
     MissingInputError,
@@ -32,7 +32,7 @@ from fxq.errors import (
     did_you_mean,
 )
 from fxq.first_call import FirstCall
-from fxq.graph import is_settled
+from fxq.graph import hint, is_settled
 from fxq.lowering.apply_where_it_pays import Applied, apply_where_it_pays, summary
 from fxq.ops import decompositions
 from fxq.pipeline import Recipe, resolve_recipe
@@ -41,6 +41,12 @@ from fxq.writes import read_before_writing, write_back
 
 DEFAULT_RECIPE = "w8a8_dynamic"
 MAX_SLOW_SHARE = 0.02  # of a program's operations, in layers without a kernel: a classifier's head
+FULL = (
+    "recipe {!r} needs sizes that change from call to call as numbers, with a graph for each, and "
+    "this is the last graph that Dynamo makes of this function: sizes stay free in it. Raise "
+    "torch._dynamo.config.recompile_limit, or call torch.compiler.reset() where old sizes are done "
+    "with"
+)
 logger = logging.getLogger(__name__)
 
 
@@ -154,12 +160,30 @@ class Compiled(BoundGraph):
             )
         self.build(example_inputs)
 
+    def fixes_sizes(self, bound: GraphModule, args: Sequence[Any]) -> bool:
+        """Fix the sizes that the recipe needs as numbers, while Dynamo still makes graphs."""
+        wanted = [] if self.is_program else self.recipe.sizes_to_fix(bound)
+        large = [s for s in wanted if hint(s.size) >= s.floor]
+        if not wanted or not graphs_left():
+            if large:
+                warnings.warn(FULL.format(self.recipe.name), FxqWarning, stacklevel=2)
+            return False
+        for size, floor in wanted:
+            if hint(size) < floor:
+                bool(size < floor)  # so that Dynamo guards on it: beyond there is another graph
+        fixed = fix_sizes(self.dynamo_graph, [s.size for s in large], args)
+        if fixed:
+            numbers = sorted({hint(s.size) for s in large})
+            logger.info("recipe %r: a graph for %s tokens alone", self.recipe.name, numbers)
+        return fixed
+
     def make(self, bound: GraphModule, inputs: Sequence[Any], args: Sequence[Any]) -> Run:
         """Quantize, lower, and leave the rest to Inductor."""
         float_graph = copy_graph(bound)
         recipe = None if self.is_program else self.recipe
         applied = apply_where_it_pays(bound, recipe, _device_of([args[i] for i in self.static]))
         self._report_missing_kernels(applied)
+        self._report_changes(applied.quantized)
         self._report_skips(applied)
         lowered, live = applied.lowered, self.live
         write_back(lowered, self.written_nodes(lowered))
@@ -177,6 +201,18 @@ class Compiled(BoundGraph):
             return call() if judge.done else judge(args, call)
 
         return run
+
+    def _report_changes(self, gm: GraphModule) -> None:
+        """Log what the recipe did, a line for all layers of which it is the same."""
+        changed: dict[str, list[str]] = {}
+        for row in account(gm):
+            if row.format is not None and not self.is_program:
+                about = f" ({row.layer.remarks})" if row.layer.remarks else ""
+                did = f"{row.kind} {row.format}{about}"
+                changed.setdefault(did, []).append(row.module)
+        for did, names in changed.items():
+            modules = ", ".join(names)
+            logger.info("recipe %r: %d of %s: %s", self.recipe.name, len(names), did, modules)
 
     def _report_skips(self, applied: Applied) -> None:
         """Log what the recipe left as it was; raise, or warn, where it could not do what it is for,

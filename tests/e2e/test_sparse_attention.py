@@ -174,18 +174,6 @@ def test_what_the_recipe_could_not_do_is_a_warning_or_an_error() -> None:
         outputs(compiled(model, SMALL, strict=True), example)
 
 
-def test_a_free_number_of_tokens_is_warned_of() -> None:
-    model, example = JointAttention().eval(), joint_inputs()
-    fast = torch.compile(
-        model, backend="fxq", dynamic=True, options={"recipe": Recipe("test", (SMALL,))}
-    )
-
-    with pytest.warns(FxqWarning, match="a free number of tokens"):
-        found = outputs(fast, example | {"timestep": torch.zeros(2)})
-
-    torch.testing.assert_close(found, outputs(model, example), atol=5e-6, rtol=1e-4)
-
-
 def test_short_sequences_stay_dense_with_the_papers_recipe(compilations: list[Any]) -> None:
     model, example = JointAttention().eval(), joint_inputs()
     fast = torch.compile(model, backend="fxq", options={"recipe": TOPK_20}, fullgraph=True)
