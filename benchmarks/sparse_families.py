@@ -1,7 +1,7 @@
 """In how many transformers of diffusers is self-attention replaced without a word from the user?
 
     git clone https://github.com/huggingface/diffusers
-    python benchmarks/sparse_families.py diffusers [name ...]  # half an hour on one core
+    python benchmarks/sparse_families.py diffusers [name ...]
 
 Takes the small configurations of diffusers' own tests (`tests/models/transformers`, of a checkout
 whose version is near the installed one), has Dynamo capture each in one graph, applies
