@@ -126,7 +126,7 @@ def fix_sizes(gm: GraphModule, sizes: Iterable[SymInt], example_inputs: Sequence
     needed = {symbol for size in sizes for symbol in size.node.expr.free_symbols}
     for value, given in zip(inputs, example_inputs, strict=True):
         marked: Container[int] = getattr(given, "_dynamo_dynamic_indices", ())
-        shape = value.shape if isinstance(value, Tensor) else ()
+        shape: Sequence[Any] = value.shape if isinstance(value, Tensor) else ()
         kept = [size for dim, size in enumerate(shape) if dim in marked]
         needed -= {size.node.expr for size in kept if isinstance(size, SymInt)}
     found = [s for value in inputs for s in _sizes(value) if s.node.expr in needed]
@@ -137,7 +137,9 @@ def fix_sizes(gm: GraphModule, sizes: Iterable[SymInt], example_inputs: Sequence
 
 def _sizes(value: Any) -> list[SymInt]:
     """Return the free sizes of an example value, strides among them."""
-    numbers = (*value.shape, *value.stride()) if isinstance(value, FakeTensor) else (value,)
+    numbers: Sequence[Any] = (
+        (*value.shape, *value.stride()) if isinstance(value, FakeTensor) else (value,)
+    )
     return [number for number in numbers if isinstance(number, SymInt)]
 
 
@@ -147,9 +149,10 @@ def _as_fixed(value: Any) -> Any:
         return value
     if not isinstance(value, FakeTensor):
         return int(value)
+    both: Sequence[Sequence[Any]] = (value.shape, value.stride())
     shape, stride = (
         [int(n) if isinstance(n, SymInt) and n.node.expr.is_number else n for n in numbers]
-        for numbers in (value.shape, value.stride())
+        for numbers in both
     )
     with value.fake_mode:
         fixed = torch.empty_strided(shape, stride, dtype=value.dtype, device=value.device)
