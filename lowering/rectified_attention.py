@@ -25,20 +25,20 @@ def lowered_attention(*args: Any) -> tuple[Tensor, Tensor]:
     Args:
         args: those of the reference, then the engine.
     """
-    *given, scale, engine = args
+    *given, engine = args
     query: Tensor = given[0]
     if engine not in ENGINES:
         raise ValueError(f"engine: expected one of {ENGINES}, found {engine!r}")
     if query.device.type != "cuda":
-        return reference.rectified_attention(*given, scale)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+        return reference.rectified_attention(*given)
+    given[-1] = query.shape[-1] ** -0.5 if given[-1] is None else given[-1]  # scale
     if engine == "flex":
         from fxq.lowering.flex_attention import launch as flex_launch
 
-        return flex_launch(*given[:-1], scale=scale)  # never causal, says the rule
+        return flex_launch(*given[:-2], scale=given[-1])  # never causal, says the rule
     from fxq.lowering.kernels.rectified_attention import launch  # loads Triton
 
-    return launch(*given, scale)
+    return launch(*given)
 
 
 def _fake(*args: Any) -> tuple[Tensor, Tensor]:
