@@ -167,6 +167,8 @@ def _along_one_axis(mask: Node) -> tuple[int, Node] | None:
     """Return the axis of a mask `[B, 1, S, S]` along which it varies, -1 (keys) or -2 (queries),
     and the mask with a size of 1 along the other; None where it varies along both."""
     turned, node = False, mask
+    if len(shape_of(node)) != 4:
+        return None
     while shape_of(node)[-1] != 1 and shape_of(node)[-2] != 1:
         if is_op(node, *REPEATS):
             node = args_of(node)[0]

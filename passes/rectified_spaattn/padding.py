@@ -58,7 +58,7 @@ def find_padding(
     size, batch = segments.size, shape_of(args_of(before)[0])[0]
     parts = (mask, None) if shape_of(mask)[-2:-1] == (1,) else keys_and_queries(mask)
     keys, queries = parts or (mask, None)
-    keys = _upright(keys, -2, before)
+    keys = _upright(keys, -2, before) if parts else keys
     if dtype_of(keys) != torch.bool or shape_of(keys) != (batch, 1, 1, size):
         return Skip(
             f"its mask is not key padding: expected bool [{batch}, 1, 1, {size}], or that for keys "

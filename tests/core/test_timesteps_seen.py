@@ -111,7 +111,7 @@ class Denoiser(nn.Module):
 
 
 def example(timestep: float) -> tuple[Tensor, Tensor]:
-    return torch.randn(2, 5, 16), torch.full((2,), timestep)
+    return torch.randn(2, 5, 16), torch.full((2,), float(timestep))
 
 
 @pytest.fixture

@@ -114,6 +114,12 @@ def for_other_pairs(valid: Tensor, n_visual: int) -> Tensor:
     return keep == keep.transpose(2, 3)
 
 
+def of_one_sample(valid: Tensor, n_visual: int) -> Tensor:
+    """Of two parts that know no batch."""
+    keep = beside_ones(valid, n_visual)[0, 0, 0]
+    return keep & keep[:, None]
+
+
 def per_query(valid: Tensor, n_visual: int) -> Tensor:
     """Another mask for every query."""
     keep = beside_ones(valid, n_visual)
