@@ -71,6 +71,7 @@ def test_a_usual_run_that_reaches_every_row_is_not_told(levels: tuple[float, ...
     "steps",
     [
         [(0.2, 0.9), (0.5, 0.1), (0.7, 0.3)] * 4,  # falls once at a time
+        [(0.4, 0.9), (0.3, 0.95), (0.2, 0.5), (0.1, 0.9)] * 4,  # the most noise does not fall
         [0.5] * 40,  # one call again and again
         [1.0, 0.5, 0.25] * 5,  # three steps: a trial
         [1.0, 1.0, 0.5, 0.5, 0.25, 0.25],  # each with and without its prompt
@@ -92,6 +93,18 @@ def test_a_batch_counts_with_all_its_time_steps() -> None:
 
     assert not told(watch, [[900, 10], [900, 300]])
     assert watch.done
+
+
+def test_the_range_is_that_of_all_samples() -> None:
+    ((_, text),) = told(seen(800.0), [(4, 0.5), (3, 2), (2, 1), (1, 1)])
+
+    assert "found 0.5 to 4 " in text
+
+
+def test_time_steps_are_rounded_as_in_the_graph() -> None:
+    steps = [torch.tensor([t], dtype=torch.float64) for t in (0.7, 0.6, 0.5, 0.4)]
+
+    assert len(told(seen(0.7), steps)) == 1  # in fp64 the first is above the level, 0.69999999
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.int64])
