@@ -7,7 +7,7 @@ it without `import fxq`.
 
 import logging
 import warnings
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
@@ -20,27 +20,32 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.fx import GraphModule
 
 from fxq import numerics, ops, writes
-from fxq.account import account, flops_of
 from fxq.bound_graph import BoundGraph, Run
-from fxq.dynamo import readable
+from fxq.dynamo import fix_sizes, graphs_left, readable
 from fxq.errors import (
     FxqWarning,
     MissingInputError,
-    SkippedError,
     UnreadableGraphError,
     UnsupportedError,
     did_you_mean,
 )
 from fxq.first_call import FirstCall
-from fxq.graph import is_settled
-from fxq.lowering.apply_where_it_pays import Applied, apply_where_it_pays, summary
+from fxq.graph import hint
+from fxq.lowering.apply_where_it_pays import apply_where_it_pays
 from fxq.ops import decompositions
+from fxq.outcome import Outcome
 from fxq.pipeline import Recipe, resolve_recipe
 from fxq.rewriting import copy_graph
+from fxq.timesteps_seen import timesteps_to_see
 from fxq.writes import read_before_writing, write_back
 
 DEFAULT_RECIPE = "w8a8_dynamic"
-MAX_SLOW_SHARE = 0.02  # of a program's operations, in layers without a kernel: a classifier's head
+FULL = (
+    "recipe {!r} needs sizes that change from call to call as numbers, with a graph for each, and "
+    "this is the last graph that Dynamo makes of this function: sizes stay free in it. Raise "
+    "torch._dynamo.config.recompile_limit, or call torch.compiler.reset() where old sizes are done "
+    "with"
+)
 logger = logging.getLogger(__name__)
 
 
@@ -154,82 +159,52 @@ class Compiled(BoundGraph):
             )
         self.build(example_inputs)
 
+    def fixes_sizes(self, bound: GraphModule, args: Sequence[Any]) -> bool:
+        """Fix the sizes that the recipe needs as numbers, while Dynamo still makes graphs."""
+        wanted = [] if self.is_program else self.recipe.sizes_to_fix(bound)
+        large = [s for s in wanted if hint(s.size) >= s.floor]
+        if not wanted or not graphs_left():
+            if large:
+                warnings.warn(FULL.format(self.recipe.name), FxqWarning, stacklevel=2)
+            return False
+        for size, floor in wanted:
+            if hint(size) < floor:
+                bool(size < floor)  # so that Dynamo guards on it: beyond there is another graph
+        fixed = fix_sizes(self.dynamo_graph, [s.size for s in large], args)
+        if fixed:
+            numbers = sorted({hint(s.size) for s in large})
+            logger.info("recipe %r: a graph for %s tokens alone", self.recipe.name, numbers)
+        return fixed
+
     def make(self, bound: GraphModule, inputs: Sequence[Any], args: Sequence[Any]) -> Run:
         """Quantize, lower, and leave the rest to Inductor."""
         float_graph = copy_graph(bound)
         recipe = None if self.is_program else self.recipe
         applied = apply_where_it_pays(bound, recipe, _device_of([args[i] for i in self.static]))
-        self._report_missing_kernels(applied)
-        self._report_skips(applied)
+        outcome = Outcome(self.recipe, applied, self.is_program)
+        outcome.tell_missing_kernels(self.strict, warn=not self.builds)
+        outcome.tell_changes()
+        outcome.tell_skips(self.strict)
         lowered, live = applied.lowered, self.live
         write_back(lowered, self.written_nodes(lowered))
         table = select_decomp_table() | decompositions()
         # The weights are constants here already, which is what freezing is for.
         config = {**self.config, "freezing": False}
         compiled = _inductor(lowered, inputs, config, decompositions=table)
-        if self.eager is None:
-            return lambda args: compiled(*(args[i] for i in live))
-        graphs = (self.eager, float_graph, applied.quantized)
-        judge = FirstCall(*graphs, live, self.written, self.names)
+        all_seen = timesteps_to_see(applied.quantized)
+        judge = None
+        if self.eager is not None:
+            graphs = (self.eager, float_graph, applied.quantized)
+            judge = FirstCall(*graphs, live, self.written, self.names)
 
         def run(args: Sequence[Any]) -> Any:
-            call = partial(compiled, *(args[i] for i in live))
-            return call() if judge.done else judge(args, call)
+            given = [args[i] for i in live]
+            for seen in all_seen:
+                seen(given)
+            call = partial(compiled, *given)
+            return call() if judge is None or judge.done else judge(args, call)
 
         return run
-
-    def _report_skips(self, applied: Applied) -> None:
-        """Log what the recipe left as it was; raise, or warn, where it could not do what it is for,
-        where no kernel would gain by it, or where it found nothing to do."""
-        gm, declined = applied.quantized, applied.left
-        settled = {n.name for n in gm.graph.nodes if is_settled(n)} - set(declined)
-        rows = [row for row in account(gm) if row.node not in settled]
-        left = {row.node: f"{row.module}: {row.skip.reason}" for row in rows if row.skip}
-        for line in left.values():
-            logger.info("recipe %r left as it was %s", self.recipe.name, line)
-        meant = [left[row.node] for row in rows if row.skip and not row.skip.intended]
-        if not self.recipe.passes:
-            return
-        others = [line for name, line in left.items() if name not in declined]
-        n_changed = len(rows) - len(left)
-        told = []
-        if declined:
-            nothing = "" if n_changed else "changed nothing and "
-            share = f"{len(declined)} of {len(declined) + n_changed}"
-            told.append(
-                f"{nothing}left {share} layers as they were, because no kernel would gain by it "
-                f"here: {summary(declined.values())}"
-            )
-        listing = "".join(f"\n  {line}" for line in dict.fromkeys(meant or others))
-        if meant and self.strict:
-            raise SkippedError(f"strict=True, and {self.recipe.name!r} left as it was{listing}")
-        if meant:
-            told.append(f"left as it was{listing}")
-        elif listing and not n_changed and not declined:
-            told.append(f"changed nothing, and left as it was{listing}")
-        if told:
-            text = f"recipe {self.recipe.name!r} " + "; ".join(told)
-            warnings.warn(text, FxqWarning, stacklevel=2)
-
-    def _report_missing_kernels(self, applied: Applied) -> None:
-        """Raise where `strict` and a layer has no kernel; warn, once, where one that has none, of a
-        program, computes what was simulated all the same."""
-        declined = applied.declined
-        for name, why in declined.items():
-            logger.info("no kernel here for %s: %s", name, why)
-        if self.strict and (missing := {**applied.left, **declined}):
-            listing = "\n  ".join(f"{name}: {why}" for name, why in missing.items())
-            raise SkippedError(f"strict=True, and no kernel here for\n  {listing}")
-        share = _share_of(applied.quantized, declined)
-        if share > MAX_SLOW_SHARE and not self.builds:
-            warnings.warn(
-                f"no kernel here for {len(declined)} of {len(applied.decisions)} layers, "
-                f"{share:.0%} of the operations, which compute what was simulated all the same: "
-                "slower than in float, or no faster where weights alone are quantized: "
-                f"{summary(declined.values())}",
-                FxqWarning,
-                stacklevel=2,
-            )
 
 
 def _inductor(gm: GraphModule, inputs: Sequence[Any], config: dict[str, Any], **kwargs: Any) -> Any:
@@ -247,13 +222,6 @@ def _inductor(gm: GraphModule, inputs: Sequence[Any], config: dict[str, Any], **
     tag = f"{torch.compiler.config.cache_key_tag} fxq {definitions}"
     with torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
         return compile_fx(gm, inputs, inner_compile=inner_compile, config_patches=config, **kwargs)
-
-
-def _share_of(gm: GraphModule, names: Container[str]) -> float:
-    """Return which share of the operations of `gm` the named nodes have, 0 to 1."""
-    flops = {node.name: flops_of(node) for node in gm.graph.nodes}
-    part = sum(count for name, count in flops.items() if name in names)
-    return part / max(sum(flops.values()), 1)
 
 
 def _device_of(tensors: Sequence[Any]) -> torch.device:

@@ -93,23 +93,40 @@ class BoundGraph(ABC):
 
     def build(self, args: Sequence[Any]) -> Build:
         """Make what runs with the weights among `args`."""
-        nodes = [n for n in self.graph_module.graph.nodes if n.op == "placeholder"]
-        inputs = [nodes[i].meta["val"] for i in self.live]
-        with torch.inference_mode(False), torch.no_grad(), _tracing(inputs):
-            for i in self.static:
-                nodes[i].meta["source"] = self.name_of(i, args[i])
-            bound = with_constants(
-                self.graph_module, {nodes[i].name: args[i].detach() for i in self.static}
-            )
-            if not self.is_program:
-                # Once more: a product with a weight is a linear only where the weight is constant.
-                bound = canonicalize(bound)
-            run = self.make(bound, inputs, args)
+        with torch.inference_mode(False), torch.no_grad(), _tracing(self._live_values()):
+            bound = self._bind(args)
+            if self.fixes_sizes(bound, args):
+                self.graph_module, self.written = from_dynamo(self.dynamo_graph)
+                bound = self._bind(args)
+            run = self.make(bound, self._live_values(), args)
         bound_to, builds = [args[i] for i in self.static], self.builds
         key = tuple(map(id, bound_to))
         kept = [weakref.ref(weight, lambda _: builds.pop(key, None)) for weight in bound_to]
         builds[key] = Build(tuple(map(version_of, bound_to)), kept, run)
         return builds[key]
+
+    def _inputs(self) -> list[Node]:
+        return [n for n in self.graph_module.graph.nodes if n.op == "placeholder"]
+
+    def _live_values(self) -> list[Any]:
+        """Return the fake values of the inputs that are live."""
+        nodes = self._inputs()
+        return [nodes[i].meta["val"] for i in self.live]
+
+    def _bind(self, args: Sequence[Any]) -> GraphModule:
+        """Return the graph with the weights among `args` as its constants."""
+        nodes = self._inputs()
+        for i in self.static:
+            nodes[i].meta["source"] = self.name_of(i, args[i])
+        weights = {nodes[i].name: args[i].detach() for i in self.static}
+        bound = with_constants(self.graph_module, weights)
+        # Once more: a product with a weight is a linear only where the weight is constant.
+        return bound if self.is_program else canonicalize(bound)
+
+    def fixes_sizes(self, bound: GraphModule, args: Sequence[Any]) -> bool:
+        """Fix free sizes (`fxq.dynamo.fix_sizes`) that `make` needs as numbers, and tell whether
+        there were any. `args` and `bound` as in `make`, of a graph that will be made anew."""
+        return False
 
     def name_of(self, index: int, weight: Tensor) -> str:
         """Return the qualified name of a weight."""
@@ -117,7 +134,7 @@ class BoundGraph(ABC):
 
     def written_nodes(self, gm: GraphModule) -> list[Node]:
         """Return the placeholders of a graph made from this one that are written to."""
-        nodes = [n for n in self.graph_module.graph.nodes if n.op == "placeholder"]
+        nodes = self._inputs()
         written = {nodes[i].name for i in self.written}
         return [n for n in gm.graph.nodes if n.name in written]
 

@@ -3,16 +3,16 @@
 import contextlib
 import copy
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from types import CodeType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import SymInt, Tensor
 from torch._C._dynamo.eval_frame import reset_code
 from torch._dynamo.convert_frame import register_bytecode_hook
 from torch._dynamo.exc import BackendCompilerFailed, exceptions_allowed_to_be_fallback
-from torch._guards import TracingContext, tracing
+from torch._guards import CompileContext, TracingContext, tracing
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -35,7 +35,8 @@ def from_dynamo(gm: GraphModule) -> tuple[GraphModule, tuple[int, ...]]:
     """Return the graph that Dynamo hands to a backend as canonical aten operators, and the indices
     of the inputs it writes to, whose new values are its last results (`fxq.writes`).
 
-    Placeholders keep their order; symbolic sizes stay Dynamo's. `meta["source"]` of a placeholder
+    Placeholders keep their order; symbolic sizes stay Dynamo's, but for those fixed since
+    (`fix_sizes`), which are numbers. `meta["source"]` of a placeholder
     is the qualified name of the parameter it stands for, or the name of the model's argument. Nodes
     that come from a `Program` are settled.
 
@@ -47,7 +48,7 @@ def from_dynamo(gm: GraphModule) -> tuple[GraphModule, tuple[int, ...]]:
     gm = drop_inert_regions(gm)
     if why := why_unreadable(gm.graph):
         raise UnreadableGraphError(why)
-    values = [n.meta["example_value"] for n in placeholders]
+    values = [_as_fixed(n.meta["example_value"]) for n in placeholders]
     mode = fake_mode_of(values)
     interpreter = _Run(gm)  # node by node: so the new nodes know the modules they come from
     run = interpreter.run
@@ -110,6 +111,63 @@ class _Run(Interpreter):
         if not self.numbers or not isinstance(expected, Tensor) or not isinstance(result, Tensor):
             return result
         return result if result.dtype == expected.dtype else result.to(expected.dtype)
+
+
+def graphs_left() -> int:
+    """Return how many graphs Dynamo makes of the function that it compiles now after this one,
+    before it leaves the function as it is; 0 where it compiles none."""
+    current = CompileContext.current_compile_id()
+    if current is None or current.frame_compile_id is None:
+        return 0
+    return max(torch._dynamo.config.recompile_limit - 1 - current.frame_compile_id, 0)
+
+
+def fix_sizes(gm: GraphModule, sizes: Iterable[SymInt], example_inputs: Sequence[Any]) -> bool:
+    """Make every free size of its inputs that `sizes` are computed of the number that it is in the
+    call for which Dynamo compiles `gm`. Dynamo guards on it: another number makes another graph.
+
+    Args:
+        gm: Dynamo's graph, which `from_dynamo` is to read once more afterwards.
+        sizes: of values in its graph.
+        example_inputs: of `gm`; sizes that a user marked as dynamic stay free.
+    Returns:
+        Whether any was fixed.
+    """
+    inputs = [n.meta["example_value"] for n in gm.graph.nodes if n.op == "placeholder"]
+    needed = {symbol for size in sizes for symbol in size.node.expr.free_symbols}
+    for value, given in zip(inputs, example_inputs, strict=True):
+        marked: Container[int] = getattr(given, "_dynamo_dynamic_indices", ())
+        shape: Sequence[Any] = value.shape if isinstance(value, Tensor) else ()
+        kept = [size for dim, size in enumerate(shape) if dim in marked]
+        needed -= {size.node.expr for size in kept if isinstance(size, SymInt)}
+    found = [s for value in inputs for s in _sizes(value) if s.node.expr in needed]
+    for size in found:
+        int(size)
+    return bool(found)
+
+
+def _sizes(value: Any) -> list[SymInt]:
+    """Return the free sizes of an example value, strides among them."""
+    numbers: Sequence[Any] = (
+        (*value.shape, *value.stride()) if isinstance(value, FakeTensor) else (value,)
+    )
+    return [number for number in numbers if isinstance(number, SymInt)]
+
+
+def _as_fixed(value: Any) -> Any:
+    """Return an example value in which sizes that have been fixed are numbers."""
+    if not any(size.node.expr.is_number for size in _sizes(value)):
+        return value
+    if not isinstance(value, FakeTensor):
+        return int(value)
+    both: Sequence[Sequence[Any]] = (value.shape, value.stride())
+    shape, stride = (
+        [int(n) if isinstance(n, SymInt) and n.node.expr.is_number else n for n in numbers]
+        for numbers in both
+    )
+    with value.fake_mode:
+        fixed = torch.empty_strided(shape, stride, dtype=value.dtype, device=value.device)
+    return fixed.requires_grad_(value.requires_grad)
 
 
 def _pending(env: Any) -> list[Any]:

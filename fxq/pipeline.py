@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,18 @@ from fxq.signature import Leaf, split_inputs
 Batches = Iterable[Sequence[Any]]  # each batch: the graph's inputs in order
 
 
+class SizeToFix(NamedTuple):
+    """A free size that a pass needs as a number.
+
+    Args:
+        size: symbolic.
+        floor: below it the number does not matter.
+    """
+
+    size: torch.SymInt
+    floor: int
+
+
 class Pass(ABC):
     """A rewrite of a graph. Subclass as a frozen dataclass."""
 
@@ -49,6 +61,17 @@ class Pass(ABC):
         """Whether it leaves state in the graph that the user must set between calls, and so needs a
         `Program` that holds it."""
         return False
+
+    def sizes_to_fix(self, gm: GraphModule) -> Iterable[SizeToFix]:
+        """Return the free sizes that must be numbers for the pass to do what it is for.
+
+        Where `torch.compile` left them free they are fixed before the recipe runs, and other
+        numbers make other graphs.
+
+        Args:
+            gm: canonical, before the recipe; to be read only.
+        """
+        return ()
 
     @abstractmethod
     def run(self, gm: GraphModule) -> PassResult:
@@ -106,6 +129,10 @@ class Recipe:
     def needs_program(self) -> bool:
         """Whether any pass leaves state that the user must set between calls."""
         return any(isinstance(p, Pass) and p.needs_program for p in self.passes)
+
+    def sizes_to_fix(self, gm: GraphModule) -> list[SizeToFix]:
+        """Return the free sizes of `gm` that passes need as numbers (`Pass.sizes_to_fix`)."""
+        return [size for p in self.passes if isinstance(p, Pass) for size in p.sizes_to_fix(gm)]
 
     def apply(
         self,

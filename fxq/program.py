@@ -15,6 +15,7 @@ from fxq.capturing import Captured
 from fxq.graph import mark_for_dynamo
 from fxq.rewriting import copy_graph, register_tensor
 from fxq.signature import Signature
+from fxq.timesteps_seen import timesteps_to_see
 from fxq.writes import check_apart
 
 PLAIN = (bool, int, float, str, type(None), torch.dtype)
@@ -55,6 +56,7 @@ class Program(nn.Module):
             register_tensor(self.states, f"initial.{name}", value)
             register_tensor(self.states, f"current.{name}", value.clone())
         self.graph_module = graph_module
+        self.timesteps_seen = timesteps_to_see(graph_module)
         self.signature = signature
         self.recipe = recipe
         self.notes = notes
@@ -92,6 +94,9 @@ class Program(nn.Module):
         if "return_dict" in kwargs and self.signature.constant("return_dict") is not False:
             kwargs = {name: value for name, value in kwargs.items() if name != "return_dict"}
         inputs = self.inputs(args, kwargs)
+        if not torch.compiler.is_compiling():
+            for seen in self.timesteps_seen:
+                seen(inputs)
         leaves = list(self.graph_module(*inputs))
         for place, index in enumerate(self.signature.writes, self.signature.out_spec.num_leaves):
             leaves[place] = inputs[index].copy_(leaves[place])

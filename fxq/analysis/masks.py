@@ -10,8 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
+from fxq.analysis.shown import shown_for_sure
 from fxq.constants import Constants
 from fxq.graph import args_of, dtype_of, is_op, shape_of
 from fxq.operators import COPIES, RESHAPES, Movement, movement_of, of, operand
@@ -21,6 +23,7 @@ SAME = COPIES | RESHAPES | of(Movement.EXPAND)  # changes neither the elements n
 # Comparison -> which operand counts up.
 KEEPS = {aten.lt.Tensor: 0, aten.gt.Tensor: 1}
 HIDES = {aten.ge.Tensor: 0, aten.le.Tensor: 1}
+REPEATS = COPIES | {aten.expand.default, aten.repeat.default}
 NO_BOUND = -(2**62)
 
 
@@ -31,6 +34,7 @@ class Masks:
         self._constants, self._at_capture = Constants(), Constants(at_capture=True)
         self._causal: dict[Node, bool] = {}
         self._bounds: dict[Node, int] = {}
+        self._shown: dict[Node, Tensor] = {}
 
     def hides_nothing(self, mask: Node) -> bool:
         """Tell whether a mask is constant and of no effect: all true, or a bias of zeros."""
@@ -61,6 +65,17 @@ class Masks:
         else:
             length = self._compared(mask, size, KEEPS)
         return None if length is None else self._at_least(length)
+
+    def shown_for_sure(self, mask: Node) -> Tensor:
+        """Return which keys a mask shows every query of every sample in any call, bool `[S]`.
+
+        Args:
+            mask: of one query, `[..., S]`.
+        """
+        if mask not in self._shown:
+            found = shown_for_sure(mask, self._constants)
+            self._shown[mask] = found.flatten(0, -2).all(0)
+        return self._shown[mask]
 
     def _hides_what_follows(self, mask: Node) -> bool:
         if movement_of(mask) is Movement.AND:
@@ -122,3 +137,48 @@ def origin(node: Any) -> Any:
     while is_op(node, *SAME):
         node = args_of(node)[0]
     return node
+
+
+def keys_and_queries(mask: Node) -> tuple[Node, Node | None] | None:
+    """Return the two parts of a boolean mask `[B, 1, S, S]` that shows some keys to some queries.
+
+    Returns:
+        the keys it shows; the queries it shows them to, None for all; each `[B, 1, 1, S]` or
+        `[B, 1, S, 1]`. None where it is not made of two such parts.
+    """
+    parts: dict[int, Node] = {}
+    factors = [mask]
+    while factors:
+        factor = factors.pop()
+        while is_op(factor, *COPIES) and dtype_of(args_of(factor)[0]) == torch.bool:
+            factor = args_of(factor)[0]
+        if movement_of(factor) in (Movement.AND, Movement.MUL):
+            factors += args_of(factor)[:2]
+            continue
+        if not isinstance(factor, Node) or dtype_of(factor) != torch.bool:
+            return None
+        found = _along_one_axis(factor)
+        if found is None or parts.setdefault(found[0], found[1]) is not found[1]:
+            return None
+    return None if -1 not in parts else (parts[-1], parts.get(-2))
+
+
+def _along_one_axis(mask: Node) -> tuple[int, Node] | None:
+    """Return the axis of a mask `[B, 1, S, S]` along which it varies, -1 (keys) or -2 (queries),
+    and the mask with a size of 1 along the other; None where it varies along both."""
+    turned, node = False, mask
+    if len(shape_of(node)) != 4:
+        return None
+    while shape_of(node)[-1] != 1 and shape_of(node)[-2] != 1:
+        if is_op(node, *REPEATS):
+            node = args_of(node)[0]
+        elif is_op(node, aten.transpose.int) and {d % 4 for d in args_of(node)[1:3]} == {2, 3}:
+            turned, node = not turned, args_of(node)[0]
+        else:
+            return None
+        if len(shape_of(node)) != 4:
+            return None
+    by_keys = shape_of(node)[-2] == 1
+    if turned:
+        return (-2 if by_keys else -1), node
+    return (-1 if by_keys else -2), node

@@ -55,11 +55,25 @@ class Positions:
             and values, each `[S]`, int64, free sizes as at capture. One whose sizes depend on the
             data is left out.
         returned: names of the streams that the model's results have positions of.
+        aligned: pairs of streams whose tokens are added (or multiplied) one to one: they stand at
+            the same places.
     """
 
     streams: list[Stream] = field(default_factory=list)
     attention: dict[Node, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
     returned: set[str] = field(default_factory=set)
+    aligned: set[frozenset[str]] = field(default_factory=set)
+
+    @property
+    def standing_for(self) -> set[str]:
+        """Names of the streams that are returned or stand, token for token, where such a one does:
+        what a denoiser's control branch is given."""
+        found: set[str] = set()
+        more = set(self.returned)
+        while more:
+            found |= more
+            more = {name for pair in self.aligned if pair & found for name in pair} - found
+        return found
 
     def stream_of(self, number: int) -> Stream | None:
         """Return the stream that an element's number belongs to, None for NOWHERE and UNKNOWN."""
@@ -155,9 +169,20 @@ def _pointwise(walk: _Numbers, node: Node) -> Tensor:
     sizes = sizes_of(node)
     result = numbers[0].expand(sizes)
     for other in numbers[1:]:
+        _note_alignment(walk.found, compact(result), compact(other))
         small, more = torch.broadcast_tensors(compact(result), compact(other))
         result = torch.where(small == NOWHERE, more, small).expand(sizes)
     return result
+
+
+def _note_alignment(found: Positions, one: Tensor, other: Tensor) -> None:
+    """Note the streams of two operands with as many tokens each, all of one stream each."""
+    if one.shape != other.shape or one.numel() < 2:
+        return
+    ends = [[found.stream_of(int(n)) for n in (x.amin(), x.amax())] for x in (one, other)]
+    streams = [low if low is high else None for low, high in ends]
+    if streams[0] is not None and streams[1] is not None and streams[0] is not streams[1]:
+        found.aligned.add(frozenset(stream.name for stream in streams if stream is not None))
 
 
 def _overwrite(walk: _Numbers, node: Node) -> Tensor:

@@ -11,6 +11,7 @@ instead of being moved; steps are chosen by a tensor in the graph, not by a coun
 attention is found in graphs, not by replacing methods of model classes.
 """
 
+from fxq.passes.rectified_spaattn.attention import rectified_attention
 from fxq.passes.rectified_spaattn.calibration import Calibration, Measurement, calibrate_density
 from fxq.passes.rectified_spaattn.curve import block_adjacency, curve_order
 from fxq.passes.rectified_spaattn.densities import set_densities
@@ -30,5 +31,6 @@ __all__ = [
     "block_adjacency",
     "calibrate_density",
     "curve_order",
+    "rectified_attention",
     "set_densities",
 ]

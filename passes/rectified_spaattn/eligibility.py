@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fxq.analysis.masks import Masks
 from fxq.graph import args_of, shape_of
@@ -22,6 +23,12 @@ def why_dense(node: Node, min_tokens: int, masks: Masks) -> Skip | None:
         min_tokens: shorter sequences stay dense.
         masks: answers about its mask.
     """
+    return why_unfit(node, masks) or _why_not_worth_it(shape_of(args_of(node)[0])[2], min_tokens)
+
+
+def why_unfit(node: Node, masks: Masks) -> Skip | None:
+    """Return why an attention stays dense whatever its number of tokens, None where it need not.
+    Arguments as for `why_dense`."""
     query, key, value = map(shape_of, args_of(node)[:3])
     shape, n_keys, head_dim = query, key[-2], value[-1]
     if operand(node, "dropout_p"):
@@ -32,18 +39,24 @@ def why_dense(node: Node, min_tokens: int, masks: Masks) -> Skip | None:
         return Skip(f"expected [B, H, S, D], found {len(shape)} dimensions", intended=False)
     if str(shape[2]) != str(n_keys):
         return Skip(f"cross-attention: {shape[2]} queries, {n_keys} keys", intended=True)
-    if not isinstance(shape[2], int):
-        return Skip(
-            "a free number of tokens; fix it (torch.compile: dynamic=False)", intended=False
-        )
-    if shape[2] < min_tokens:
-        return Skip(f"{shape[2]} tokens: dense is faster below {min_tokens}", intended=True)
     if reason := _broadcast(query, key, value, shape_of(node)):
         return reason
     dims = (shape[3], head_dim)
     if any(not isinstance(d, int) or d % ALIGNED or d > MAX_HEAD_DIM for d in dims):
         return Skip(
             f"head sizes {dims}: expected multiples of {ALIGNED} up to {MAX_HEAD_DIM}",
+            intended=False,
+        )
+    return None
+
+
+def _why_not_worth_it(tokens: int | torch.SymInt, min_tokens: int) -> Skip | None:
+    if statically_known_true(tokens < min_tokens):
+        return Skip(f"{tokens} tokens: dense is faster below {min_tokens}", intended=True)
+    if not isinstance(tokens, int):
+        return Skip(
+            "a free number of tokens; fix it (torch.compile: without mark_dynamic; fxq.compress: "
+            "no such dimension in dynamic_shapes)",
             intended=False,
         )
     return None

@@ -7,7 +7,7 @@ operator where their grid is known. What is left dense carries its reason, and t
 
 import fnmatch
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -20,7 +20,7 @@ from fxq.analysis.masks import Masks
 from fxq.analysis.positions import Positions, find_positions
 from fxq.dialect import QUANTIZED, Dialect
 from fxq.errors import did_you_mean
-from fxq.graph import args_of, is_op, is_settled, owner_name, val_of
+from fxq.graph import args_of, is_op, is_settled, owner_name, shape_of, val_of
 from fxq.layer import NOT_SEEN, Skip, hand_on, layer_of, treat
 from fxq.operators import ATTENTION, DENSE_ATTENTION, SPARSE_ATTENTION, operand
 from fxq.passes.rectified_spaattn.curve import Grid, block_adjacency, curve_order
@@ -29,10 +29,15 @@ from fxq.passes.rectified_spaattn.densities import (
     density_table,
     insert_densities,
 )
-from fxq.passes.rectified_spaattn.eligibility import why_dense
-from fxq.passes.rectified_spaattn.padding import valid_text
+from fxq.passes.rectified_spaattn.eligibility import why_dense, why_unfit
+from fxq.passes.rectified_spaattn.padding import (
+    Padding,
+    find_padding,
+    in_order,
+    of_seen_queries,
+)
 from fxq.passes.rectified_spaattn.segments import Segments, TokenLayout, find_segments
-from fxq.pipeline import Pass
+from fxq.pipeline import Pass, SizeToFix
 from fxq.rectified_attention.layout import check_choices
 from fxq.rewriting import add_buffer, insert_call
 from fxq.rows import ByStep, Rows
@@ -47,7 +52,7 @@ class _Site:
 
     node: Node
     segments: Segments
-    text_len: Node | None
+    padding: Padding | None
     density: float | None
 
 
@@ -124,13 +129,23 @@ class ReplaceAttention(Pass):
         """The density of each row."""
         return self.density if isinstance(self.density, tuple) else (self.density,)
 
+    def sizes_to_fix(self, gm: GraphModule) -> Iterator[SizeToFix]:
+        """Yield the free numbers of tokens of all attention that it would replace."""
+        positions, masks = find_positions(gm), Masks()
+        for node, numbers in positions.attention.items():
+            size = shape_of(args_of(node)[0])[-2]
+            if isinstance(size, int) or is_settled(node) or why_unfit(node, masks):
+                continue
+            if isinstance(find_segments(numbers, positions, self.layout), Segments):
+                yield SizeToFix(size, self.min_tokens)
+
     def run(self, gm: GraphModule) -> PassResult:
         """Replace what can be replaced and mark the rest."""
         positions = find_positions(gm)
         attentions = [node for node in positions.attention if not is_settled(node)]
         overridden = self._overridden(list(positions.attention))
         name = type(self).__name__
-        masks, sites, lengths = Masks(), [], dict[Masked, Node | Skip | None]()
+        masks, sites, lengths = Masks(), [], dict[Masked, Padding | Skip | None]()
         for node in attentions:
             found = self._examine(node, positions, overridden, masks, lengths)
             if isinstance(found, Skip):
@@ -156,9 +171,9 @@ class ReplaceAttention(Pass):
         positions: Positions,
         overridden: dict[Node, Override],
         masks: Masks,
-        lengths: dict[Masked, Node | Skip | None],
+        lengths: dict[Masked, Padding | Skip | None],
     ) -> _Site | Skip:
-        """Return what to replace, or why not. `lengths` has the valid text of masks seen so far."""
+        """Return what to replace, or why not. `lengths` has what masks seen so far say."""
         pattern, density = overridden.get(node, (None, None))
         if pattern is not None and (density is None or density >= 1):
             return Skip(f"override {pattern!r}", intended=True)
@@ -170,11 +185,11 @@ class ReplaceAttention(Pass):
         mask = operand(node, "attn_mask")
         masked = mask, segments
         if masked not in lengths:
-            lengths[masked] = valid_text(mask, masks, segments, self.layout.prefix_masks, node)
-        text_len = lengths[masked]
-        if isinstance(text_len, Skip):
-            return text_len
-        return _Site(node, segments, text_len, density)
+            lengths[masked] = find_padding(mask, masks, segments, self.layout.prefix_masks, node)
+        padding = lengths[masked]
+        if isinstance(padding, Skip):
+            return padding
+        return _Site(node, segments, padding, density)
 
     def _overridden(self, attentions: Sequence[Node]) -> dict[Node, Override]:
         names = {node: owner_name(node) for node in attentions}
@@ -198,10 +213,13 @@ class ReplaceAttention(Pass):
         for site, density in zip(sites, densities, strict=True):
             order, adjacency = self._curve(gm, site, curves)
             node, segments = site.node, site.segments
-            query, key, value = args_of(node)[:3]
+            padding = site.padding
+            query, *pair = args_of(node)[:3]
+            key, value = (in_order(padding, part, node) for part in pair)
+            text_len = None if padding is None else padding.text_len
             gate = self.mode == "paper" if self.gate is None else self.gate
             args = (
-                query, key, value, density, site.text_len, order, adjacency, segments.text_start,
+                query, key, value, density, text_len, order, adjacency, segments.text_start,
                 segments.text_size, self.block_size, self.top_p, self.mode, self.mass, gate,
                 self.center_keys, False, operand(node, "scale"),
             )  # fmt: skip
@@ -211,6 +229,7 @@ class ReplaceAttention(Pass):
             treat(sparse, type(self).__name__, format, self._note(site), format=format)
             _keep_name(sparse, owner_name(node))
             result = insert_call(operator.getitem, (sparse, 0), before=node)
+            result = of_seen_queries(padding, result, node)
             node.replace_all_uses_with(result)
             gm.graph.erase_node(node)
 
@@ -250,7 +269,7 @@ class ReplaceAttention(Pass):
     def _note(self, site: _Site) -> str:
         segments = site.segments
         parts = [segments.note]
-        if site.text_len is not None:
+        if site.padding is not None:
             parts.append("padding counted")
         if segments.grid is None:
             parts.append("grid unknown: tokens as they lie")

@@ -1,9 +1,10 @@
 """Token layout: which part of a sequence is text, which is visual, and the grid of the visual part.
 
-The visual tokens are those whose input the model returns: a denoiser returns its latents. Where a
-model returns none of its inputs' positions (a classifier), it is the longest part. Everything else
-in the sequence - text, class tokens, registers - is kept by every query and never pooled, and is
-called text for short. `TokenLayout` says by hand what a graph does not hold.
+The visual tokens are those whose input the model returns (a denoiser returns its latents), or of an
+input that is added to these token by token, as a control branch's is. Where a model returns none of
+its inputs' positions (a classifier), it is the longest part. Everything else in the sequence -
+text, class tokens, registers - is kept by every query and never pooled, and is called text for
+short. `TokenLayout` says by hand what a graph does not hold.
 """
 
 from collections.abc import Sequence
@@ -123,10 +124,15 @@ def _traced(numbers: Tensor, positions: Positions, layout: TokenLayout) -> Segme
     bases = torch.tensor([stream.base for stream in streams])
     index = torch.bucketize(numbers, bases, right=True) - 1  # -1: a learned token
     present = {streams[i].name: int((index == i).sum()) for i in index.unique() if i >= 0}
-    returned = {name: n for name, n in present.items() if name in positions.returned}
+    standing_for = positions.standing_for
+    returned = {name: n for name, n in present.items() if name in standing_for}
     if positions.returned and not returned:
         names = ", ".join(sorted(present))
-        return Skip(f"all its tokens are {names}, of which the model returns none", intended=True)
+        return Skip(
+            f"all its tokens are {names}, of which the model returns none; where they are visual, "
+            "say so with layout=TokenLayout(text, text_size, grid)",
+            intended=True,
+        )
     candidates = returned or present
     visual = max(candidates, key=lambda name: candidates[name])
     stream = next(s for s in streams if s.name == visual)

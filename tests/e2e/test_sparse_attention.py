@@ -1,5 +1,6 @@
 """Sparse attention through `torch.compile`: one graph over a denoising loop, models as they are."""
 
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -108,6 +109,20 @@ def test_a_step_counter_and_new_densities_do_not_compile_again(compilations: lis
     assert len(compilations) == 1
 
 
+def test_levels_that_no_step_reaches_are_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "compile_fx", lambda gm, *args, **kwargs: gm)
+    model, example = JointAttention().eval(), joint_inputs()
+    fast = compiled(model, SMALL)
+
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", FxqWarning)
+        for noise in (1.0, 0.75, 0.5, 0.25) * 2:  # where levels are of 1000 to 0
+            outputs(fast, example | {"timestep": torch.full((2,), noise)})
+
+    (text,) = [str(w.message) for w in told if w.category is FxqWarning]
+    assert "found 0.25 to 1 in a run of 4 steps, and none above 600;" in text
+
+
 def test_quantized_linears_and_sparse_attention_compile_together(
     compilations: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,18 +187,6 @@ def test_what_the_recipe_could_not_do_is_a_warning_or_an_error() -> None:
     torch._dynamo.reset()
     with pytest.raises(BackendCompilerFailed, match=r"strict=True, and 'test' left as it was"):
         outputs(compiled(model, SMALL, strict=True), example)
-
-
-def test_a_free_number_of_tokens_is_warned_of() -> None:
-    model, example = JointAttention().eval(), joint_inputs()
-    fast = torch.compile(
-        model, backend="fxq", dynamic=True, options={"recipe": Recipe("test", (SMALL,))}
-    )
-
-    with pytest.warns(FxqWarning, match="a free number of tokens"):
-        found = outputs(fast, example | {"timestep": torch.zeros(2)})
-
-    torch.testing.assert_close(found, outputs(model, example), atol=5e-6, rtol=1e-4)
 
 
 def test_short_sequences_stay_dense_with_the_papers_recipe(compilations: list[Any]) -> None:

@@ -79,6 +79,47 @@ def all_kept(valid: Tensor, n_visual: int) -> Tensor:
     return torch.ones(1, 1, 1, n_visual + valid.shape[1], dtype=torch.bool)
 
 
+def in_any_order(valid: Tensor, n_visual: int) -> Tensor:
+    """Of valid text that may lie anywhere."""
+    return beside_ones(valid.roll(2, 1), n_visual)
+
+
+def padded_on(valid: Tensor, n_visual: int) -> Tensor:
+    """The same, as padding, from another dtype."""
+    return F.pad(valid.roll(2, 1).long(), (n_visual, 0), value=1).bool()[:, None, None]
+
+
+def for_pairs(valid: Tensor, n_visual: int) -> Tensor:
+    """Padding neither seen nor seeing, as a product."""
+    keep = in_any_order(valid, n_visual)
+    return keep * keep.transpose(2, 3)
+
+
+def for_repeated_pairs(valid: Tensor, n_visual: int) -> Tensor:
+    """The same, by a repeated mask and its transpose."""
+    keep = padded_on(valid, n_visual)
+    rows = keep.repeat(1, 1, keep.shape[-1], 1)
+    return (rows & rows.transpose(2, 3)).bool()
+
+
+def rounded(valid: Tensor, n_visual: int) -> Tensor:
+    """Not provable: 0.5 shows a key, and rounded to an integer does not."""
+    keep = beside_ones(valid, n_visual).float() * 0 + 0.5
+    return keep.long().bool()
+
+
+def for_other_pairs(valid: Tensor, n_visual: int) -> Tensor:
+    """Padding that sees padding: no product of two parts."""
+    keep = beside_ones(valid, n_visual)
+    return keep == keep.transpose(2, 3)
+
+
+def of_one_sample(valid: Tensor, n_visual: int) -> Tensor:
+    """Of two parts that know no batch."""
+    keep = beside_ones(valid, n_visual)[0, 0, 0]
+    return keep & keep[:, None]
+
+
 def per_query(valid: Tensor, n_visual: int) -> Tensor:
     """Another mask for every query."""
     keep = beside_ones(valid, n_visual)

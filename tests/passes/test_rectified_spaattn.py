@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from small_models import ZOO, seeded
 from sparse_models import (
     DENSE,
@@ -16,8 +17,13 @@ from sparse_models import (
     below_length,
     beside_ones,
     compress,
+    for_pairs,
+    for_repeated_pairs,
+    in_any_order,
     joint_inputs,
     not_above_length,
+    padded_on,
+    per_query,
     reasons,
     sparse_nodes,
 )
@@ -136,6 +142,54 @@ def test_padded_text_is_counted_and_has_no_influence(mask: Mask) -> None:
         before = program(**example)
         example["text"][1, 3:] += 1e3
         torch.testing.assert_close(program(**example), before, atol=1e-5, rtol=1e-5)
+
+
+EVERYWHERE = (
+    beside_ones, in_any_order, padded_on, for_pairs, for_repeated_pairs, per_query,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("mask", EVERYWHERE)
+def test_masks_that_show_all_visual_tokens_are_padding_wherever_text_is_valid(mask: Mask) -> None:
+    model, example = JointAttention("last", mask), joint_inputs(lengths=(5, 0))
+
+    program = compress(model, example, SMALL, strict=True)
+    dense = compress(model, example, DENSE, strict=True)
+
+    assert len(sparse_nodes(program.graph_module)) == 1
+    with torch.no_grad():
+        torch.testing.assert_close(dense(**example), model(**example), atol=1e-6, rtol=1e-5)
+        before = program(**example)
+        hidden = ~example["valid"] if mask in (beside_ones, per_query) else None
+        hidden = ~example["valid"].roll(2, 1) if hidden is None else hidden
+        example["text"][hidden] += 1e3
+        torch.testing.assert_close(program(**example), before, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mask", [for_pairs, for_repeated_pairs])
+def test_queries_of_padding_see_nothing_as_in_torchs_attention(mask: Mask) -> None:
+    class WithText(JointAttention):
+        """Returns all of the sequence."""
+
+        def forward(self, video: Any, text: Any, valid: Any) -> Any:
+            rows = torch.cat([video, text], 1)
+            q = self.q(rows)[:, None]
+            h = F.scaled_dot_product_attention(q, q, q, mask(valid, video.shape[1]))
+            return h[:, 0]
+
+    model = WithText("last", head_dim=8).eval()
+    example = {
+        "video": torch.randn(2, 24, 16), "text": torch.randn(2, 7, 16),
+        "valid": torch.arange(7)[None] < torch.tensor([[5], [0]]),
+    }  # fmt: skip
+
+    program = compress(model, example, replace(DENSE, layout=TokenLayout("last", 7)), strict=True)
+
+    assert len(sparse_nodes(program.graph_module)) == 1
+    with torch.no_grad():
+        expected = model(**example)
+        assert not expected[1, 24:].any()
+        torch.testing.assert_close(program(**example), expected, atol=1e-6, rtol=1e-5)
 
 
 SLOWLY = [pytest.param(dtype, marks=pytest.mark.slow) for dtype in (torch.float32, torch.int64)]

@@ -199,3 +199,29 @@ def test_a_grid_needs_every_token_once_in_raster_order() -> None:
     assert grid_of(tokens.flip(0), stream) is None
     assert grid_of(tokens[:-1], stream) is None
     assert grid_of(tokens[:4], stream) is None  # one row
+
+
+class Control(nn.Module):
+    """A branch of its own for the control video, added to the main one."""
+
+    def __init__(self, added: bool) -> None:
+        super().__init__()
+        self.added, self.embed = added, nn.Linear(8, 8)
+
+    def forward(self, video: Tensor, control: Tensor) -> Tensor:
+        x, y = (self.embed(flat(z))[:, None] for z in (video, control))
+        y = F.scaled_dot_product_attention(y, y, y)
+        x = x + (y if self.added else y.mean(2, keepdim=True))
+        return F.scaled_dot_product_attention(x, x, x)[:, 0]
+
+
+def test_what_is_added_token_by_token_to_the_latents_is_visual() -> None:
+    example = (torch.randn(2, 8, 4, 3, 4), torch.randn(2, 8, 4, 3, 4))
+
+    branch, main = segments(Control(True), example)
+    alone, _ = segments(Control(False), example)
+
+    assert (branch.n_visual, branch.text_size, branch.grid) == (48, 0, (4, 3, 4))
+    assert (main.n_visual, main.text_size, main.grid) == (48, 0, (4, 3, 4))
+    assert isinstance(alone, Skip)
+    assert "say so with layout=TokenLayout" in alone.reason
