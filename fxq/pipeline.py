@@ -7,12 +7,9 @@ is the order; nothing else decides it. `repr(recipe)` is the whole record of an 
 """
 
 import importlib.metadata
-import itertools
-import operator
 import time
-import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -24,16 +21,16 @@ from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
 from fxq.account import unintended_skips
-from fxq.capturing import Captured, capture
+from fxq.batches import CheckedBatches, device_of
+from fxq.capturing import capture
 from fxq.checkpoint import Checkpoint
 from fxq.dialect import Dialect
-from fxq.errors import FxqWarning, SkippedError, did_you_mean
+from fxq.errors import SkippedError, did_you_mean
 from fxq.history import Stage, stage
 from fxq.judging import outputs_sqnr_db
 from fxq.program import Program
 from fxq.progress import Progress, Reported, reporting
-from fxq.rewriting import copy_graph, propagate
-from fxq.signature import Leaf, split_inputs
+from fxq.rewriting import propagate
 
 Batches = Iterable[Sequence[Any]]  # each batch: the graph's inputs in order
 
@@ -275,65 +272,3 @@ def compress(
 
 def _modules(model: Any) -> Iterable[tuple[str, nn.Module]]:
     return model.named_modules() if isinstance(model, nn.Module) else ()
-
-
-def device_of(model: nn.Module | ExportedProgram) -> torch.device | None:
-    """Return the device of a model's first tensor, None where it has none."""
-    tensors = itertools.chain(model.parameters(), model.buffers())
-    return next((tensor.device for tensor in tensors), None)
-
-
-class CheckedBatches:
-    """The user's batches as the graph's inputs, checked one by one, and iterable again.
-
-    Where the model has state, each batch comes with the state that the float model has after the
-    batches before it, so every pass sees the same inputs, however often it iterates.
-    """
-
-    def __init__(
-        self, captured: Captured, data: Iterable[Any], device: torch.device | None
-    ) -> None:
-        self.signature, self.device, self.told = captured.signature, device, False
-        self.initial_state = list(captured.state.values())
-        self.float_graph = copy_graph(captured.graph_module)  # passes rewrite the other
-        self.data = list(data) if isinstance(data, Iterator) else data
-
-    def _without_labels(self, batch: Any) -> Any:
-        """Return a batch of a data loader without what stands after the model's only input."""
-        if not isinstance(batch, tuple | list) or len(batch) < 2 or not self.signature.given:
-            return batch
-        others = self.signature.leaves[self.signature.in_spec.child(0).num_leaves :]
-        tensors_only = all(isinstance(value, Tensor) for value in batch[1:])
-        if any(isinstance(leaf, Leaf) for leaf in others) or (others and not tensors_only):
-            return batch
-        extra = [list(v.shape) if isinstance(v, Tensor) else type(v).__name__ for v in batch[1:]]
-        if not self.told:
-            self.told = True
-            warnings.warn(
-                f"data: the model takes {self.signature.given[0]!r} alone; what batches have after "
-                f"it is left out: {extra}",
-                FxqWarning,
-                stacklevel=2,
-            )
-        return tuple(batch[:1])
-
-    def __length_hint__(self) -> int:
-        return operator.length_hint(self.data)
-
-    def __iter__(self) -> Iterator[Sequence[Any]]:
-        state = self.initial_state
-        for index, batch in enumerate(self.data):
-            args, kwargs = split_inputs(self._without_labels(batch))
-            leaves = self.signature.flatten(args, kwargs, f"data batch {index}", self.device)
-            for leaf, value in zip(self.signature.tensors, leaves, strict=True):
-                if value.is_floating_point() and (bad := int((~value.isfinite()).sum())):
-                    raise ValueError(
-                        f"data batch {index}, input {leaf.name!r}: expected finite values, found "
-                        f"{bad} NaN or Inf; "
-                        "remove or repair this batch"
-                    )
-            inputs = [*leaves, *state]
-            yield inputs
-            if state:
-                with torch.no_grad():
-                    state = self.signature.next_state(inputs, self.float_graph(*inputs))

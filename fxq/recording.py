@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fxq.batches import device_of
 from fxq.errors import UnsupportedError
 from fxq.files import write_tensors, write_text
 from fxq.graph_json import decode, encode
 from fxq.packing import check_seal, decode_tensors, encode_tensors, seal
-from fxq.pipeline import device_of
 from fxq.saving import VERSION, decode_spec, encode_spec
 
 Call = tuple[Any, ...] | dict[str, Any]  # arguments by position, or all of them by name

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from fxq.batches import CheckedBatches, device_of
 from fxq.checkpoint import Checkpoint, fingerprint
 from fxq.dialect import OBSERVED
 from fxq.errors import UnsupportedError
@@ -32,7 +33,7 @@ from fxq.passes.psaq_vit.players import Gap, ImageGenerator, Outputs, Student
 from fxq.passes.psaq_vit.prior import Prior, generator_of, learning_rate_factor
 from fxq.passes.psaq_vit.taps import find_taps
 from fxq.passes.psaq_vit.teacher import Teacher, capture_images
-from fxq.pipeline import CheckedBatches, Recipe, device_of, resolve_recipe
+from fxq.pipeline import Recipe, resolve_recipe
 from fxq.program import Program
 from fxq.progress import Progress, Reporter, reporting
 from fxq.rewriting import copy_graph

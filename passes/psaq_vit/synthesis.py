@@ -22,13 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from fxq.batches import device_of
 from fxq.capturing import Captured
 from fxq.checkpoint import Checkpoint, Tensors, adam_state, fingerprint, restore_adam
 from fxq.passes.psaq_vit.images import SyntheticImages, Trace, normalize
 from fxq.passes.psaq_vit.prior import Prior, generator_of, learning_rate_factor, total_variation
 from fxq.passes.psaq_vit.taps import find_taps
 from fxq.passes.psaq_vit.teacher import Teacher, capture_images, class_logits
-from fxq.pipeline import device_of
 from fxq.progress import Progress, Reporter, Task, reporting
 from fxq.signature import Inputs, Leaf
 

@@ -26,12 +26,13 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
 from fxq.account import account
+from fxq.batches import CheckedBatches, device_of
 from fxq.capturing import capture
 from fxq.checkpoint import Checkpoint, Tensors, fingerprint, run_over
 from fxq.graph import is_op, owner_name
 from fxq.operators import SPARSE_ATTENTION
 from fxq.passes.rectified_spaattn.replace_attention import ReplaceAttention
-from fxq.pipeline import CheckedBatches, Recipe, device_of
+from fxq.pipeline import Recipe
 from fxq.progress import Progress, Reported, reporting
 from fxq.rectified_attention.layout import BlockLayout
 from fxq.rectified_attention.reference import attend, attend_block, plan, visited_tokens

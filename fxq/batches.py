@@ -1,0 +1,78 @@
+"""Calibration batches as a user gives them, as the graph's inputs."""
+
+import itertools
+import operator
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from fxq.capturing import Captured
+from fxq.errors import FxqWarning
+from fxq.rewriting import copy_graph
+from fxq.signature import Leaf, split_inputs
+
+
+def device_of(model: nn.Module | ExportedProgram) -> torch.device | None:
+    """Return the device of a model's first tensor, None where it has none."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return next((tensor.device for tensor in tensors), None)
+
+
+class CheckedBatches:
+    """The user's batches as the graph's inputs, checked one by one, and iterable again.
+
+    Where the model has state, each batch comes with the state that the float model has after the
+    batches before it, so every pass sees the same inputs, however often it iterates.
+    """
+
+    def __init__(
+        self, captured: Captured, data: Iterable[Any], device: torch.device | None
+    ) -> None:
+        self.signature, self.device, self.told = captured.signature, device, False
+        self.initial_state = list(captured.state.values())
+        self.float_graph = copy_graph(captured.graph_module)  # passes rewrite the other
+        self.data = list(data) if isinstance(data, Iterator) else data
+
+    def _without_labels(self, batch: Any) -> Any:
+        """Return a batch of a data loader without what stands after the model's only input."""
+        if not isinstance(batch, tuple | list) or len(batch) < 2 or not self.signature.given:
+            return batch
+        others = self.signature.leaves[self.signature.in_spec.child(0).num_leaves :]
+        tensors_only = all(isinstance(value, Tensor) for value in batch[1:])
+        if any(isinstance(leaf, Leaf) for leaf in others) or (others and not tensors_only):
+            return batch
+        extra = [list(v.shape) if isinstance(v, Tensor) else type(v).__name__ for v in batch[1:]]
+        if not self.told:
+            self.told = True
+            warnings.warn(
+                f"data: the model takes {self.signature.given[0]!r} alone; what batches have after "
+                f"it is left out: {extra}",
+                FxqWarning,
+                stacklevel=2,
+            )
+        return tuple(batch[:1])
+
+    def __length_hint__(self) -> int:
+        return operator.length_hint(self.data)
+
+    def __iter__(self) -> Iterator[Sequence[Any]]:
+        state = self.initial_state
+        for index, batch in enumerate(self.data):
+            args, kwargs = split_inputs(self._without_labels(batch))
+            leaves = self.signature.flatten(args, kwargs, f"data batch {index}", self.device)
+            for leaf, value in zip(self.signature.tensors, leaves, strict=True):
+                if value.is_floating_point() and (bad := int((~value.isfinite()).sum())):
+                    raise ValueError(
+                        f"data batch {index}, input {leaf.name!r}: expected finite values, found "
+                        f"{bad} NaN or Inf; "
+                        "remove or repair this batch"
+                    )
+            inputs = [*leaves, *state]
+            yield inputs
+            if state:
+                with torch.no_grad():
+                    state = self.signature.next_state(inputs, self.float_graph(*inputs))
