@@ -99,7 +99,9 @@ CASES = (
     Case(1, 63, 129, per_row=True, zero_point=True, bias=True),
     Case(63, 129, 63, zero_point=True, bias=True, activation="gelu"),
     Case(129, 64, 256, per_row=True, residual=True),
-    Case(64, 128, 128, bias=True, activation="silu", residual=True, requantize=True),
+    Case(7, 80, 528, zero_point=True),
+    Case(33, 48, 272, per_row=True, bias=True),
+    Case(80, 64, 128, bias=True, activation="silu", residual=True, requantize=True),
     Case(
         17,
         65,

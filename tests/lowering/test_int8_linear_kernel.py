@@ -26,20 +26,22 @@ from kernel_cases import check
 from strict import strict
 from fxq.lowering.kernels import int8_linear as kernel
 strict()
-small = kernel.Config(16, 16, 32, 4, 2)
+small = kernel.Config(16, 64, 128, 4, 2)  # more rows of tiles than a group
 configs = (None, small, small._replace(tma=True))
-streamed = []
+chosen, streamed = [], []
+choose = kernel.choose_config
+kernel.choose_config = lambda *args, **given: (chosen.append(choose(*args, **given)), chosen[-1])[1]
 launched = kernel.hardware.with_scratch
 kernel.hardware.with_scratch = lambda launch: (streamed.append(1), launched(launch))
 results = [check(case, "cpu", config) for config in configs for case in kernel.CASES]
-print(json.dumps({"cases": results, "streamed": len(streamed)}))
+print(json.dumps({"cases": results, "streamed": len(streamed), "chosen": chosen}))
 """
 
 
 @functools.cache
 def results() -> dict[str, Any]:
     """Return what `check` found for every case, with shipped tiles, with small ones, and
-    with small ones of the kernel that streams; and how many launches streamed."""
+    with small ones of the kernel that streams; how many launches streamed, and what was chosen."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", RUNNER, str(Path(__file__).parent)],
         env=os.environ | {"TRITON_INTERPRET": "1"},
@@ -63,12 +65,23 @@ def test_kernel_equals_reference_in_the_interpreter(index: int, tiles: str) -> N
 
 
 def test_the_kernel_that_streams_took_what_it_can() -> None:
-    # Sums are fp32; rows that are no multiple of 16 bytes go to the other kernel.
+    # Sums are fp32; few rows, and rows that are no multiple of 16 bytes, go to the other kernel.
     can = [
-        (case, case.k % 16 == 0 and case.n * size % 16 == 0)
+        case.m > 64 and case.k % 16 == 0 and case.n * size % 16 == 0
         for case in kernel.CASES
         for size in (4, 1 if case.requantize else 4)
     ]
 
-    assert results()["streamed"] == sum(ok + (ok and case.m > 64) for case, ok in can)
-    assert 0 < sum(ok for _, ok in can) < len(can)
+    assert results()["streamed"] == 2 * sum(can)  # with shipped tiles and with small ones
+    assert 0 < sum(can) < len(can)
+
+
+def test_cases_reach_the_tiles_of_few_and_of_many_rows() -> None:
+    chosen = {kernel.Config(*config) for config in results()["chosen"]}
+
+    few = ("few, narrow", "rows, narrow")
+    assert chosen >= {kernel.CONFIGS[name] for name in ("tma, medium", "rows", "odd", *few)}
+    # More than one step along the sum, the last of them not whole.
+    for name in few:
+        depth = kernel.CONFIGS[name].bk
+        assert any(case.k > depth and case.k % depth for case in kernel.CASES), name
