@@ -357,6 +357,23 @@ def test_one_wrong_sum_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["why"] == "refused: 1 of 1584 integer sums are not exact as torch.float32"
 
 
+@pytest.mark.parametrize("row", gpu_linear.rows(gpu_linear.TINY)[::3], ids=lambda row: row.key)
+def test_a_wrong_epilogue_of_exact_sums_is_refused(
+    row: Row, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = gpu_linear.int8_linear
+
+    def damaged(*args: Any) -> Tensor:
+        found, bias = whole(*args), args[5]
+        if bias is None:  # sums alone
+            return found
+        return found * 1.02 if found.is_floating_point() else found + 2
+
+    monkeypatch.setattr(gpu_linear, "int8_linear", damaged)
+
+    assert str(run_row(row, "cpu", fixed)["why"]).startswith("refused")
+
+
 @pytest.mark.parametrize("row", gpu_blocks.rows(gpu_blocks.TINY), ids=lambda row: row.key)
 def test_blocks_are_right_at_tiny_sizes_and_refused_when_damaged(
     row: Row, monkeypatch: pytest.MonkeyPatch
