@@ -23,7 +23,8 @@ from torch.fx import Node
 from fxq.graph import args_of, hint, is_op, shape_of, tensor_of
 from fxq.lowering.cpu.onednn import cpu_int8
 from fxq.lowering.devices.other import TorchAttention
-from fxq.lowering.lower_linear import Int8Linear, Operands
+from fxq.lowering.lower_conv import ConvOperands, Int8Conv
+from fxq.lowering.lower_linear import Int8Linear, Operands, is_single
 from fxq.lowering.rule import Decision, Device, Lowering
 from fxq.numerics import EXACT_IN_FP32, is_pair_safe, largest_sum
 from fxq.rewriting import add_buffer, insert_call
@@ -48,6 +49,9 @@ class Thresholds(NamedTuple):
 WITH_VNNI = Thresholds(16 << 20, 1 << 17)  # up to 7.9 times faster than fp32
 WITHOUT_VNNI = Thresholds(48 << 20, 1 << 21)  # up to 2.4 times
 HUGE_WEIGHT = 1 << 24  # elements: pays with the sparse excess too
+CHANNEL_BLOCK = 4  # input channels of a group that oneDNN multiplies at a time
+MIN_CONV_CHANNELS = 8  # input channels of a group
+MIN_CONV_MACS = 4 << 20
 MAX_ROWS_EXCESS = 512  # beyond, the excess of a merely large weight costs more than int8 gains
 
 
@@ -104,9 +108,51 @@ class OneDnnInt8Linear(Int8Linear):
         )
 
 
-def is_single(scale: Node) -> bool:
-    """Tell whether a scale is one number."""
-    return all(isinstance(size, int) and size == 1 for size in shape_of(scale))
+def conv_slower_than_float(n_outputs: int, weight: Tensor, groups: int) -> str | None:
+    """Return why a convolution is not faster in int8 here, None where it is.
+
+    Args:
+        n_outputs: of one channel: batch and positions.
+        weight: codes `[N, C / groups, *kernel]`.
+        groups: of channels.
+    """
+    n_in = weight.shape[1]
+    if n_in < MIN_CONV_CHANNELS:
+        what = "depthwise" if n_in == 1 else f"{n_in} input channels of a group"
+        return f"{what}: memory, not arithmetic, takes its time, and int8 is no faster"
+    if groups > 1 and n_in % CHANNEL_BLOCK:
+        return (
+            f"oneDNN has no int8 kernel for groups of {n_in} input channels; "
+            f"multiples of {CHANNEL_BLOCK} have one"
+        )
+    if cpu_int8().saturates and not is_pair_safe(weight):
+        return (
+            "unsafe pairs on a CPU without VNNI, where int8 would not be exact; "
+            "QuantSpec(pair_safe=True) avoids them"
+        )
+    if n_outputs * weight.numel() < MIN_CONV_MACS:
+        kernel = "x".join(str(size) for size in weight.shape[2:])
+        shape = f"{n_in} to {len(weight) // groups} channels, {kernel}, {n_outputs} positions"
+        return f"{shape} is too small for int8 to pay"
+    return None
+
+
+@dataclass(frozen=True)
+class OneDnnInt8Conv(Int8Conv):
+    """`fxq.lowering.cpu.int8_conv`."""
+
+    def rewrite(self, layer: Node, operands: ConvOperands, lowering: Lowering) -> Decision:
+        if not cpu_int8().convolves:
+            return super().rewrite(layer, operands, lowering)
+        o, weight = operands, tensor_of(lowering.gm, operands.weight)
+        batch, _, *sizes = (hint(size, lowering.sizes) for size in shape_of(layer))
+        if why := conv_slower_than_float(batch * math.prod(sizes), weight, o.groups):
+            return Decision(None, why)
+        codes, zero = _to_unsigned(o, lowering)
+        geometry = (o.stride, o.padding, o.dilation, o.groups)
+        args = (codes, o.scale, zero, o.weight, o.w_scale, o.bias, *geometry)
+        self.replace(layer, insert_call(ops.int8_conv.default, args, before=layer))
+        return Decision("int8_conv (oneDNN)")
 
 
 def _to_unsigned(o: Operands, lowering: Lowering) -> tuple[Node, Node | None]:
@@ -177,5 +223,5 @@ def _per_row(
 X86 = Device(
     "x86",
     lambda device: device.type == "cpu" and cpu_int8().available,
-    (OneDnnInt8Linear(), TorchAttention()),
+    (OneDnnInt8Linear(), OneDnnInt8Conv(), TorchAttention()),
 )
