@@ -12,6 +12,7 @@ from fxq.passes.common.fake_quantize import (
     without_observers,
 )
 from fxq.passes.common.float_function import check_float_function, float_difference
+from fxq.passes.common.fold_batch_norm import FoldBatchNorm
 from fxq.passes.common.insert_observers import FIRST, LAST, InsertObservers
 from fxq.passes.common.observe_activations import ObserveActivations
 
@@ -21,6 +22,7 @@ __all__ = [
     "Calibrate",
     "Convert",
     "DecomposeAttention",
+    "FoldBatchNorm",
     "InsertObservers",
     "ObserveActivations",
     "activation_scales",
