@@ -150,9 +150,7 @@ def time_shape(shape: Shape, rounds: int, smoke: bool) -> tuple[dict[str, Timing
         def convolve(w: Tensor, ordered: Tensor = ordered) -> Tensor:
             return F.conv2d(ordered, w, bias, stride, pad, 1, groups)
 
-        weights = [
-            w.contiguous(memory_format=order) for w in copies_beyond_cache(weight, most=16)
-        ]
+        weights = [w.contiguous(memory_format=order) for w in copies_beyond_cache(weight, most=16)]
         variants.append(Variant(name, cycled(convolve, weights), near(exact.float(), "fp64")))
     w_codes, w_scale, _ = quantize_weight(weight, WEIGHT)
     geometry = ([stride] * 2, [pad] * 4, [1, 1], groups)

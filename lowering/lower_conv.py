@@ -1,4 +1,4 @@
-"""What the rules of all devices share that turn `conv(dequantize(x), dequantize(w), bias, ...)` into
+"""What the rules of all devices share that turn `conv(dequantize(x), dequantize(w), bias)` into
 `fxq::int8_conv`."""
 
 from collections.abc import Callable

@@ -13,10 +13,11 @@ from fxq.passes.common.fake_quantize import (
 )
 from fxq.passes.common.float_function import check_float_function, float_difference
 from fxq.passes.common.fold_batch_norm import FoldBatchNorm
-from fxq.passes.common.insert_observers import FIRST, LAST, InsertObservers
+from fxq.passes.common.insert_observers import DEPTHWISE, FIRST, LAST, InsertObservers
 from fxq.passes.common.observe_activations import ObserveActivations
 
 __all__ = [
+    "DEPTHWISE",
     "FIRST",
     "LAST",
     "Calibrate",

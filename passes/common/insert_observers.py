@@ -28,6 +28,7 @@ from fxq.spec import LayerSpec, PerTensor, PerToken, QuantSpec, block_of, scale_
 
 FIRST = "<first>"  # override key: layers that no other layer comes before, by data flow
 LAST = "<last>"  # override key: layers that no other layer comes after, by data flow
+DEPTHWISE = "<depthwise>"  # override key: convolutions whose groups have one input channel
 
 TARGETS = ("linear", "conv")
 # Kinds of operators whose constants are no matrix that multiplies rows.
@@ -45,9 +46,9 @@ class InsertObservers(Pass):
     Args:
         default: how a layer is quantized unless an override says otherwise; None keeps it float.
         targets: kinds of operators `default` applies to.
-        overrides: (pattern, spec) pairs. A pattern is `FIRST`, `LAST` or a qualified module name
-            with shell wildcards (`"blocks.0.*"`); a spec of None keeps the layer float. The first
-            match wins.
+        overrides: (pattern, spec) pairs. A pattern is `FIRST`, `LAST`, `DEPTHWISE` or a qualified
+            module name with shell wildcards (`"blocks.0.*"`); a spec of None keeps the layer float.
+            The first match wins.
         partial: the graph may be a part of a model: patterns that match nothing in it are left out.
     """
 
@@ -132,11 +133,15 @@ class InsertObservers(Pass):
 
     def _overridden(self, layers: Sequence[Node]) -> dict[Node, Override]:
         names = {layer: owner_name(layer) for layer in layers}
-        ends = {FIRST: first_layers(layers), LAST: last_layers(layers)}
+        groups = {
+            FIRST: first_layers(layers),
+            LAST: last_layers(layers),
+            DEPTHWISE: [n for n in layers if kind_of(n) == "conv" and shape_of(n.args[1])[1] == 1],
+        }
         chosen: dict[Node, Override] = {}
         for pattern, spec in self.overrides:
-            if pattern in ends:
-                matched: Iterable[Node] = ends[pattern]
+            if pattern in groups:
+                matched: Iterable[Node] = groups[pattern]
             else:
                 matched = [n for n in layers if fnmatch.fnmatchcase(names[n], pattern)]
                 if not matched and not self.partial:

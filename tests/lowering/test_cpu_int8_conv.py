@@ -144,7 +144,9 @@ def saturating_pairs(channels: int, positions: int, groups: int) -> list[list[in
     x = torch.full((1, channels * groups, 9), 255, dtype=torch.uint8)
     y = launch(x, 1.0, 0, weight, torch.ones(1), None, [1], [0], [1], groups)
     bad = (y != 2 * 127 * 255).any(2)[0, : len(pairs)]
-    return [[*elements[a], *elements[b]] for (a, b), is_bad in zip(pairs, bad, strict=True) if is_bad]
+    return [
+        [*elements[a], *elements[b]] for (a, b), is_bad in zip(pairs, bad, strict=True) if is_bad
+    ]
 
 
 @functools.cache
@@ -221,9 +223,7 @@ def test_an_output_that_reads_a_spoiled_row_is_nan_and_no_other(groups: int) -> 
     scale = torch.ops.fxq.guard_scale(values, torch.full((1, 1, 1, 1), 0.5))
     geometry = ([2, 1], [1, 1, 1, 1], [1, 1], groups)
 
-    found = torch.ops.fxq.int8_conv(
-        codes, scale, None, weight, torch.ones(1), None, *geometry
-    )
+    found = torch.ops.fxq.int8_conv(codes, scale, None, weight, torch.ones(1), None, *geometry)
 
     dequantized = torch.ops.fxq.dequantize(codes, scale, None, torch.float32)
     expected = torch.conv2d(dequantized, weight.float(), None, (2, 1), 1, 1, groups)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import fxq
 from fxq.lowering import int8_conv
@@ -103,7 +103,8 @@ def test_a_row_that_is_not_finite_spoils_what_reads_it_and_nothing_else() -> Non
     found, expected = lowered(x)[0], program(x)
 
     assert torch.equal(found.isnan(), expected.isnan())
-    assert not found[0].isnan().any() and found[1].isnan().any()
+    assert not found[0].isnan().any()
+    assert found[1].isnan().any()
 
 
 @needs_x86
@@ -117,6 +118,33 @@ def test_the_check_sees_a_wrong_sum(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert not verification.ok
     assert not verification.checks[0].accumulators_equal
+
+
+class Small(nn.Module):
+    """A first layer, one that is depthwise and one that is neither, each with a batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = ((3, 16, 1), (16, 16, 16), (16, 16, 1))
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, groups=g, bias=False) for a, b, g in sizes)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(16) for _ in sizes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = torch.relu(norm(conv(x)))
+        return x
+
+
+@needs_x86
+def test_the_recipe_for_convolutional_networks() -> None:
+    model, x = Small().eval(), torch.randn(4, 3, 16, 16)
+    program = fxq.compress(model, x, w8a8.STATIC_CONV, data=[x])
+
+    rows = {entry.row.module: entry for entry in fxq.report(program, x).rows}
+
+    assert [rows[f"convs.{i}"].status for i in range(3)] == ["float", "float", "lowered"]
+    assert all("folded into it" in rows[f"convs.{i}"].row.layer.remarks for i in range(3))
+    assert sqnr_db(model(x), program(x)) > 25.0
 
 
 UNSAFE = torch.full((16, 8, 3, 3), 127, dtype=torch.int8)
@@ -145,7 +173,8 @@ def test_where_int8_does_not_pay_the_reason_is_given(
     if reason is None:
         assert why is None
     else:
-        assert why is not None and re.search(reason, why)
+        assert why is not None
+        assert re.search(reason, why)
 
 
 DECLINED = {
