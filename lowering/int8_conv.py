@@ -16,6 +16,8 @@ x_scale fp32 is one element; or, where it is guarded against NaN and Inf, one pe
 such a row is NaN, as that of a convolution of the dequantized values is.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -51,10 +53,10 @@ def accumulate(
     return convolve(around, weight.double(), None, stride, 0, dilation, groups).to(torch.int32)
 
 
-def one_scale(x_scale: Tensor) -> Tensor:
-    """Return the one number, fp32 `[1]`, that a guarded scale is where it is not NaN."""
-    numbers = x_scale[~x_scale.isnan()][:1]
-    return numbers if numbers.numel() else x_scale.new_ones(1)
+def one_scale(x_scale: Tensor) -> float:
+    """Return the one number that a guarded scale is where it is not NaN, 1 where it is NaN only."""
+    numbers = x_scale[~x_scale.isnan()]
+    return float(numbers[0]) if numbers.numel() else 1.0
 
 
 def reads_nan(
@@ -111,19 +113,22 @@ def int8_conv(
     geometry = (stride, padding, dilation, groups)
     if not can_launch(x, weight):
         return reference(x, x_scale, x_zero_point, weight, w_scale, bias, *geometry)
+    scale = float(x_scale.min())  # NaN where one of them is
+    spoiled = math.isnan(scale)
     zero = 0 if x_zero_point is None else int(x_zero_point)
     codes, sides = x, padding[::2]
     if sides != padding[1::2]:  # the kernel pads both sides alike
         codes, sides = padded(x, padding, zero), [0] * len(sides)
-    scale = float(one_scale(x_scale))
+    scale = one_scale(x_scale) if spoiled else scale
     y = cpu_launch(codes, scale, zero, weight, w_scale, bias, stride, sides, dilation, groups)
-    if bool(x_scale.isnan().any()):
+    if spoiled:
         y = y.masked_fill(reads_nan(x, x_scale, weight, *geometry), torch.nan)
     return _channels_last(y)
 
 
 def _channels_last(y: Tensor) -> Tensor:
-    return y.movedim(1, -1).contiguous().movedim(-1, 1)
+    rows = y.movedim(1, -1)
+    return y if rows.is_contiguous() else rows.contiguous().movedim(-1, 1)
 
 
 def _fake(

@@ -27,7 +27,7 @@ LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}  # by the number o
 
 def can_launch(x: Tensor, weight: Tensor) -> bool:
     """Tell whether this machine convolves with `weight` exactly and there is something to do."""
-    if x.device.type != "cpu" or not cpu_int8().convolves or not x.numel():
+    if not x.numel() or x.device.type != "cpu" or not cpu_int8().convolves:
         return False
     return derived.get(weight, "needs_no_excess", needs_no_excess)
 
