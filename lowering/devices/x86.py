@@ -1,4 +1,4 @@
-"""x86: oneDNN's int8 product, where it is exact and no slower than fp32.
+"""x86: oneDNN's int8 products and convolutions, where they are exact and no slower than fp32.
 
 The codes of the activations become uint8 (codes and zero-point plus 128: the same values). With one
 scale for the whole tensor the kernel does everything; with a scale per token, or a static one that
@@ -9,7 +9,9 @@ may not be exact in fp32, so that it is rounded once.
 When int8 pays is read off `benchmarks/results/cpu_int8_linear_*.md`. Frozen numbers instead of a
 timing at compile time: the same program must compile to the same graph every time. A call costs
 about 80 microseconds before it multiplies anything. Large weights repay that at any number of rows,
-because fp32 has to read four times the bytes; small ones need work.
+because fp32 has to read four times the bytes; small ones need work. Convolutions, read off
+`cpu_int8_conv_avx2.md`, need it too, and input channels to multiply: depthwise ones and those of
+images have few. They are measured without VNNI, and the same numbers are used with it.
 """
 
 import math
@@ -50,8 +52,8 @@ WITH_VNNI = Thresholds(16 << 20, 1 << 17)  # up to 7.9 times faster than fp32
 WITHOUT_VNNI = Thresholds(48 << 20, 1 << 21)  # up to 2.4 times
 HUGE_WEIGHT = 1 << 24  # elements: pays with the sparse excess too
 CHANNEL_BLOCK = 4  # input channels of a group that oneDNN multiplies at a time
-MIN_CONV_CHANNELS = 8  # input channels of a group
-MIN_CONV_MACS = 4 << 20
+MIN_CONV_CHANNELS = 8  # input channels of a group: below, int8 has 0.2 to 1 times the speed
+MIN_CONV_MACS = 16 << 20  # below, half to equal speed; above, up to 2.3 times
 MAX_ROWS_EXCESS = 512  # beyond, the excess of a merely large weight costs more than int8 gains
 
 
