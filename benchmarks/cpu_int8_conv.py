@@ -152,7 +152,8 @@ def time_shape(shape: Shape, rounds: int, smoke: bool) -> tuple[dict[str, Timing
             return F.conv2d(ordered, w, bias, stride, pad, 1, groups)
 
         weights = [w.contiguous(memory_format=order) for w in copies_beyond_cache(weight, most=16)]
-        variants.append(Variant(name, cycled(convolve, weights), near(exact.float(), "fp64", MIN_FLOAT_DB)))
+        check = near(exact.float(), "fp64", MIN_FLOAT_DB)
+        variants.append(Variant(name, cycled(convolve, weights), check))
     w_codes, w_scale, _ = quantize_weight(weight, WEIGHT)
     geometry = ([stride] * 2, [pad] * 4, [1, 1], groups)
     expected = reference(codes, scale, zero, w_codes, w_scale, bias, *geometry)
@@ -163,7 +164,8 @@ def time_shape(shape: Shape, rounds: int, smoke: bool) -> tuple[dict[str, Timing
     copies = copies_beyond_cache(w_codes, most=16)
     for copy in copies:
         int8(copy)  # packs it
-    variants.append(Variant("int8", cycled(int8, copies), near(expected, "its definition", MIN_SQNR_DB)))
+    check = near(expected, "its definition", MIN_SQNR_DB)
+    variants.append(Variant("int8", cycled(int8, copies), check))
     inputs = {"codes": codes, "weight": weight, "bias": bias}
     said = conv_slower_than_float(shape.n_outputs, w_codes, groups)
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter

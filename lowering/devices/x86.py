@@ -52,7 +52,7 @@ WITH_VNNI = Thresholds(16 << 20, 1 << 17)  # up to 7.9 times faster than fp32
 WITHOUT_VNNI = Thresholds(48 << 20, 1 << 21)  # up to 2.4 times
 HUGE_WEIGHT = 1 << 24  # elements: pays with the sparse excess too
 CHANNEL_BLOCK = 4  # input channels of a group that oneDNN multiplies at a time
-MIN_CONV_CHANNELS = 8  # input channels of a group: below, int8 has 0.2 to 1 times the speed
+MIN_CONV_CHANNELS = 8  # input channels without groups: below, int8 has half to equal speed
 MIN_CONV_MACS = 16 << 20  # below, half to equal speed; above, up to 2.3 times
 MAX_ROWS_EXCESS = 512  # beyond, the excess of a merely large weight costs more than int8 gains
 
@@ -119,8 +119,8 @@ def conv_slower_than_float(n_outputs: int, weight: Tensor, groups: int) -> str |
         groups: of channels.
     """
     n_in = weight.shape[1]
-    if n_in < MIN_CONV_CHANNELS:
-        what = "depthwise" if n_in == 1 else f"{n_in} input channels of a group"
+    if n_in == 1 or (groups == 1 and n_in < MIN_CONV_CHANNELS):
+        what = f"{n_in} input channels" if groups == 1 else "depthwise"
         return f"{what}: memory, not arithmetic, takes its time, and int8 is no faster"
     if groups > 1 and n_in % CHANNEL_BLOCK:
         return (

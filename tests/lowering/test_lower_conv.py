@@ -152,7 +152,7 @@ SMALL = torch.full((16, 8, 3, 3), 1, dtype=torch.int8)
 SHAPES = {
     "pays": (SMALL, 1, None),
     "depthwise": (torch.ones(16, 1, 3, 3), 16, "depthwise"),
-    "first layer": (torch.ones(16, 3, 7, 7), 1, "3 input channels of a group"),
+    "first layer": (torch.ones(16, 3, 7, 7), 1, "3 input channels: memory"),
     "groups": (torch.ones(18, 9, 3, 3), 2, "no int8 kernel for groups of 9 input channels"),
     "unsafe": (UNSAFE, 1, r"unsafe pairs .* QuantSpec\(pair_safe=True\)"),
     "small": (SMALL, 1, "8 to 16 channels, 3x3, 100 positions is too small"),
