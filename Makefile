@@ -81,9 +81,9 @@ bench: $(STAMP)  ## CPU benchmarks; results go to benchmarks/results
 	@$(BIN)/python benchmarks/cpu_rectified_attention.py --threads 1
 	@$(BIN)/python benchmarks/import_time.py
 
-bench-gpu: $(STAMP)  ## GPU benchmarks, not measured yet; results go to benchmarks/results
-	@$(BIN)/python benchmarks/gpu_rectified_attention.py
-	@$(BIN)/python benchmarks/gpu_int8_linear.py
+MINUTES ?= 8
+bench-gpu:  ## the GPU benchmark, with the Python that is there and no install; goes on where it stopped
+	@PYTHONPATH=. $(PYTHON) benchmarks/gpu.py --out benchmarks/results/gpu --minutes $(MINUTES)
 
 sz: ## core lines, median and maximum file length
 	@git ls-files 'fxq/*.py' 'passes/*.py' 'lowering/*.py' | xargs wc -l | sort -n | awk '$$2 != "total" {n[NR]=$$1; f=$$2} $$2 == "total" {t=$$1} END {print t " lines in " NR-1 " files, median " n[int(NR/2)] ", largest " n[NR-1] " (" f ")"}'

@@ -19,6 +19,7 @@ EXPONENTIAL_CYCLES = 8  # of a warp: 4 lanes of each scheduler's unit
 # Of a multiprocessor, at least: what fp8 tiles of 128 x 256 x 128 draw without multicast where
 # Triton's tutorial reaches 1280 TFLOP/s.
 L2_BYTES_PER_CYCLE = 32
+MEMORY_BYTES_PER_SECOND = 4.3e12  # what a large copy reads and writes on an H200, not its 4.8e12
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def attention(code: Code, rows: int, keys: int, dim: int) -> Expected:
 def int8_linear(
     code: Code, shape: tuple[int, int, int], tile: tuple[int, int], depth: int
 ) -> Expected:
-    """Return what `int8_linear` should reach.
+    """Return what `int8_linear` should reach, and not more than memory gives.
 
     Args:
         code: of the kernel.
@@ -81,7 +82,8 @@ def int8_linear(
     total = main + outside * working / SCHEDULERS
     tiles = -(-m // bm) * -(-n // bn)
     waves = -(-tiles // (N_SMS * (1 if code.is_specialized else code.blocks_per_sm)))
-    seconds = waves * total / CLOCK_HZ
+    n_bytes = m * k + n * k + 2 * m * n  # each once, and an output of 2 bytes
+    seconds = max(waves * total / CLOCK_HZ, n_bytes / MEMORY_BYTES_PER_SECOND)
     return Expected(tensor, total, 2 * m * n * k / seconds)
 
 

@@ -10,7 +10,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from fxq.errors import UnsupportedError, did_you_mean
-from fxq.signature import Inputs, split_inputs
+from fxq.signature import RETURN_DICT, Inputs, split_inputs
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,11 @@ class Bound:
 def check_model(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, found {type(model).__name__}")
+    if hasattr(model, "_orig_mod"):
+        raise TypeError(
+            "model: expected the model itself, found what torch.compile made of it; compress the "
+            "model (._orig_mod), and compile the program"
+        )
     training = [name or "the model" for name, module in model.named_modules() if module.training]
     if training:
         raise ValueError(
@@ -62,6 +67,8 @@ def bind(model: nn.Module, example: Inputs) -> Bound:
         )
     values = dict(zip(names, args, strict=False))
     for name, value in kwargs.items():
+        if name == RETURN_DICT and name not in known:
+            continue
         if name not in known:
             raise TypeError(f"example_inputs: no argument {name!r}; {did_you_mean(name, known)}")
         values[name] = value

@@ -17,12 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._guards import TracingContext, tracing
-from torch._subclasses import FakeTensor
 from torch.fx import GraphModule, Node
 
 from fxq.account import kind_of
 from fxq.canonicalize import canonicalize
-from fxq.dynamo import from_dynamo, lift_attributes, qualified_name
+from fxq.dynamo import fake_mode_of, from_dynamo, lift_attributes, qualified_name
 from fxq.errors import FxqWarning
 from fxq.graph import RUNTIME_STATE, is_settled
 from fxq.identity import version_of
@@ -154,5 +153,4 @@ def _is_static(placeholder: Node) -> bool:
 
 def _tracing(inputs: Sequence[Any]) -> Any:
     """Make the fake mode of `inputs` current, so that sizes Dynamo left free stay free."""
-    modes = [v.fake_mode for v in inputs if isinstance(v, FakeTensor)]
-    return tracing(TracingContext(modes[0]) if modes else None)
+    return tracing(TracingContext(fake_mode_of(inputs)))

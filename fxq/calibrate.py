@@ -76,7 +76,7 @@ def calibrate(
         run_over(counted(), lambda inputs: gm(*inputs), checkpoint, mark, state, restore)
     n_batches, samples = len(sizes), sum(sizes)
     if n_processes() > 1:
-        n_batches, samples = _all_reduce(torch.tensor([n_batches, samples]), "SUM").tolist()
+        n_batches, samples = all_reduce(torch.tensor([n_batches, samples]), "SUM").tolist()
     if not n_batches:
         raise ValueError(NO_DATA)
     if n_processes() > 1:
@@ -175,13 +175,19 @@ def _batch_size(inputs: Sequence[Any]) -> int:
 
 
 def _merge_over_processes(observer: RangeObserver) -> None:
-    n_states = int(_all_reduce(torch.tensor(observer.count > 0, dtype=torch.int64), "SUM"))
+    n_states = int(all_reduce(torch.tensor(observer.count > 0, dtype=torch.int64), "SUM"))
     observer.check_mergeable(n_states)
     for name, buffer in observer.named_buffers():
-        buffer.copy_(_all_reduce(buffer, REDUCE[MERGE[name]]))
+        buffer.copy_(all_reduce(buffer, REDUCE[MERGE[name]]))
 
 
-def _all_reduce(state: Tensor, op: str) -> Tensor:
+def all_reduce(state: Tensor, op: str) -> Tensor:
+    """Return a tensor reduced over all processes, on a device that the backend takes.
+
+    Args:
+        state: of this process; it stays.
+        op: a name in torch's `ReduceOp`.
+    """
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"  # nccl has no other
     state = state.to(device, copy=True)
     dist.all_reduce(state, getattr(dist.ReduceOp, op))

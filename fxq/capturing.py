@@ -20,11 +20,12 @@ from torch.fx import GraphModule
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
+from fxq.autocast import without_inert_regions
 from fxq.binding import Bound, bind, bind_exported, check_finite, check_model
 from fxq.canonicalize import canonicalize
 from fxq.canonicalize.cleanup import refuse_train_mode
 from fxq.checking import Checked
-from fxq.dynamic_shapes import export_shapes
+from fxq.dynamic_shapes import export_shapes, why_not_free
 from fxq.errors import UnsupportedError
 from fxq.graph import is_transform, shape_of, why_unreadable, writes
 from fxq.module_state import restored
@@ -70,7 +71,8 @@ def capture(
             (`fxq.dynamic_shapes`).
     Raises:
         TypeError: not a module, or arguments it does not take.
-        ValueError: train mode, NaN or Inf in the example.
+        ValueError: train mode, NaN or Inf in the example, a size named as free that the model
+            fixes.
         UnsupportedError: torch.export cannot capture it, or what it captured is not what the model
             computes; the message has the reason.
     """
@@ -84,7 +86,7 @@ def capture(
         bound = bind(model, example_inputs)
         module = model
         # Tracing leaves fake tensors in what the model keeps.
-        with restored(model), _noting_lengths(lengths):
+        with restored(model), _noting_lengths(lengths), without_inert_regions():
             exported, notes = _export(model, bound.values, dynamic_shapes)
     check_finite(bound.values)
     refuse_train_mode(exported.graph_module)
@@ -162,7 +164,12 @@ def _export(
 ) -> tuple[ExportedProgram, tuple[str, ...]]:
     if dynamic_shapes != "batch":
         shapes = None if dynamic_shapes is None else export_shapes(values, dynamic_shapes)
-        return _try_export(model, values, shapes), ()
+        try:
+            return _try_export(model, values, shapes), ()
+        except UnsupportedError as error:
+            if why := why_not_free(str(error.__cause__)):
+                raise ValueError(why) from error
+            raise
     leaves, spec = pytree.tree_flatten(values)
     sizes = [t.shape[0] for t in leaves if isinstance(t, Tensor) and t.ndim]
     batch = sizes[0] if sizes else None
@@ -254,7 +261,8 @@ def _refusing(name: str) -> Iterator[None]:
             del hooks[key]
         reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
         remedy = "(torch.export.draft_export shows the place in its source)"
-        if "not a known type" in reason:  # what a call returns
+        if found := re.match(r"Found <class '[\w.]*?(\w+)'> in output, which is not", reason):
+            reason = f"a call returns a {found[1]}, which no graph can return."
             remedy = "A cache is not made where the example has use_cache=False."
         raise UnsupportedError(
             f"{name} cannot be captured by torch.export: {reason.strip()} {remedy}"

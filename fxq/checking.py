@@ -127,7 +127,9 @@ class Checked:
 
     def _call(self, given: Mapping[str, Any]) -> list[Any]:
         """Call the model with arguments by name, and return the leaves of its result."""
-        args = list(itertools.takewhile(given.__contains__, self.signature.names))
+        # What torch.export made takes arguments as they were given there.
+        positional = self.signature.names if isinstance(self.module, GraphModule) else ()
+        args = list(itertools.takewhile(given.__contains__, positional))
         keywords = {name: value for name, value in given.items() if name not in args}
         with torch.no_grad(), _same_seed(pytree.tree_leaves(dict(given))):
             results = self.module(*(given[name] for name in args), **keywords)

@@ -88,6 +88,7 @@ def compress(
     """
     import fxq
     from fxq.adapters.timm_images import image_batches, load_model
+    from fxq.files import check_writable
     from fxq.progress import reporting
     from fxq.scorecard import measure
 
@@ -95,6 +96,8 @@ def compress(
         console.print(f"[dim]·[/dim] {text}", highlight=False)
 
     _, name = parse_model(model)
+    if out is not None:
+        check_writable(out)
     say(f"loading {name}")
     arguments = dict(map(parse_argument, model_arg or []))
     module = load_model(name, checkpoint, arguments, check_device(device))

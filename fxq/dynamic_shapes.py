@@ -6,6 +6,7 @@ Everything that is not named is fixed. Equal names are one size; `Dim.AUTO` and 
 own.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,6 +38,35 @@ def export_shapes(
     named = _entries(named, [*values], "argument", "the example")
     dims: dict[str, Any] = {}
     return {name: _free(value, named.get(name), name, dims) for name, value in values.items()}
+
+
+def why_not_free(text: str) -> str | None:
+    """Return what torch.export found wrong with names of free sizes, and what to do; None where
+    `text`, its message, is about something else.
+
+    Torch ends such a message with how the names should be defined: `tokens = 8` of one that is no
+    free size, `b = a` of two that are one, `b = Dim('b', min=3)` and `w = 4*_w` of what is bounded.
+    """
+    fixes = re.findall(r"^  (\w+) = (.+)$", text.partition("Suggested fixes:")[2], re.MULTILINE)
+    found = []
+    for name, fix in ((name, fix) for name, fix in fixes if not name.startswith("_")):
+        if fix.isdigit():
+            found.append(
+                f"{name!r} is always {fix}: leave it out, or name the sizes of other inputs that "
+                "it must equal likewise"
+            )
+        elif fix.isidentifier():
+            found.append(f"{name!r} is always {fix!r}: give both the same name")
+        else:
+            found.append(
+                f"{name!r} cannot be any size ({fix}): give torch.export.Dim.AUTO in its place, "
+                "which finds the bounds"
+            )
+    if not found:
+        return None
+    return "dynamic_shapes: expected sizes that the model leaves free, found that " + "; ".join(
+        found
+    )
 
 
 def _entries(named: Any, keys: Sequence[Any], what: str, where: str) -> dict[Any, Any]:

@@ -13,12 +13,13 @@ from torch._C._dynamo.eval_frame import reset_code
 from torch._dynamo.convert_frame import register_bytecode_hook
 from torch._dynamo.exc import BackendCompilerFailed, exceptions_allowed_to_be_fallback
 from torch._guards import TracingContext, tracing
-from torch._subclasses import FakeTensor
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import PendingUnbackedSymbolNotFound
 from torch.fx.traceback import preserve_node_meta
 
+from fxq.autocast import drop_inert_regions
 from fxq.canonicalize import canonicalize
 from fxq.canonicalize.cleanup import refuse_train_mode
 from fxq.errors import UnreadableGraphError
@@ -42,11 +43,12 @@ def from_dynamo(gm: GraphModule) -> tuple[GraphModule, tuple[int, ...]]:
         ValueError: an operator is in train mode.
         UnreadableGraphError: it calls other graphs, or does what only real values can answer.
     """
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    gm = drop_inert_regions(gm)
     if why := why_unreadable(gm.graph):
         raise UnreadableGraphError(why)
-    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     values = [n.meta["example_value"] for n in placeholders]
-    mode = next(v.fake_mode for v in values if isinstance(v, FakeTensor))
+    mode = fake_mode_of(values)
     interpreter = _Run(gm)  # node by node: so the new nodes know the modules they come from
     run = interpreter.run
     with tracing(TracingContext(mode)), mode, torch.no_grad(), preserve_node_meta():
@@ -76,6 +78,15 @@ def from_dynamo(gm: GraphModule) -> tuple[GraphModule, tuple[int, ...]]:
             }
         settle_marked(flat)
         return canonicalize(flat), functionalized.written
+
+
+def fake_mode_of(values: Sequence[Any]) -> FakeTensorMode:
+    """Return the fake mode of the tensors among `values`; where there are none, as among the inputs
+    of a function of numbers or of nothing, that of the graph that is being compiled."""
+    modes = [v.fake_mode for v in values if isinstance(v, FakeTensor)]
+    context = TracingContext.try_get()
+    mode = modes[0] if modes else context.fake_mode if context else None
+    return mode or FakeTensorMode()
 
 
 class _Run(Interpreter):

@@ -25,6 +25,17 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text)
 
 
+def check_writable(path: Path) -> None:
+    """Raise where no file of that name can be written: its folder is absent, or it is one."""
+    if path.is_dir():
+        raise ValueError(
+            f"{path}: expected the name of a file, found a folder; give one in it, such as "
+            f"{path / 'model.safetensors'}"
+        )
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: expected a folder that exists; make {path.parent} first")
+
+
 @contextmanager
 def _in_full(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")

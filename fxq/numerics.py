@@ -48,6 +48,21 @@ def block_amin_amax(x: Tensor, block: Sequence[int]) -> tuple[Tensor, Tensor]:
         x: any float dtype, any shape.
         block: neighbours per dimension that share a scale, `fxq.spec.ALL` for a whole dimension.
     """
+    blocks, reduce, shape = _blocks(x, block)
+    low, high = (blocks.amin(reduce), blocks.amax(reduce)) if reduce else (blocks, blocks)
+    return low.reshape(shape).float(), high.reshape(shape).float()
+
+
+def block_mean(x: Tensor, block: Sequence[int]) -> Tensor:
+    """Return the mean of each block of `x`, in fp32, in the shape of its scale; arguments as for
+    `block_amin_amax`."""
+    blocks, reduce, shape = _blocks(x.float(), block)
+    return (blocks.mean(reduce) if reduce else blocks).reshape(shape)
+
+
+def _blocks(x: Tensor, block: Sequence[int]) -> tuple[Tensor, list[int], list[int]]:
+    """Return `x` with dimensions of their own within blocks, which these are, and the scale's
+    shape."""
     shape: list[int] = []
     reduce: list[int] = []
     for size, width in zip(x.shape, block, strict=True):
@@ -62,9 +77,7 @@ def block_amin_amax(x: Tensor, block: Sequence[int]) -> tuple[Tensor, Tensor]:
     out_shape = [
         1 if width == ALL else size // width for size, width in zip(x.shape, block, strict=True)
     ]
-    blocks = x.reshape(shape)
-    low, high = (blocks.amin(reduce), blocks.amax(reduce)) if reduce else (blocks, blocks)
-    return low.reshape(out_shape).float(), high.reshape(out_shape).float()
+    return x.reshape(shape), reduce, out_shape
 
 
 def choose_qparams(
@@ -216,6 +229,20 @@ def largest_sum(codes: Tensor) -> int:
     above, below = codes.flatten(1).clamp(min=0), codes.flatten(1).clamp(max=0)
     sums = torch.maximum(above.sum(1, dtype=torch.int64), -below.sum(1, dtype=torch.int64))
     return 256 * int(sums.max())
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """Return `a @ b` as fp32, whatever torch's switches say of the precision of products.
+
+    `allow_tf32` and `torch.set_float32_matmul_precision` make fp32 products on a GPU, and some on a
+    CPU, round their operands to 10 bits and fewer: enough to change which blocks attention selects.
+    No switch touches float64, and data-center GPUs multiply it as fast as fp32.
+
+    Args:
+        a: `[..., M, K]`, any float dtype.
+        b: `[..., K, N]`, likewise.
+    """
+    return (a.double() @ b.double()).float()
 
 
 def sqnr_db(reference: Tensor, other: Tensor) -> float:

@@ -33,7 +33,7 @@ from fxq.layer_json import decode_value, encode_value
 from fxq.observers import RangeObserver
 from fxq.operators import LAYERS
 from fxq.passes.common.calibrate import Calibrate
-from fxq.passes.common.insert_observers import FIRST, LAST, InsertObservers
+from fxq.passes.common.insert_observers import InsertObservers, is_of_graph
 from fxq.passes.common.observed_ranges import (
     ObservedLayer,
     ObservedRanges,
@@ -241,7 +241,7 @@ def _preparing(recipe: Recipe) -> Recipe:
             )
         if isinstance(step, InsertObservers):
             for pattern, _ in step.overrides:
-                if pattern in (FIRST, LAST):
+                if is_of_graph(pattern):
                     raise UnsupportedError(
                         f"recipe {recipe.name!r}: override {pattern!r} is of a whole graph, and a "
                         "model may run as several; name the layer"

@@ -33,7 +33,7 @@ from fxq.judging import outputs_sqnr_db
 from fxq.program import Program
 from fxq.progress import Progress, Reported, reporting
 from fxq.rewriting import copy_graph, propagate
-from fxq.signature import split_inputs
+from fxq.signature import Leaf, split_inputs
 
 Batches = Iterable[Sequence[Any]]  # each batch: the graph's inputs in order
 
@@ -273,7 +273,11 @@ class CheckedBatches:
 
     def _without_labels(self, batch: Any) -> Any:
         """Return a batch of a data loader without what stands after the model's only input."""
-        if len(self.signature.given) != 1 or not isinstance(batch, tuple | list) or len(batch) < 2:
+        if not isinstance(batch, tuple | list) or len(batch) < 2 or not self.signature.given:
+            return batch
+        others = self.signature.leaves[self.signature.in_spec.child(0).num_leaves :]
+        tensors_only = all(isinstance(value, Tensor) for value in batch[1:])
+        if any(isinstance(leaf, Leaf) for leaf in others) or (others and not tensors_only):
             return batch
         extra = [list(v.shape) if isinstance(v, Tensor) else type(v).__name__ for v in batch[1:]]
         if not self.told:

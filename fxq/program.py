@@ -178,23 +178,21 @@ class Program(nn.Module):
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Program":
-        """Move to a device. Constants of the graph that name a device move along.
+        """Move to a device. Constants of the graph that name a device move along. Converting to the
+        dtype that the program has changes nothing: scales keep theirs.
 
         Raises:
             ValueError: a change of dtype, which would change the scales.
         """
-        dtypes = {b.dtype for b in self.buffers() if b.is_floating_point()}
-        dtypes |= {torch.float32, self.dtype}
-        for dtype in dtypes:
-            probe = fn(torch.empty(0, dtype=dtype, device=self.device))
-            if probe.dtype == dtype:
-                continue
+        probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
+        if probe.dtype != self.dtype:
             raise ValueError(
                 f"expected a device, found the dtype {probe.dtype}: a Program's dtype is fixed "
-                "when it is made; "
-                "convert the model before compressing it"
+                f"when it is made, at {self.dtype}; convert the model before compressing it"
             )
-        super()._apply(fn, recurse)
+        other = torch.float32 if self.dtype != torch.float32 else torch.bfloat16
+        converts = fn(torch.empty(0, dtype=other, device=self.device)).dtype != other
+        super()._apply((lambda t: t.to(probe.device)) if converts else fn, recurse)
         for node in self.graph_module.graph.nodes:
             if isinstance(node.kwargs.get("device"), torch.device):
                 node.update_kwarg("device", probe.device)

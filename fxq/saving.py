@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 
 from fxq.dialect import QUANTIZED
 from fxq.errors import FxqWarning, UnsupportedError
-from fxq.files import write_tensors
+from fxq.files import check_writable, write_tensors
 from fxq.graph import val_of
 from fxq.graph_json import decode, decode_graph, encode, encode_graph
 from fxq.layer_json import adopt_tensors, tensors_of
@@ -52,12 +52,12 @@ def save(program: Program, path: str | os.PathLike[str]) -> None:
         path: where to; an existing file is replaced once the new one is complete.
     Raises:
         TypeError: not a Program.
+        FileNotFoundError, ValueError: no folder for the file, or a folder of its name.
         UnsupportedError: the graph or the call signature holds what a file cannot carry.
     """
     check_program(program, "save")
     path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path}: expected a folder that exists; make {path.parent} first")
+    check_writable(path)
     gm = program.graph_module
     QUANTIZED.check(gm)
     tensors, table = encode_tensors(gm)
@@ -83,7 +83,7 @@ def save(program: Program, path: str | os.PathLike[str]) -> None:
     }
     text = seal(content, tensors)
     try:
-        write_tensors(Path(path), tensors, {"fxq": text})
+        write_tensors(path, tensors, {"fxq": text})
     except KeyError as error:
         raise UnsupportedError(f"expected tensors safetensors can hold, found {error}") from error
 

@@ -15,6 +15,10 @@ from torch.utils import _pytree as pytree
 
 from fxq.errors import did_you_mean
 
+# Models of transformers take it without naming it among their arguments. It says in which form the
+# result comes, which a `Program` decides call by call.
+RETURN_DICT = "return_dict"
+
 Inputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 
 
@@ -201,6 +205,8 @@ class Signature:
         for name, value in kwargs.items():
             if name in values:
                 raise TypeError(f"{where}: argument {name!r} given twice")
+            if name == RETURN_DICT and name not in self.known:
+                continue
             if name not in self.known:
                 raise TypeError(f"{where}: no argument {name!r}; {did_you_mean(name, self.known)}")
             values[name] = value

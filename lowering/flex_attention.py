@@ -3,6 +3,7 @@
 The plan is the reference's, in torch; FlexAttention attends to what it selects; R and U follow.
 Blocks that are visited whole go in as full blocks, which need no mask; the last, shorter block and
 text are partial blocks. FlexAttention knows no pseudo-keys, so "online" mode is not for it.
+Its own products of fp32 tensors are TF32 where torch's switches say so; what is selected is not.
 """
 
 import functools

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from fxq.numerics import product
 from fxq.rectified_attention.pooling import BlockStats, mean_token
 
 
@@ -18,8 +19,8 @@ def gain_and_error(q: BlockStats, k: BlockStats) -> tuple[Tensor, Tensor]:
     Source: arXiv:2511.19835, gain-aware pooling rectification; the common factor block_size^2 is
     left out.
     """
-    gain = (q.mean @ k.mean.mT).abs()
-    error = (q.deviation @ k.mean.mT).abs() + (q.mean @ k.deviation.mT).abs()
+    gain = product(q.mean, k.mean.mT).abs()
+    error = product(q.deviation, k.mean.mT).abs() + product(q.mean, k.deviation.mT).abs()
     return gain, error
 
 
@@ -64,7 +65,7 @@ def rectification(
         ratio = 1 - given.sum(-1)
     else:
         ratio = p_text + (p_blocks * selected).sum(-1)
-    return ratio.clamp(min=0), given @ v_mean
+    return ratio.clamp(min=0), product(given, v_mean)
 
 
 def no_rectification(selected: Tensor, v_mean: Tensor) -> tuple[Tensor, Tensor]:

@@ -138,13 +138,16 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> tu
         return query.new_zeros(len(query), value.shape[-1]), query.new_full(
             (len(query),), -torch.inf
         )
-    logits = query @ key.mT if bias is None else torch.addmm(bias, query, key.mT)
+    # On a GPU a switch of torch would make fp32 products TF32; see `fxq.numerics.product`.
+    dtype = torch.float64 if query.is_cuda else torch.float32
+    query, key, value = (x.to(dtype) for x in (query, key, value))
+    logits = query @ key.mT if bias is None else torch.addmm(bias.to(dtype), query, key.mT)
     peak = logits.amax(-1, keepdim=True)
     peak = peak.masked_fill(peak == -torch.inf, 0)
     weights = (logits - peak).exp_()
     total = weights.sum(-1, keepdim=True)
     out = weights @ value / total.masked_fill(total == 0, 1)
-    return out, (total.log() + peak)[:, 0]
+    return out.float(), (total.log() + peak)[:, 0].float()
 
 
 def visited_tokens(selected: Tensor, layout: BlockLayout, text: Tensor) -> Tensor:

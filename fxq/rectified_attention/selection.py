@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from fxq.numerics import product
+
 
 def visible_blocks(n_blocks: int, is_causal: bool, device: torch.device) -> Tensor:
     """Return which key blocks a query block may see at all, bool `[N, N]`.
@@ -53,9 +55,9 @@ def implicit_attention(
         a row of both sums to one.
     Source: arXiv:2511.19835, isolated-pooling attention reallocation.
     """
-    blocks = q_mean @ k_mean.mT * scale + log_count  # [B, H, N, N]
+    blocks = product(q_mean, k_mean.mT) * scale + log_count  # [B, H, N, N]
     blocks = blocks.masked_fill(~visible, -torch.inf)
-    text = q_mean @ text_key.mT * scale  # [B, H, N, text_size]
+    text = product(q_mean, text_key.mT) * scale  # [B, H, N, text_size]
     text = text.masked_fill(~text_mask[:, None, None], -torch.inf)
     p = torch.cat([blocks, text], dim=-1).softmax(-1)
     n_blocks = blocks.shape[-1]

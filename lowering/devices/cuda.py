@@ -5,6 +5,9 @@ where nothing but a scale of NaN can make its result NaN or Inf: the next guard 
 scale. Our attention takes head dims to 128 in fp16 and bf16, FlexAttention most of the rest.
 """
 
+import importlib.util
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,7 +15,7 @@ import torch
 from torch.fx import Node
 
 from fxq.constants import constant_value
-from fxq.graph import args_of, dtype_of, hint, is_op, shape_of, val_of
+from fxq.graph import args_of, dtype_of, hint, is_op, shape_of, tensor_of, val_of
 from fxq.lowering.lower_attention import SparseAttention
 from fxq.lowering.lower_conv import Int8Conv
 from fxq.lowering.lower_linear import Int8Linear, Operands
@@ -37,7 +40,39 @@ class TritonInt8Linear(Int8Linear):
         if guard is not None:
             rows = (o.scale, args_of(guard)[1])
             guard.replace_all_uses_with(insert_call(guard.target, rows, before=guard))
-        return Decision("int8_linear (Triton)")
+        out_dtype = epilogue[0] if len(epilogue) == 2 else torch.int8
+        sizes = [math.prod(hint(size, lowering.sizes) for size in shape_of(o.codes)[:-1])]
+        sizes += tensor_of(lowering.gm, o.weight).shape
+        return _named("int8_linear", lowering.device, product_by_pointers, *sizes, out_dtype)
+
+
+def _named(
+    kernel: str, device: torch.device, why_by_pointers: Callable[..., str | None], *args: object
+) -> Decision:
+    """Return which of two kernels a launch will take, and why not the faster one; only where the
+    device and Triton are here to be asked."""
+    here = torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
+    if not here:
+        return Decision(f"{kernel} (Triton)")
+    if why := why_by_pointers(*args, device):
+        return Decision(f"{kernel} (Triton, by pointers)", f"by pointers: {why}")
+    return Decision(f"{kernel} (Triton, TMA)")
+
+
+def product_by_pointers(
+    m: int, n: int, k: int, out_dtype: torch.dtype, device: torch.device
+) -> str | None:
+    """Return why a product is loaded by pointers: `kernels.int8_linear.why_by_pointers`."""
+    from fxq.lowering.kernels.int8_linear import why_by_pointers  # loads Triton
+
+    return why_by_pointers(m, n, k, out_dtype.itemsize, device)
+
+
+def attention_by_pointers(device: torch.device) -> str | None:
+    """Return why keys and values are loaded by pointers, None where the copy engine does."""
+    from fxq.lowering.kernels.hardware import why_no_copy_engine  # loads Triton
+
+    return why_no_copy_engine(device)
 
 
 def is_single_or_per_channel(scale: Node) -> bool:
@@ -113,6 +148,12 @@ class TritonAttention(SparseAttention):
         if scale is not None and scale <= 0:
             return f"the kernel is for a positive scale, found {scale}"
         return None
+
+    def apply(self, node: Node, lowering: Lowering) -> Decision:
+        found = super().apply(node, lowering)
+        if found.kernel is None:
+            return found
+        return _named("rectified_attention", lowering.device, attention_by_pointers)
 
 
 @dataclass(frozen=True)

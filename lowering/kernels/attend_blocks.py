@@ -107,13 +107,6 @@ CASES = (
     Case(80, dim=128, density=0.2, mode="online", dtype=torch.float16),
     Case(20, text_size=20, text_len=(0, 20)),
 )
-BENCHMARK_CASES = {
-    "HunyuanVideo 129 frames 720p": Case(
-        119056, 128, 128, 24, 24, 256, (256,), density=0.2, dtype=torch.bfloat16
-    ),
-    "Wan 14B 81 frames 720p": Case(75600, 128, 128, 40, 40, density=0.2, dtype=torch.bfloat16),
-    "8k tokens": Case(8192, 128, 128, 24, 24, density=0.2, dtype=torch.bfloat16),
-}
 
 
 def choose_config(
@@ -145,6 +138,12 @@ def choose_config(
 
 
 @triton.jit
+def _logits(q, k):
+    """Products of queries and keys; those of fp32 are not TF32, whatever Triton's default is."""
+    return tl.dot(q, tl.trans(k), input_precision="ieee")
+
+
+@triton.jit
 def _weigh(acc, total, peak, dots, v, scale2):
     """One step of online softmax in base 2. The scale, > 0, and the peak go into one FMA: softmax
     takes about half the time of a tile."""
@@ -152,7 +151,7 @@ def _weigh(acc, total, peak, dots, v, scale2):
     weights = tl.exp2(dots * scale2 - new[:, None])
     alpha = tl.exp2(peak - new)
     total = total * alpha + tl.sum(weights, 1)
-    acc = tl.dot(weights.to(v.dtype), v, acc * alpha[:, None])
+    acc = tl.dot(weights.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
     return acc, total, new
 
 
@@ -211,7 +210,7 @@ def attend_blocks_kernel(
     if TMA:
         start = visual_start + ahead * BLOCK
         ahead = tl.load(visited + 1 // SPLIT, mask=n_tiles > 1, other=0)
-        dots = tl.dot(q, tl.trans(_tile(k_desc, b, h // GROUP, start, BN, BD)))
+        dots = _logits(q, _tile(k_desc, b, h // GROUP, start, BN, BD))
         for i in range(0, n_tiles):
             # The last round multiplies a tile that nobody uses: cheaper than a loop of its own.
             following = visual_start + ahead * BLOCK + (i + 1) % SPLIT * BN
@@ -220,7 +219,7 @@ def attend_blocks_kernel(
             # the next tile from the softmax of this one: the compiler weaves them together.
             k = _tile(k_desc, b, h // GROUP, following, BN, BD)
             v = _tile(v_desc, b, h // GROUP, start, BN, BD)
-            next_dots = tl.dot(q, tl.trans(k))
+            next_dots = _logits(q, k)
             acc, total, peak = _weigh(acc, total, peak, dots, v, scale2)
             dots, start = next_dots, following
     else:
@@ -233,7 +232,7 @@ def attend_blocks_kernel(
             else:
                 k = tl.load(k_base + start.to(tl.int64) * k_s + k_offs)
                 v = tl.load(v_base + start.to(tl.int64) * v_s + v_offs)
-            acc, total, peak = _weigh(acc, total, peak, tl.dot(q, tl.trans(k)), v, scale2)
+            acc, total, peak = _weigh(acc, total, peak, _logits(q, k), v, scale2)
 
     n_text = text_size
     if HAS_TEXT_LEN:
@@ -259,7 +258,7 @@ def attend_blocks_kernel(
         seen = (cols < end)[None, :]
         if CAUSAL:
             seen = seen & (cols[None, :] <= rows[:, None])
-        dots = tl.where(seen, tl.dot(q, tl.trans(k)), float("-inf"))
+        dots = tl.where(seen, _logits(q, k), float("-inf"))
         acc, total, peak = _weigh(acc, total, peak, dots, v, scale2)
 
     if MODE == 1:
@@ -280,7 +279,7 @@ def attend_blocks_kernel(
                 other=0.0,
             )
             bias = tl.load(bias_ptr + plan * N + cols, mask=in_cols, other=float("-inf"))
-            dots = tl.dot(q, tl.trans(k)) + (bias / scale)[None, :]
+            dots = _logits(q, k) + (bias / scale)[None, :]
             acc, total, peak = _weigh(acc, total, peak, dots, v, scale2)
 
     empty = total == 0.0

@@ -34,18 +34,23 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def has_copy_engine(device: torch.device) -> bool:
-    """Tell whether descriptors work here; in the interpreter they do."""
+def why_no_copy_engine(device: torch.device) -> str | None:
+    """Return why descriptors do not work here, None where they do; in the interpreter they do."""
     if TensorDescriptor is None:
-        return False
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+        return f"Triton {triton.__version__} has no tensor descriptors"
+    if device.type == "cuda" and (found := torch.cuda.get_device_capability(device)) < (9, 0):
+        return f"the copy engine (TMA) is there from sm_90 on, found sm_{found[0]}{found[1]}"
+    return None
 
 
-def can_specialize(device: torch.device) -> bool:
-    """Tell whether some warps can copy while others multiply by wgmma: on Hopper alone."""
-    if device.type != "cuda":
-        return has_copy_engine(device)
-    return has_copy_engine(device) and torch.cuda.get_device_capability(device)[0] == 9
+def why_not_specialized(device: torch.device) -> str | None:
+    """Return why warps cannot copy while others multiply by wgmma, which is of Hopper alone; None
+    where they can."""
+    if why := why_no_copy_engine(device):
+        return why
+    if device.type == "cuda" and (found := torch.cuda.get_device_capability(device))[0] != 9:
+        return f"its products (wgmma) are those of sm_90, found sm_{found[0]}{found[1]}"
+    return None
 
 
 def with_scratch(launch: Callable[[], object]) -> None:
@@ -75,7 +80,7 @@ def can_describe(x: Tensor) -> bool:
     """Tell whether the copy engine can load tiles of `x`."""
     strides = [step * x.element_size() for step in _strides(x)[:-1]]
     return (
-        has_copy_engine(x.device)
+        why_no_copy_engine(x.device) is None
         and x.numel() > 0
         and starts_aligned(x)
         and _strides(x)[-1] == 1

@@ -10,12 +10,18 @@ or one per column. The accumulator is int32 until the scales are applied; everyt
 Programs are ordered in groups of rows, so that neighbours share tiles of w in L2.
 
 Where there is a copy engine and the rows are whole multiples of 16 bytes, more than 64 rows are
-multiplied by `int8_linear_tma_kernel`; the kernel here takes everything else.
+multiplied by `int8_linear_tma_kernel`; the kernel here takes everything else, and the report says
+why (`why_by_pointers`). With few rows all is reading the weight: tiles are as narrow as it takes
+for 4096 channels to keep all multiprocessors reading. A product of 16 rows costs no more than one
+of a single row, so that a vector has no kernel of its own. Sums are not split along K: that would
+pay for fewer than 4000 channels, whose weight is read in a few microseconds.
 
 Not measured yet on a GPU: what `choose_config` returns is proved from its sm_90 code
 (tests/lowering/test_int8_linear_aot.py).
 """
 
+import functools
+import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -24,6 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fxq.errors import FxqWarning
 from fxq.lowering.kernels import buffers, hardware
 from fxq.lowering.kernels.int8_epilogue import ACTIVATION, FP_FUSION, finish, tile_of
 from fxq.lowering.kernels.int8_linear_tma import int8_linear_tma_kernel
@@ -53,6 +60,7 @@ CONFIGS = {
     "large": Config(128, 256, 128, 8, 3),
     "medium": Config(128, 128, 128, 8, 3),
     "rows": Config(64, 128, 128, 4, 4),
+    "rows, narrow": Config(64, 32, 256, 4, 4),
     "few": Config(16, 64, 256, 4, 4),
     "few, narrow": Config(16, 32, 512, 4, 4),
     "odd": Config(64, 64, 32, 4, 2),
@@ -105,22 +113,6 @@ CASES = (
     Case(130, 257, 384, zero_point=True, requantize=True),
     Case(65, 129, 64, bias=True, activation="gelu", requantize=True, per_column=True),
 )
-BENCHMARK_CASES = (
-    Case(4096, 4096, 4096, bias=True),
-    Case(8192, 8192, 8192, bias=True),
-    Case(
-        4096,
-        4096,
-        4096,
-        per_row=True,
-        zero_point=True,
-        bias=True,
-        activation="gelu",
-        requantize=True,
-    ),
-    Case(1576, 3072, 768, bias=True, activation="gelu", requantize=True),
-    Case(16, 4096, 4096, per_row=True, bias=True),
-)
 
 
 def choose_config(
@@ -132,6 +124,7 @@ def choose_config(
     aligned: bool = True,
     tma: bool = False,
     n_sms: int = 132,
+    shared_bytes: int = 232_448,
 ) -> Config:
     """Return the tiles for `[m, k] x [k, n]`.
 
@@ -145,6 +138,7 @@ def choose_config(
         aligned: both operands start at a multiple of 16 bytes.
         tma: `int8_linear_tma_kernel` takes the operands.
         n_sms: multiprocessors; as many as an H100 has.
+        shared_bytes: what one program may have; as much as on an H100.
     """
     if tma and m > 64:
         large, medium = CONFIGS["tma, large"], CONFIGS["tma, medium"]
@@ -153,13 +147,22 @@ def choose_config(
         return large if light and 2 * rounds[0] <= rounds[1] else medium
     if k % 16 or not aligned:  # byte loads, whose addresses spill in larger tiles
         return CONFIGS["odd"]
+    large, name = CONFIGS["large"], "medium"
     if m <= 16:
-        return CONFIGS["few" if _tiles(m, n, CONFIGS["few"]) >= n_sms else "few, narrow"]
-    if m <= 64 or n % 16:  # stores that are not aligned take registers as well
-        return CONFIGS["rows"]
-    large = CONFIGS["large"]
-    fills = _tiles(m, n, large) >= n_sms
-    return CONFIGS["large" if light and fills and k % large.bk == 0 else "medium"]
+        name = "few" if _tiles(m, n, CONFIGS["few"]) >= n_sms else "few, narrow"
+    elif n % 16:  # stores that are not aligned take registers as well
+        name = "rows"
+    elif m <= 64:
+        name = "rows" if _tiles(m, n, CONFIGS["rows"]) >= n_sms else "rows, narrow"
+    elif light and k % large.bk == 0 and _tiles(m, n, large) >= n_sms:
+        name = "large" if _fitted(large, shared_bytes) == large else "medium"
+    return _fitted(CONFIGS[name], shared_bytes)
+
+
+def _fitted(config: Config, shared_bytes: int) -> Config:
+    """Return a configuration with as many stages as shared memory holds."""
+    stage = (config.bm + config.bn) * config.bk
+    return config._replace(num_stages=max(1, min(config.num_stages, shared_bytes // stage)))
 
 
 def _tiles(m: int, n: int, config: Config) -> int:
@@ -273,16 +276,18 @@ def launch(
     out = buffers.allocate((m, n), out_dtype if out_scale is None else torch.int8, x.device)
     if out.numel() == 0:
         return out
-    tma = (
-        hardware.can_specialize(x.device)
-        and all(map(hardware.can_describe, (x, weight, out)))
-        and (residual is None or hardware.can_describe(residual))  # byte loads would spill
-        and k % 16 == n * out.element_size() % 16 == 0  # of a single row too
-    )
-    n_sms = hardware.multiprocessors(x.device)
+    tma = why_by_pointers(m, n, k, out.element_size(), x.device) is None
+    # Byte loads of a residual would spill.
+    described = [x, weight, out, *([] if residual is None else [residual])]
+    if tma and not all(map(hardware.can_describe, described)):
+        tma = False
+        _warn_misaligned()
+    n_sms, shared = hardware.multiprocessors(x.device), hardware.shared_bytes(x.device)
     light = is_light(flags, out.dtype, tma=tma)
     aligned = all(map(hardware.starts_aligned, (x, weight)))
-    tiles = config or choose_config(m, n, k, light=light, aligned=aligned, tma=tma, n_sms=n_sms)
+    tiles = config or choose_config(
+        m, n, k, light=light, aligned=aligned, tma=tma, n_sms=n_sms, shared_bytes=shared
+    )
     args = (
         x, weight, out, x_scale, x_zero_point, w_scale, w_sum, bias, residual,
         out_scale, out_zero_point, m, n, k, quant_min, quant_max,
@@ -297,6 +302,36 @@ def launch(
     else:
         int8_linear_kernel[(n_tiles,)](*args, **flags, EVEN_K=k % tiles.bk == 0, **options)
     return out
+
+
+def why_by_pointers(m: int, n: int, k: int, out_bytes: int, device: torch.device) -> str | None:
+    """Return why a product of aligned tensors is loaded by pointers, None where warps specialize.
+
+    Args:
+        m: rows of the activations.
+        n: output channels.
+        k: input channels.
+        out_bytes: of an element of the result.
+        device: to launch on.
+    """
+    if why := hardware.why_not_specialized(device):
+        return why
+    if m <= 64:
+        return f"{m} rows: as fast as the weight is read"
+    for what, row in (("input", k), ("output", n * out_bytes)):
+        if row % hardware.ALIGNMENT:
+            return f"rows of the {what} are no multiple of 16 bytes, found {row}"
+    return None
+
+
+@functools.cache
+def _warn_misaligned() -> None:
+    warnings.warn(
+        "int8_linear: expected tensors that start at a multiple of 16 bytes, found one that does "
+        "not; its product is loaded by pointers, which is slower: clone the view",
+        FxqWarning,
+        stacklevel=3,
+    )
 
 
 def epilogue_flags(

@@ -6,6 +6,13 @@ inner loop one warp that copies and two warp groups that multiply half a tile ea
 let the product of integers run on past its wait, so that each group multiplies while the other one
 waits. It makes so only with four warps, descriptors made in the kernel, and loops left apart.
 
+Each of the three walks the tiles in a loop of its own, so that the first tiles of the next round
+are copied under the epilogue of this one. The groups share every tile, so that one multiplies under
+the other's epilogue only as far as the stages reach. Groups with tiles of their own (ping-pong)
+cannot be said in Triton: flattened into one loop the kernel is not specialized at all (Triton 3.9:
+one group of four warps, 255 registers, 477 accesses of local memory), and specializing the outer
+loop instead of the inner one makes the same loops.
+
 Same epilogue as `int8_linear_kernel`, which takes what this one cannot: other devices, and rows
 that are no multiple of 16 bytes.
 """

@@ -1,12 +1,13 @@
 """rectified_attention on CUDA: three kernels, and matrix products of pooled blocks between them.
 
     pool_blocks     statistics of the blocks of Q, K and V        (gathers into curve order)
-    torch.matmul    N x N products of pooled queries and keys     (cuBLAS, fp32)
+    product         N x N products of pooled queries and keys     (cuBLAS, float64)
     select_blocks   lists of visited blocks, R, what is given back
-    torch.matmul    U = given @ pooled values
+    product         U = given @ pooled values                     (likewise)
     attend_blocks   attention over the lists, R and U in its epilogue
 
-Nothing waits for the host. `fxq.rectified_attention.reference` is the definition.
+Products are float64, so that no switch of torch changes what is selected. Nothing waits for the
+host. `fxq.rectified_attention.reference` is the definition.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ from torch import Tensor
 from fxq.lowering.kernels import attend_blocks, pool_blocks, select_blocks
 from fxq.lowering.kernels.hardware import starts_aligned
 from fxq.lowering.kernels.select_blocks import Products, Selection
+from fxq.numerics import product
 from fxq.rectified_attention.layout import BlockLayout, empty_output, repeat_heads
 from fxq.rectified_attention.pooling import BlockStats, mean_token
 
@@ -36,14 +38,14 @@ def pair_products(
         gate: the gate is on.
         center_keys: subtract the mean key before the gate.
     """
-    dot = q.mean @ k.mean.mT
+    dot = product(q.mean, k.mean.mT)
     if not gate:
         return Products(dot)
-    dq, dk = q.deviation @ k.mean.mT, q.mean @ k.deviation.mT
+    dq, dk = product(q.deviation, k.mean.mT), product(q.mean, k.deviation.mT)
     if not center_keys:
         return Products(dot, dq, dk)
     centre = mean_token(k.mean, counts).mT  # [B, H, D, 1]
-    return Products(dot, dq, dk, q.mean @ centre, q.deviation @ centre)
+    return Products(dot, dq, dk, product(q.mean, centre), product(q.deviation, centre))
 
 
 def text_log_sum_exp(
@@ -57,8 +59,8 @@ def text_log_sum_exp(
         text_len: valid text tokens `[B]`.
         scale: of the logits.
     """
-    keys = repeat_heads(text_key.float(), q_mean.shape[1])
-    logits = q_mean @ keys.mT * scale
+    keys = repeat_heads(text_key, q_mean.shape[1])
+    logits = product(q_mean, keys.mT) * scale
     if text_len is not None:
         padding = torch.arange(keys.shape[2], device=keys.device) >= text_len[:, None]
         logits = logits.masked_fill(padding[:, None, None], -torch.inf)
@@ -171,7 +173,7 @@ def corrections(selection: Selection, v_mean: Tensor) -> Tensor:
     """
     assert selection.given is not None
     out = torch.zeros(selection.ratio.shape[0], v_mean.shape[-1], device=v_mean.device)
-    torch.matmul(selection.given, v_mean, out=out[:-1].view(v_mean.shape))
+    out[:-1].view(v_mean.shape).copy_(product(selection.given, v_mean))
     return out
 
 

@@ -7,9 +7,10 @@
 
 `fxq.rectified_attention.selection` and `.rectification` are the definition. Inputs are products of
 pooled queries and keys, `[B, H, N, N]`, fp32, which cuBLAS makes better than a kernel that would
-read every pooled key once per row. One program holds one row in registers. Thresholds are found
-bit by bit (probabilities are non-negative floats, whose order is that of their bits), ties go to
-the lower index, and the list of visited blocks is ascending.
+read every pooled key once per row, in float64, so that no switch for the precision of products
+changes a list. One program holds one row in registers. Thresholds are found bit by bit
+(probabilities are non-negative floats, whose order is that of their bits), ties go to the lower
+index, and the list of visited blocks is ascending.
 
 Not measured yet on a GPU.
 """

@@ -4,17 +4,18 @@ kept the float function. Equivalent scaling is a package of its own, `scaling`."
 from fxq.passes.common.calibrate import Calibrate
 from fxq.passes.common.convert import Convert
 from fxq.passes.common.decompose_attention import DecomposeAttention
-from fxq.passes.common.fake_quantize import (
+from fxq.passes.common.fake_quantize import fake_quantize
+from fxq.passes.common.float_function import check_float_function, float_difference
+from fxq.passes.common.fold_batch_norm import FoldBatchNorm
+from fxq.passes.common.insert_observers import DEPTHWISE, FIRST, LAST, InsertObservers, first_of
+from fxq.passes.common.observe_activations import ObserveActivations
+from fxq.passes.common.split_concatenations import SplitConcatenations
+from fxq.passes.common.student import (
     activation_scales,
     adopt,
-    fake_quantize,
     student_of,
     without_observers,
 )
-from fxq.passes.common.float_function import check_float_function, float_difference
-from fxq.passes.common.fold_batch_norm import FoldBatchNorm
-from fxq.passes.common.insert_observers import DEPTHWISE, FIRST, LAST, InsertObservers
-from fxq.passes.common.observe_activations import ObserveActivations
 
 __all__ = [
     "DEPTHWISE",
@@ -26,10 +27,12 @@ __all__ = [
     "FoldBatchNorm",
     "InsertObservers",
     "ObserveActivations",
+    "SplitConcatenations",
     "activation_scales",
     "adopt",
     "check_float_function",
     "fake_quantize",
+    "first_of",
     "float_difference",
     "student_of",
     "without_observers",

@@ -11,15 +11,27 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
+from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
 from fxq.account import kind_of
 from fxq.dialect import ATEN, OBSERVED, Dialect
-from fxq.errors import UnsupportedError, did_you_mean
-from fxq.graph import is_constant, is_settled, owner_name, shape_of, weight_of
+from fxq.errors import MissingInputError, UnsupportedError, did_you_mean
+from fxq.graph import (
+    dtype_of,
+    input_name,
+    is_constant,
+    is_op,
+    is_settled,
+    owner_name,
+    shape_of,
+    val_of,
+    weight_of,
+)
 from fxq.layer import Skip, treat
 from fxq.observers import RangeObserver
+from fxq.operators import Movement, of
 from fxq.pipeline import Pass
 from fxq.rewriting import insert_module
 from fxq.row_choice import assumed, index_of, why_not_counted, why_unfit
@@ -29,6 +41,8 @@ from fxq.spec import LayerSpec, PerTensor, PerToken, QuantSpec, block_of, scale_
 FIRST = "<first>"  # override key: layers that no other layer comes before, by data flow
 LAST = "<last>"  # override key: layers that no other layer comes after, by data flow
 DEPTHWISE = "<depthwise>"  # override key: convolutions whose groups have one input channel
+FIRST_OF, FIRST_INPUT = "<first of {}>", "the first input"
+SHAPE_ONLY = of(Movement.SHAPE_ONLY)  # no data goes through these
 
 TARGETS = ("linear", "conv")
 # Kinds of operators whose constants are no matrix that multiplies rows.
@@ -46,9 +60,9 @@ class InsertObservers(Pass):
     Args:
         default: how a layer is quantized unless an override says otherwise; None keeps it float.
         targets: kinds of operators `default` applies to.
-        overrides: (pattern, spec) pairs. A pattern is `FIRST`, `LAST`, `DEPTHWISE` or a qualified
-            module name with shell wildcards (`"blocks.0.*"`); a spec of None keeps the layer float.
-            The first match wins.
+        overrides: (pattern, spec) pairs. A pattern is `FIRST`, `LAST`, `DEPTHWISE`,
+            `first_of(input)` or a qualified module name with shell wildcards (`"blocks.0.*"`); a
+            spec of None keeps the layer float. The first match wins.
         partial: the graph may be a part of a model: patterns that match nothing in it are left out.
     """
 
@@ -142,6 +156,8 @@ class InsertObservers(Pass):
         for pattern, spec in self.overrides:
             if pattern in groups:
                 matched: Iterable[Node] = groups[pattern]
+            elif is_of_graph(pattern):
+                matched = self._first_of(layers, pattern)
             else:
                 matched = [n for n in layers if fnmatch.fnmatchcase(names[n], pattern)]
                 if not matched and not self.partial:
@@ -152,6 +168,48 @@ class InsertObservers(Pass):
             for layer in matched:
                 chosen.setdefault(layer, (pattern, spec))
         return chosen
+
+    def _first_of(self, layers: Sequence[Node], pattern: str) -> list[Node]:
+        """Return the layers that read an input of the model with no layer between."""
+        if not layers:
+            return []
+        inputs = {
+            input_name(node): node
+            for node in layers[0].graph.nodes
+            if node.op == "placeholder" and isinstance(val_of(node), Tensor)
+        }
+        named = {FIRST_OF.format(name): node for name, node in inputs.items()}
+        floating = [n for n in inputs.values() if dtype_of(n).is_floating_point]
+        named |= {FIRST_OF.format(FIRST_INPUT): node for node in floating[:1]}
+        if pattern not in named:
+            if self.partial:
+                return []
+            name = pattern[len(FIRST_OF.format("")) - 1 : -1]
+            raise MissingInputError(
+                f"override {pattern!r}: no input {name!r} of the model is a tensor; "
+                f"{did_you_mean(name, inputs)}"
+            )
+        ends = {*layers, *(n for n in layers[0].graph.nodes if is_op(n, *SHAPE_ONLY))}
+        reached = _reachable([named[pattern]], lambda n: () if n in ends else n.users)
+        return [layer for layer in layers if layer in reached]
+
+
+def first_of(name: str | None = None) -> str:
+    """Return the override key of the layers that read an input of the model with no layer between,
+    by data flow.
+
+    `FIRST` has a layer for each input that goes through one: of a diffusion model, that of the
+    noisy sample and that of the time-step.
+
+    Args:
+        name: of the argument; None for the first floating-point one.
+    """
+    return FIRST_OF.format(FIRST_INPUT if name is None else name)
+
+
+def is_of_graph(pattern: str) -> bool:
+    """Tell whether an override goes by the data flow of a whole graph, not by a name."""
+    return pattern in (FIRST, LAST) or pattern.startswith(FIRST_OF.format("")[:-1])
 
 
 def _has_weight(node: Node) -> bool:

@@ -17,10 +17,22 @@ from torch.fx.passes.infra.pass_base import PassResult
 from fxq.account import kind_of
 from fxq.dialect import OBSERVED, Dialect
 from fxq.errors import FxqWarning
-from fxq.graph import dtype_of, is_constant, is_op, owner_name, shape_of
-from fxq.layer import layer_of
+from fxq.graph import args_of, dtype_of, is_constant, is_op, owner_name, shape_of
+from fxq.layer import layer_of, treat
 from fxq.observers import RangeObserver
-from fxq.operators import ADD, DIV, MATMUL, MUL, SOFTMAX, Movement, of
+from fxq.operators import (
+    ADD,
+    ADDMM,
+    COPIES,
+    DIV,
+    MATMUL,
+    MUL,
+    RESHAPES,
+    SOFTMAX,
+    Movement,
+    multiplied,
+    of,
+)
 from fxq.pipeline import Pass
 from fxq.rewriting import insert_module
 from fxq.row_choice import index_of, why_not_counted, why_unfit
@@ -30,7 +42,11 @@ from fxq.spec import QuantSpec
 aten = torch.ops.aten
 NONLINEAR = of(Movement.ACTIVATION, Movement.RELU, Movement.MUL)  # a product may be a gate's
 WHERE, MASKED_FILL = of(Movement.WHERE), of(Movement.MASKED_FILL)
-Kind = Literal["layer", "sum", "cat", "constant", "scores"]
+Kind = Literal["layer", "sum", "cat", "constant", "scores", "operand", "probabilities"]
+
+
+OF_PRODUCTS: tuple[Kind, ...] = ("operand", "probabilities")  # only products read these quantized
+MOVED = RESHAPES | COPIES | of(Movement.TRANSPOSE, Movement.EXPAND)
 
 
 @dataclass(frozen=True)
@@ -42,7 +58,10 @@ class ObserveActivations(Pass):
         kinds: which edges. "layer": outputs of quantized layers, but for those that only an
             activation function reads; "sum": sums of activations; "cat": concatenations;
             "constant": parameters that are added to activations; "scores": what a softmax reads,
-            before bias and mask.
+            before bias and mask. Not unless asked for: "operand", what products of two activations
+            multiply, and "probabilities", those operands that come from a softmax, which are none
+            of the former (`DecomposeAttention` writes attention out as such products). Only the
+            products read these quantized, which compute in float.
     """
 
     spec: QuantSpec
@@ -59,9 +78,16 @@ class ObserveActivations(Pass):
             "cat": _concatenations,
             "constant": _added_constants,
             "scores": _scores,
+            "operand": _operands,
+            "probabilities": _probabilities,
         }
-        edges = {edge: None for kind in self.kinds for edge in find[kind](gm)}
-        left = {edge: why for edge in edges if (why := self._observe(gm, edge))}
+        edges: dict[Node, str] = {}  # why each stays float, if it does
+        # Products last: what they read may be observed by then.
+        for products in (False, True):
+            kinds = [kind for kind in self.kinds if (kind in OF_PRODUCTS) is products]
+            found = {edge: None for kind in kinds for edge in find[kind](gm)}
+            edges |= {edge: self._observe(gm, edge, products) for edge in found}
+        left = {edge: why for edge, why in edges.items() if why}
         if left:
             listing = "; ".join(f"{edge.name}: {why}" for edge, why in left.items())
             warnings.warn(
@@ -71,9 +97,11 @@ class ObserveActivations(Pass):
             )
         return PassResult(gm, modified=len(left) < len(edges))
 
-    def _observe(self, gm: GraphModule, edge: Node) -> str:
+    def _observe(self, gm: GraphModule, edge: Node, only_products: bool) -> str:
         """Observe an edge, or return why it stays float."""
         readers = [user for user in edge.users if user.op != "call_module"]
+        if only_products:
+            readers = [user for user in readers if _is_product(user)]
         name = f"{owner_name(edge)}.{edge.name}"
         module = RangeObserver(self.spec, shape_of(edge), name)
         index, rows = [], self.spec.rows
@@ -89,6 +117,9 @@ class ObserveActivations(Pass):
         # A layer's own observer keeps reading the edge: quantizing twice would round twice.
         for user in readers:
             user.replace_input_with(edge, observed)
+            if only_products:
+                did = f"{edge.name} is quantized to {self.spec.format}"
+                treat(user, type(self).__name__, did, "operands quantized, product in float")
         return ""
 
 
@@ -149,3 +180,32 @@ def _between(scores: Node) -> Iterable[Node]:
         if is_op(user, *ADD):
             yield user
             yield from _between(user)
+
+
+def _is_product(node: Node) -> bool:
+    """Tell whether a node multiplies two activations."""
+    if not is_op(node, *MATMUL, *ADDMM):
+        return False
+    return all(_is_float(x) and not is_constant(x) for x in multiplied(node))
+
+
+def _unmoved(node: Node) -> Node:
+    """Return what a node is a view or copy of."""
+    while is_op(node, *MOVED):
+        node = args_of(node)[0]
+    return node
+
+
+def _read_by_products(gm: GraphModule) -> Iterable[Node]:
+    """Yield what products of two activations read and no observer gives."""
+    for node in gm.graph.nodes:
+        if _is_product(node):
+            yield from (x for x in multiplied(node) if _unmoved(x).op != "call_module")
+
+
+def _operands(gm: GraphModule) -> Iterable[Node]:
+    return (x for x in _read_by_products(gm) if not is_op(_unmoved(x), *SOFTMAX))
+
+
+def _probabilities(gm: GraphModule) -> Iterable[Node]:
+    return (x for x in _read_by_products(gm) if is_op(_unmoved(x), *SOFTMAX))

@@ -217,7 +217,7 @@ class Student:
         self.named = {
             name: parameter
             for name, parameter in gm.named_parameters()
-            if scale_learning_rate or parameter not in scales
+            if parameter.requires_grad and (scale_learning_rate or parameter not in scales)
         }
         rest = [p for p in self.named.values() if p not in scales]
         self.adam = torch.optim.Adam(rest)

@@ -14,7 +14,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 import fxq
 from fxq.account import account
 from fxq.dialect import ATEN, OBSERVED, Dialect
-from fxq.errors import SkippedError, UnsupportedError
+from fxq.errors import SkippedError
 from fxq.formats import Float8
 from fxq.graph import is_op, weight_of
 from fxq.layer import NOT_SEEN, Layer, Skip, Treatment, WeightCodes, layer_of, set_facts, treat
@@ -22,7 +22,7 @@ from fxq.lowering.lower import lower
 from fxq.numerics import sqnr_db
 from fxq.passes import smoothquant
 from fxq.passes.common import Convert, DecomposeAttention, InsertObservers
-from fxq.passes.common.fake_quantize import student_of
+from fxq.passes.common.student import student_of
 from fxq.pipeline import Pass, Recipe
 from fxq.rewriting import copy_graph
 from fxq.spec import LayerSpec, PerChannel, QuantSpec
@@ -132,8 +132,15 @@ def test_codes_that_are_fixed_are_not_trained() -> None:
     gm = fxq.capture(TwoLayers().eval(), torch.randn(2, 16)).graph_module
     fixed = Recipe("fixed", (InsertObservers(W4), RoundUp())).apply(gm)
 
-    with pytest.raises(UnsupportedError, match="a: expected a weight to train"):
-        student_of(fixed)
+    student, x = student_of(fixed).train(), torch.randn(4, 16)
+    before = student(x)[0]
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            if name.endswith("weight"):
+                parameter.normal_()
+
+    assert torch.equal(student(x)[0], before)
+    assert torch.equal(before, Convert().run(fixed).graph_module(x)[0])
 
 
 def test_layers_that_share_a_weight_may_have_codes_of_their_own() -> None:

@@ -13,7 +13,7 @@ from fxq.errors import FxqWarning, SkippedError
 from fxq.numerics import sqnr_db
 from fxq.observers import RangeObserver
 from fxq.passes.common import Calibrate, Convert, InsertObservers, ObserveActivations
-from fxq.passes.common.fake_quantize import student_of
+from fxq.passes.common.student import student_of
 from fxq.pipeline import Recipe
 from fxq.program import Program
 from fxq.rows import ByPosition, ByStep, ByTimestep, Rows

@@ -106,6 +106,8 @@ def test_a_mistake_ends_in_one_line(
         (["--data", "broken", "--checkpoint", "broken"], "is a directory"),
         (["--data", "other.safetensors"], "is a file"),
         (["--data", "broken", "--batch-size", "0"], "--batch-size"),
+        (["--data", "broken", "--out", "broken"], "expected the name of a file, found a folder"),
+        (["--data", "broken", "--out", "no/p.safetensors"], "make no first"),
     ],
 )
 def test_files_that_are_something_else_end_in_one_line(

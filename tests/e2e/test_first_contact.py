@@ -76,6 +76,23 @@ def test_a_data_loader_with_labels_calibrates_and_says_what_it_leaves_out() -> N
     assert torch.equal(program(x), fxq.compress(model, x[:3], "w8a8_static", data=[x])(x))
 
 
+def test_labels_are_no_mask_that_the_example_left_out() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor, mask: Tensor | None = None, times: int = 1) -> Tensor:
+            y = self.layer(x) * times
+            return y if mask is None else y * mask
+
+    model, x = Masked().eval(), torch.randn(6, 8)
+    with pytest.warns(FxqWarning, match=r"takes 'x' alone; .*left out"):
+        program = fxq.compress(model, x, "w8a8_static", data=[(x, torch.zeros(6))])
+
+    assert torch.equal(program(x), fxq.compress(model, x, "w8a8_static", data=[x])(x))
+
+
 def test_a_model_of_two_inputs_is_not_told_what_its_labels_are() -> None:
     class Two(nn.Module):
         def forward(self, a: Tensor, b: Tensor) -> Tensor:
@@ -99,9 +116,23 @@ def test_parameters_of_a_program_answer_for_dtype_device_and_count(dtype: torch.
     codes = [p for p in program.parameters() if p.dtype == torch.int8]
     assert sum(p.numel() for p in codes) == 8 * 16 + 16 * 4
     assert all(name.startswith("graph_module.") for name, _ in program.named_parameters())
-    if dtype == torch.bfloat16:
-        with pytest.raises(ValueError, match="dtype is fixed when it is made"):
-            program.float()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_program_is_converted_to_its_own_dtype_only(dtype: torch.dtype) -> None:
+    x = torch.randn(3, 8, dtype=dtype)
+    program = fxq.compress(nn.Sequential(nn.Linear(8, 4)).eval().to(dtype), x, "w8a8_dynamic")
+    before = {name: value.clone() for name, value in program.state_dict().items()}
+
+    for same in (program.to(dtype), program.to("cpu", dtype)):
+        after = same.state_dict()
+        assert all(
+            torch.equal(after[n], v) and after[n].dtype == v.dtype for n, v in before.items()
+        )
+    others = {torch.float32, torch.bfloat16, torch.float16} - {dtype}
+    for other in others:
+        with pytest.raises(ValueError, match=f"is fixed when it is made, at {dtype}; convert the"):
+            program.to(other)
 
 
 def test_a_pipeline_may_name_a_cache_and_a_step() -> None:
@@ -134,6 +165,49 @@ def test_only_the_free_sizes_need_a_name() -> None:
     torch.testing.assert_close(program(**other), model(**other))
     with pytest.raises(ValueError, match="'ids'"):
         program(**other | {"ids": ids[:1, :9]})
+
+
+class Adds(nn.Module):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return x.unflatten(1, (-1, 4)).sum() + y * (1 if y.shape[0] > 2 else -1)
+
+
+@pytest.mark.parametrize(
+    ("model", "shapes", "message"),
+    [
+        (nn.Bilinear(8, 8, 3), {"input1": {1: "c"}}, "'c' is always 8: leave it out"),
+        (nn.Bilinear(8, 8, 3), {"input1": {0: "a"}}, "'a' is always 4: leave it out, or name"),
+        (
+            nn.Bilinear(8, 8, 3),
+            {"input1": {0: "a"}, "input2": {0: "b"}},
+            r"'(a|b)' is always '(a|b)': give both the same name",
+        ),
+        (
+            Adds(),
+            {"y": {0: "y"}},
+            r"'y' cannot be any size \(.*min=3.*: give torch.export.Dim.AUTO",
+        ),
+        (Adds(), {"x": {1: "w"}}, r"'w' cannot be any size \(4\*_w\): give torch.export.Dim.AUTO"),
+    ],
+)
+def test_a_size_that_the_model_fixes_is_told(model: nn.Module, shapes: Any, message: str) -> None:
+    example = (torch.randn(4, 8), torch.randn(4, 8))
+
+    with pytest.raises(ValueError, match=f"dynamic_shapes: expected sizes .*{message}"):
+        fxq.compress(model.eval(), example, FLOAT, dynamic_shapes=shapes)
+
+
+def test_bounds_that_the_model_sets_are_found() -> None:
+    free = torch.export.Dim.AUTO
+    x, y = torch.randn(4, 8), torch.randn(4, 8)
+    program = fxq.compress(
+        Adds().eval(), (x, y), FLOAT, dynamic_shapes={"x": {1: free}, "y": {0: free}}
+    )
+
+    other = torch.randn(4, 12), torch.randn(7, 8)
+    torch.testing.assert_close(program(*other), Adds()(*other))
+    with pytest.raises(ValueError, match="expected 3 to any in dimension 0 of 'y', found 2"):
+        program(x, y[:2])
 
 
 @pytest.mark.parametrize(
@@ -192,6 +266,12 @@ def a_program() -> fxq.Program:
             "found a Program in '0'",
         ),
         (lambda: fxq.save(a_program(), "/nowhere/p.fxq"), FileNotFoundError, "make /nowhere"),
+        (lambda: fxq.save(a_program(), "/tmp"), ValueError, "name of a file, found a folder"),
+        (
+            lambda: fxq.compress(torch.compile(nn.ReLU()).eval(), torch.ones(3), "w8"),
+            TypeError,
+            "expected the model itself, found what torch.compile made of it",
+        ),
         (
             lambda: fxq.load("/tmp"),
             ValueError,
@@ -231,6 +311,40 @@ def test_a_batch_that_len_fixes_is_told_with_its_place() -> None:
     assert Tensor.__len__ is length
 
 
+@pytest.mark.parametrize("options", [{}, {"check": True}, {"inductor": {"freezing": True}}])
+def test_functions_of_numbers_and_of_nothing_compile(options: dict[str, Any]) -> None:
+    table = torch.arange(6.0).reshape(2, 3)
+    functions: dict[Any, Any] = {
+        lambda: torch.ones(3) * 2: [()],
+        lambda: table.sin(): [()],
+        lambda n: torch.arange(n) * 2: [(3,), (4,), (7,)],
+        lambda n: torch.zeros(3) + n: [(3,), (4,), (2.5,), (3.5,)],
+        lambda n: n + 1: [(3,), (4,)],
+    }
+    for function, calls in functions.items():
+        torch._dynamo.reset()
+        fast = torch.compile(function, backend="fxq", options=options)
+        for call in calls:
+            torch.testing.assert_close(fast(*call), function(*call))
+
+
+def test_modules_without_tensor_inputs_compress() -> None:
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.table = nn.Linear(4, 4), nn.Parameter(torch.randn(3, 4))
+
+        def forward(self, times: int = 2) -> Tensor:
+            return self.layer(self.table) * times
+
+    model = Table().eval()
+
+    for example in ((), (2,), {"times": 2}):
+        for data in ([example], [example, example]):
+            program = fxq.compress(model, example, "w8a8_static", data=data)
+            assert sqnr_db(model(), program()) > 30
+
+
 class Cast(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -251,6 +365,47 @@ def test_a_region_of_autocast_is_left_to_inductor_and_refused_by_capture() -> No
         fxq.compress(model, x, "w8")
 
 
+class Angles(nn.Module):
+    """Switches autocast off around what must stay exact, as model libraries do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+        self.register_buffer("count", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cuda", enabled=False):
+            y = self.layer(x)
+            with torch.amp.autocast("cpu", torch.float32):  # no dtype to cast to: off
+                self.count += 1
+                y = y * torch.arange(8.0) * self.count
+        return y + x
+
+
+@pytest.mark.filterwarnings("ignore:In CPU autocast")
+def test_a_region_that_casts_nothing_is_no_obstacle(built: list[GraphModule]) -> None:
+    model, judge, x = Angles().eval(), Angles().eval(), torch.randn(3, 8)
+    judge.load_state_dict(model.state_dict())
+    enter = torch.autocast.__enter__
+
+    program = fxq.compress(model, x, "w8a8_dynamic", strict=True)
+    assert torch.autocast.__enter__ is enter
+    fast = torch.compile(model, backend="fxq", options={"recipe": FLOAT})
+
+    for _ in range(2):
+        with torch.no_grad():
+            expected = judge(x)
+            torch.testing.assert_close(fast(x), expected)
+        assert sqnr_db(expected, program(x)) > 30
+    assert len(built) == 1
+    torch._dynamo.reset()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with pytest.warns(FxqWarning, match="as it is: .*a region of torch.autocast"):
+            torch.testing.assert_close(fast(x), judge(x), rtol=1e-2, atol=1e-2)
+        with pytest.raises(UnsupportedError, match=r"a region of torch\.autocast"):
+            fxq.compress(model, x, "w8")
+
+
 def test_a_language_model_that_makes_a_cache_says_what_to_do() -> None:
     config = transformers.LlamaConfig(
         hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
@@ -258,8 +413,24 @@ def test_a_language_model_that_makes_a_cache_says_what_to_do() -> None:
     )  # fmt: skip
     model, ids = transformers.LlamaForCausalLM(config).eval(), torch.randint(1, 31, (2, 5))
 
-    with pytest.raises(UnsupportedError, match="use_cache=False"):
+    with pytest.raises(UnsupportedError, match=r"returns a DynamicCache, .* use_cache=False\.$"):
         fxq.compress(model, {"input_ids": ids}, "w8")
     program = fxq.compress(model, {"input_ids": ids, "use_cache": False}, "w8")
 
     assert sqnr_db(model(ids, use_cache=False).logits, program(ids, use_cache=False).logits) > 35
+
+
+def test_a_model_may_take_arguments_that_its_signature_does_not_name() -> None:
+    """transformers' decorators take `return_dict`, and refuse `use_cache` by position."""
+    config = transformers.BertConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=31,
+    )  # fmt: skip
+    model, ids = transformers.BertModel(config).eval(), torch.randint(1, 31, (2, 5))
+    example = {"input_ids": ids, "return_dict": True}
+
+    program = fxq.compress(model, example, "w8a8_static", data=[example, example])
+
+    expected = model(ids).last_hidden_state
+    assert sqnr_db(expected, program(ids).last_hidden_state) > 30
+    assert torch.equal(program(ids, return_dict=False)[0], program(**example).last_hidden_state)

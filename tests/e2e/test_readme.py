@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from small_models import ZOO, seeded
 from torch import Tensor, nn
+from trials import table
 
 import fxq
 from fxq.lowering.lower import lower
@@ -106,6 +107,10 @@ def test_the_first_steps_run() -> None:
     assert scope["program"](torch.randn(5, 64)).shape == (5, 10)
     statuses = {row.status for row in fxq.report(scope["program"]).rows}
     assert statuses == {"simulated"}  # as the page says of such small layers
+
+
+def test_the_table_of_what_runs_is_that_of_the_trials() -> None:
+    assert table() in TEXT["docs/getting-started.md"]
 
 
 def test_every_stage_of_a_recipe_is_printed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,9 @@
 """The rule for CUDA, without one: what the kernel's epilogue takes in. The op runs on its reference
 here."""
 
+from typing import Any
+
+import pytest
 import torch
 from models import Block
 
@@ -55,3 +58,50 @@ def test_a_scale_per_channel_behind_gelu_goes_into_the_epilogue_too() -> None:
     assert up.args[9].meta["val"].shape == (1, 1, 128)
     assert not [n for n in lowered.graph.nodes if is_op(n, torch.ops.aten.gelu.default)]
     assert sqnr_db(program(data[1]), lowered(data[1])[0]) > 60
+
+
+def decided(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], rows: int) -> Any:
+    """Return the decisions on a block of a device of a compute capability."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    data = [torch.randn(2, rows // 2, 64)]
+    program = fxq.compress(block(), data[0], w8a8.STATIC, data)
+    return [d for d in lower(program.graph_module, torch.device("cuda"))[1].values() if d.kernel]
+
+
+@pytest.mark.parametrize(
+    ("capability", "rows", "kernel", "why"),
+    [
+        ((9, 0), 130, "int8_linear (Triton, TMA)", ""),
+        ((9, 0), 64, "int8_linear (Triton, by pointers)", "64 rows: as fast as the weight is read"),
+        ((8, 0), 130, "int8_linear (Triton, by pointers)", "from sm_90 on, found sm_80"),
+        ((10, 0), 130, "int8_linear (Triton, by pointers)", "those of sm_90, found sm_100"),
+    ],
+)
+def test_the_report_names_the_kernel_and_why_it_is_not_the_faster_one(
+    capability: tuple[int, int], rows: int, kernel: str, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+
+    found = decided(monkeypatch, capability, rows)
+
+    assert {decision.kernel for decision in found} == {kernel}
+    assert all(why in decision.reason for decision in found)
+    assert all(bool(decision.reason) == bool(why) for decision in found)
+
+
+def test_an_old_triton_and_odd_rows_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from fxq.lowering.kernels import hardware
+    from fxq.lowering.kernels.int8_linear import why_by_pointers
+
+    device = torch.device("cpu")  # as in the interpreter, which has everything
+    assert why_by_pointers(100, 64, 64, 1, device) is None
+    assert why_by_pointers(100, 64, 65, 1, device) == (
+        "rows of the input are no multiple of 16 bytes, found 65"
+    )
+    assert why_by_pointers(100, 65, 64, 2, device) == (
+        "rows of the output are no multiple of 16 bytes, found 130"
+    )
+    monkeypatch.setattr(hardware, "TensorDescriptor", None)
+    assert "has no tensor descriptors" in str(why_by_pointers(100, 64, 64, 1, device))

@@ -2,9 +2,11 @@
 cores, asynchronous copies, no spills."""
 
 import pytest
-import torch
 
 pytest.importorskip("triton")
+from shipped import LINEAR as PLAIN
+from shipped import LINEAR_POINTERS as POINTERS
+from shipped import linear as compiled
 from sm90 import (
     COPY,
     LDGSTS,
@@ -13,26 +15,14 @@ from sm90 import (
     TMA,
     TMA_STORE,
     WARP_GROUP_PRODUCT,
-    Code,
-    compile_for,
 )
 
 from fxq.lowering.kernels.int8_linear import (
     ACTIVATION,
     CONFIGS,
-    FP_FUSION,
-    GROUP_M,
     choose_config,
-    int8_linear_kernel,
-    is_light,
 )
-from fxq.lowering.kernels.int8_linear_tma import int8_linear_tma_kernel
 
-PLAIN = {
-    "PER_ROW_SCALE": False, "PER_ROW_ZERO": False, "HAS_ZERO": False, "HAS_BIAS": True,
-    "HAS_RESIDUAL": False, "HAS_OUT_SCALE": False, "PER_COLUMN_OUT": False, "HAS_OUT_ZERO": False,
-    "ACT": 0,
-}  # fmt: skip
 PER_TOKEN = {"PER_ROW_SCALE": True, "PER_ROW_ZERO": True, "HAS_ZERO": True}
 REQUANTIZE = {"HAS_OUT_SCALE": True, "HAS_OUT_ZERO": True}
 EPILOGUES = {
@@ -47,64 +37,25 @@ EPILOGUES = {
     "affine, gelu, requantize": {"HAS_ZERO": True, "ACT": ACTIVATION["gelu"]} | REQUANTIZE,
     "everything": PER_TOKEN | REQUANTIZE | {"HAS_RESIDUAL": True, "ACT": ACTIVATION["gelu"]},
 }  # fmt: skip
-POINTERS = {
-    "x_ptr": "*i8", "w_ptr": "*i8", "x_scale_ptr": "*fp32", "x_zero_ptr": "*i32",
-    "w_scale_ptr": "*fp32", "w_sum_ptr": "*i32", "bias_ptr": "*fp32", "residual_ptr": "*bf16",
-    "out_scale_ptr": "*fp32", "out_zero_ptr": "*i32",
-}  # fmt: skip
-DTYPES = {"*i8": torch.int8, "*bf16": torch.bfloat16, "*fp32": torch.float32}
 LARGE = ("bias", "per token")  # epilogues that fit the registers beside the largest tile
 INSTRUCTIONS = {  # of the whole kernel, the wider of the two Triton tested, and a tenth more
     "bias": 2_900, "per token": 3_700, "per token, silu": 4_700, "requantize": 3_150,
     "tanh gelu, requantize": 6_600, "gelu, requantize per column": 8_700,
     "affine, gelu, requantize": 7_900, "everything": 8_900,
 }  # fmt: skip
-SIZES = ("M", "N", "K", "quant_min", "quant_max")
 SHAPES = {  # one per way of choosing
     "large": (4096, 4096, 4096),
     "medium": (197, 768, 768),
     "medium, masked K": (4096, 4096, 4160),
-    "rows": (64, 768, 768),
-    "rows, masked K": (64, 768, 784),
+    "rows": (64, 32768, 768),
+    "rows, masked K": (64, 32768, 784),
+    "rows, narrow": (64, 4096, 4096),
     "rows, odd N": (4096, 1001, 768),
     "few": (16, 16384, 4096),
     "few, narrow": (16, 4096, 4096),
     "few, odd N": (16, 1001, 784),
     "odd K": (4096, 1001, 147),
 }
-
-
-def compiled(
-    shape: tuple[int, int, int],
-    flags: dict[str, object],
-    out: str,
-    tma: bool = False,
-    light: bool | None = None,
-    unaligned: tuple[str, ...] = (),
-    **fixed: int,
-) -> Code:
-    """Compile what a launch of this shape would; Triton makes arguments equal to 1 `fixed`."""
-    m, n, k = shape
-    if light is None:
-        light = is_light(flags, DTYPES[out], tma=tma)
-    tiles = choose_config(m, n, k, light=light, tma=tma, aligned="x_ptr" not in unaligned)
-    kernel = int8_linear_tma_kernel if tiles.tma else int8_linear_kernel
-    constants = flags | {
-        "EVEN_K": k % tiles.bk == 0, "BM": tiles.bm, "BN": tiles.bn, "BK": tiles.bk,
-        "GROUP": GROUP_M, **fixed,
-    }  # fmt: skip
-    signature = POINTERS | {size: "i32" for size in SIZES if size not in fixed} | {"out_ptr": out}
-    signature = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
-    aligned = [name for name, size in (("N", n), ("K", k)) if size % 16 == 0]
-    return compile_for(
-        kernel,
-        signature,
-        {name: value for name, value in constants.items() if name in signature},
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
-        divisible_by_16=tuple({*POINTERS, "out_ptr", *aligned} - {*unaligned}),
-        fp_fusion=FP_FUSION,
-    )
 
 
 SHIPPED = [
@@ -132,6 +83,19 @@ def test_on_hopper_some_warps_copy_while_others_multiply(epilogue: str, out: str
     assert loop.count(WARP_GROUP_PRODUCT) == (8 if epilogue in LARGE and out == "*bf16" else 4)
     assert len(loop.body) <= 80
     assert len(code.instructions) <= INSTRUCTIONS[epilogue]
+
+
+def test_the_next_tile_is_copied_under_the_epilogue_of_this_one() -> None:
+    code = compiled((8192, 8192, 8192), PLAIN, "*bf16", tma=True)
+
+    # The warp that copies has a loop over tiles of its own, without products or stores in it; each
+    # group that multiplies has one with its epilogue, without copies.
+    copying = [loop for loop in code.loops if loop.count(TMA)]
+    assert len(copying) == 2  # tiles, and rounds inside
+    assert not any(loop.count(WARP_GROUP_PRODUCT) + loop.count(TMA_STORE) for loop in copying)
+    groups = [loop for loop in code.loops if loop.count(TMA_STORE) == 1]
+    assert len(groups) == 2
+    assert all(loop.count(WARP_GROUP_PRODUCT) and not loop.count(TMA) for loop in groups)
 
 
 UNALIGNED = tuple(name for name in POINTERS if name not in ("x_ptr", "w_ptr", "residual_ptr"))
@@ -166,11 +130,24 @@ def test_tiles_of_a_round_decide_between_large_and_medium() -> None:
     assert not choose_config(64, 4096, 4096, light=True, tma=True).tma
 
 
-def test_few_rows_keep_the_multiprocessors_busy() -> None:
-    narrow = choose_config(16, 4096, 4096, light=True)
+@pytest.mark.parametrize("rows", [1, 16, 17, 64])
+def test_few_rows_keep_the_multiprocessors_busy(rows: int) -> None:
+    narrow = choose_config(rows, 4096, 4096, light=True)
 
-    assert 4096 // narrow.bn >= 0.95 * 132
-    assert choose_config(16, 16384, 4096, light=True).bn > narrow.bn
+    programs = 4096 // narrow.bn
+    assert rows <= narrow.bm
+    assert programs >= 0.95 * 132
+    # What is on its way from memory: as much as 4.3 TB/s fetch in the 0.7 us that it takes.
+    assert programs * (narrow.num_stages - 1) * narrow.bn * narrow.bk >= 4.3e12 * 0.7e-6
+    assert choose_config(rows, 32768, 4096, light=True).bn > narrow.bn
+
+
+@pytest.mark.parametrize("shared", [65_536, 101_376, 166_912, SHARED_BYTES])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_tiles_fit_the_shared_memory_that_there_is(shape: str, shared: int) -> None:
+    tiles = choose_config(*SHAPES[shape], light=True, shared_bytes=shared)
+
+    assert (tiles.bm + tiles.bn) * tiles.bk * tiles.num_stages <= shared
 
 
 @pytest.mark.parametrize(

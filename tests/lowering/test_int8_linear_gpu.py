@@ -20,3 +20,10 @@ def test_kernel_equals_reference_on_the_gpu(case: kernel.Case, config: str | Non
     found = check(case, "cuda", kernel.CONFIGS[config] if config else None)
 
     assert_passes(case, found)
+
+
+@pytest.mark.parametrize("config", [None, "tma, medium"])
+def test_what_is_small_enough_for_a_sanitizer(config: str | None) -> None:
+    case = kernel.Case(129, 128, 256, per_row=True, bias=True, activation="gelu")
+
+    assert_passes(case, check(case, "cuda", kernel.CONFIGS[config] if config else None))

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from shipped import ATTENTION as PLAIN
+from shipped import MODES, attention
 from sm90 import (
     COPY,
     EXPONENTIAL,
@@ -20,23 +22,12 @@ from sm90 import (
     compile_for,
 )
 
-from fxq.lowering.kernels.attend_blocks import Config, attend_blocks_kernel, choose_config
+from fxq.lowering.kernels.attend_blocks import Config, choose_config
 from fxq.lowering.kernels.pool_blocks import WARPS as POOL_WARPS
 from fxq.lowering.kernels.pool_blocks import pool_blocks_kernel
 from fxq.lowering.kernels.rectified_attention import is_aligned
 from fxq.lowering.kernels.select_blocks import MAX_BLOCKS, WARPS, select_blocks_kernel
 
-STRIDES = tuple(f"{x}_{of}" for x in ("q", "k", "v", "out") for of in "bhs")
-POINTERS = {
-    "lse_ptr": "*fp32", "count_ptr": "*i32", "list_ptr": "*i32", "ratio_ptr": "*fp32",
-    "correction_ptr": "*fp32", "bias_ptr": "*fp32", "text_len_ptr": "*i32", "index_ptr": "*i64",
-}  # fmt: skip
-SIZES = (
-    *STRIDES, "H", "GROUP", "S", "T", "N", "D", "DV", "visual_start", "text_start", "text_size",
-)  # fmt: skip
-PLAIN = {
-    "HAS_TEXT_LEN": False, "HAS_ORDER": False, "CAUSAL": False, "TAIL": False, "PADDED": False,
-}  # fmt: skip
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "text": {"HAS_TEXT_LEN": True, "TAIL": True},
@@ -49,7 +40,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 # Of the main loop by head dim, and from the last loop to the end: measured, so that more is seen.
 LOOP_INSTRUCTIONS = {16: 320, 32: 330, 64: 345, 128: 400}
 EPILOGUE_INSTRUCTIONS = 480
-MODES = {"paper": 0, "online": 1, "sparse": 2}
 # With the default block, per mode and head dim; `-m slow` has the others.
 QUICK = {
     ("paper", 128): ("plain", "text", "everything", "padded, curve"),
@@ -78,46 +68,9 @@ SHIPPED = [
 ]
 
 
-def compiled(
-    mode: str,
-    block: int,
-    dim: int,
-    variant: str,
-    dtype: str = "bf16",
-    tiles: Config | None = None,
-    aligned: tuple[str, ...] = (*STRIDES, "D", "DV"),
-    ones: tuple[str, ...] = ("GROUP",),
-    tma: bool = True,
-) -> Code:
-    """Compile what a launch would; Triton makes sizes of one constants."""
-    tiles = tiles or chosen(mode, block, dim, tma)
-    constants = PLAIN | VARIANTS[variant] | {
-        "MODE": MODES[mode], "BLOCK": block, "BN": tiles.bn, "BD": dim, "TMA": tiles.tma,
-        **dict.fromkeys(ones, 1),
-    }  # fmt: skip
-    signature = dict.fromkeys(attend_blocks_kernel.arg_names, "constexpr")
-    signature |= POINTERS | {name: "i32" for name in SIZES if name not in ones} | {"scale": "fp32"}
-    values = ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "pooled_k_ptr", "pooled_v_ptr")
-    signature |= dict.fromkeys(values, f"*{dtype}")
-    if tiles.tma:
-        described = f"tensordesc<{dtype}[1, 1, {tiles.bn}, {dim}]>"
-        signature |= {"k_desc": described, "v_desc": described}
-    else:
-        constants |= {"k_desc": None, "v_desc": None}
-    return compile_for(
-        attend_blocks_kernel,
-        signature,
-        constants,
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
-        divisible_by_16=(*POINTERS, *values, *aligned),
-    )
-
-
-def chosen(mode: str, block: int, dim: int, tma: bool) -> Config:
-    """Return the tiles of a launch on sm_90."""
-    online = mode == "online"
-    return choose_config(block, dim, online=online, tma=tma, shared_bytes=SHARED_BYTES)
+def compiled(mode: str, block: int, dim: int, variant: str, **options: Any) -> Code:
+    """Compile what a launch of a variant would."""
+    return attention(mode, block, dim, VARIANTS[variant], **options)
 
 
 @pytest.mark.parametrize(("mode", "block", "dim", "variant"), SHIPPED)
@@ -278,3 +231,10 @@ def test_selection_compiles_without_spills_in_its_loops(
     # ptxas moves three registers out of the way once, for the sake of a fourth program beside it.
     assert code.local_memory <= 6
     assert all(loop.count(LOCAL) == 0 for loop in code.loops)
+
+
+@pytest.mark.parametrize("tma", [False, True])
+def test_products_of_fp32_are_not_tf32(tma: bool) -> None:
+    code = compiled("online", 64, 64, "text", dtype="fp32", tiles=Config(16, 4, 2, tma))
+
+    assert "tf32" not in code.ptx

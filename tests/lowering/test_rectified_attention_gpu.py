@@ -90,3 +90,12 @@ def test_nothing_waits_for_the_host() -> None:
         launch(*args, case.dim**-0.5)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("mode", ["paper", "online"])
+def test_what_is_small_enough_for_a_sanitizer(mode: str) -> None:
+    case = attend_blocks.Case(
+        300, 64, 64, 1, 1, 40, (30,), mode=mode, dtype=torch.bfloat16, reorder=True
+    )
+
+    assert_attends(case, check_attend(case, "cuda"))

@@ -3,8 +3,7 @@
 import pytest
 
 pytest.importorskip("triton")
-import test_int8_linear_aot as linear
-import test_rectified_attention_aot as attending
+import shipped
 import throughput
 from test_sm90 import code
 
@@ -30,21 +29,31 @@ def test_a_product_counts_rounds_of_tiles_and_what_they_draw_from_l2() -> None:
 
     # 132 * 2 programs fit at once: 264 tiles take one round, 265 two.
     one, two = (
-        throughput.int8_linear(found, (128 * tiles, 128, 256), (128, 128), 128)
-        for tiles in (264, 265)
+        throughput.int8_linear(found, (128 * rows, 128 * columns, 4096), (128, 128), 128)
+        for rows, columns in ((12, 22), (5, 53))
     )
 
-    assert one.tensor == 2 * (2 * 128**3 / 8192)
+    assert one.tensor == 32 * (2 * 128**3 / 8192)
     # Copies, 1024 cycles a round of the loop, take longer than products and 3 instructions; then
     # the return, 1 instruction of 1 warp to a scheduler.
-    assert one.total == 2 * 1024 + 1
+    assert one.total == 32 * 1024 + 1
     assert two.per_second / one.per_second == pytest.approx(265 / 264 / 2)
+
+
+def test_a_product_of_one_row_takes_as_long_as_reading_its_weight() -> None:
+    found = code(".L_x_1", PRODUCT, WAIT, "BRA `(.L_x_1)", "EXIT", num_warps=4, registers=64)
+
+    expected = throughput.int8_linear(found, (1, 4096, 4096), (16, 32), 512)
+
+    # 16 MiB of weight, 4 KiB of activations and 8 KiB of output at 4.3 TB/s; 2 operations a code.
+    n_bytes = 4096 * 4096 + 4096 + 2 * 4096
+    assert expected.per_second == pytest.approx(2 * 4096 * 4096 / (n_bytes / 4.3e12))
 
 
 def test_shipped_kernels_should_reach_what_is_asked_of_them() -> None:
     size = (8192, 8192, 8192)
-    product = linear.compiled(size, linear.PLAIN, "*bf16", tma=True)
-    heads = attending.compiled("paper", 128, 128, "plain")
+    product = shipped.linear(size, shipped.LINEAR, "*bf16", tma=True)
+    heads = shipped.attention("paper", 128, 128, {})
 
     assert throughput.int8_linear(product, size, (128, 256), 128).per_second >= 1100e12
     assert throughput.attention(heads, 128, 64, 128).per_second >= 450e12

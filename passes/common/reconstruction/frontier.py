@@ -1,0 +1,111 @@
+"""The frontier: what is known between two blocks, for every batch, in float and in quantized form.
+
+Blocks run one after the other over all batches, the float model's on what its own blocks gave, the
+quantized one's likewise. Only values that a later block reads are kept, so memory is that of one
+block's inputs and outputs (and of what skips over it), and each block runs once in each form.
+"""
+
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.fx import GraphModule
+
+from fxq.files import write_tensors
+from fxq.graph import is_state, tensor_of
+from fxq.passes.common.reconstruction.blocks import Block
+
+Chain = Literal["exact", "found"]  # of the float model, of the quantized one
+Place = Literal["device", "cpu", "disk"]
+
+
+class Frontier:
+    """Values that later blocks read.
+
+    Args:
+        gm: the whole graph.
+        batches: its inputs; read once.
+        blocks: in order.
+        place: where values are kept: on their device, in the memory of the CPU, or on disk.
+    """
+
+    def __init__(
+        self,
+        gm: GraphModule,
+        batches: Iterable[Sequence[Any]],
+        blocks: Sequence[Block],
+        place: Place,
+    ) -> None:
+        self.shelf = _Shelf(place)
+        self.last_reader = {name: k for k, block in enumerate(blocks) for name in block.inputs}
+        names = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
+        state = [node for node in gm.graph.nodes if is_state(node)]
+        self.exact: list[dict[str, Any]] = []
+        for batch in batches:  # a counter of steps has its value for the batch now
+            values = dict(zip(names, batch, strict=True))
+            values |= {node.name: tensor_of(gm, node).clone() for node in state}
+            self.exact.append({n: self.shelf.put(v) for n, v in values.items()})
+        self.found = [dict(values) for values in self.exact]
+
+    def __len__(self) -> int:
+        """Return the number of batches."""
+        return len(self.exact)
+
+    def read(self, chain: Chain, batch: int, names: Sequence[str]) -> list[Any]:
+        """Return values of a batch."""
+        kept = getattr(self, chain)[batch]
+        return [self.shelf.get(kept[name]) for name in names]
+
+    def run(self, chain: Chain, block: Block, gm: GraphModule) -> None:
+        """Run a block over all batches and keep what it gives."""
+        for batch in range(len(self)):
+            results = gm(*self.read(chain, batch, block.inputs))
+            kept = zip(block.outputs, map(self.shelf.put, results), strict=True)
+            getattr(self, chain)[batch].update(kept)
+
+    def forget(self, done: int) -> None:
+        """Drop what no block after number `done` reads."""
+        for values in (*self.exact, *self.found):
+            for name in [n for n in values if self.last_reader.get(n, -1) <= done]:
+                del values[name]
+
+
+class _Stored:
+    """A tensor in a file, which goes with it."""
+
+    def __init__(self, path: Path, device: torch.device) -> None:
+        self.path, self.device = path, device
+
+    def __del__(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+class _Shelf:
+    """Where values are kept."""
+
+    def __init__(self, place: Place) -> None:
+        self.place, self.count = place, 0
+        self.folder = tempfile.TemporaryDirectory(prefix="fxq_") if place == "disk" else None
+
+    def put(self, value: Any) -> Any:
+        """Return what stands for a value; what is no tensor stands for itself."""
+        if not isinstance(value, Tensor) or self.place == "device":
+            return value
+        if self.folder is None:
+            return (value.to("cpu"), value.device)
+        self.count += 1
+        path = Path(self.folder.name) / f"{self.count}.safetensors"
+        write_tensors(path, {"value": value.contiguous().cpu()}, {})
+        return _Stored(path, value.device)
+
+    def get(self, kept: Any) -> Any:
+        """Return the value that something stands for."""
+        if isinstance(kept, _Stored):
+            return load_file(kept.path, device=str(kept.device))["value"]
+        if isinstance(kept, tuple):
+            return kept[0].to(kept[1])
+        return kept

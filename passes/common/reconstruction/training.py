@@ -1,0 +1,171 @@
+"""Train one block: the quantized block, on what the quantized blocks before it give, towards what
+the float block gives on what the float blocks before it give."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from fxq.calibrate import all_reduce, n_processes
+from fxq.passes.common.reconstruction.blocks import Block
+from fxq.passes.common.reconstruction.frontier import Frontier
+from fxq.passes.common.reconstruction.losses import BlockLoss, is_float, total_error
+from fxq.passes.common.reconstruction.methods import Learned, Method
+from fxq.progress import Task
+from fxq.rewriting import with_outputs
+
+N_JUDGEMENTS = 4  # of a block, after its first
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What training a block came to.
+
+    Args:
+        learned: what is kept, None where nothing was better than what calibration had found.
+        before: error of the block's outputs on the rows that judge, relative to their power, as
+            calibrated.
+        after: likewise, of what is kept.
+    """
+
+    learned: Learned | None
+    before: float
+    after: float
+
+
+class BlockTraining:
+    """One block's training.
+
+    Args:
+        block: what is trained; observers calibrated.
+        exact: its float function.
+        frontier: inputs in both forms, and the block's outputs in float.
+        method: what learns.
+        loss: what it learns for.
+        weights: of the elements of nodes, by name.
+        inputs_share: share of the input's elements that come from the quantized blocks in each
+            step; the others are the float model's.
+        judges: numbers of the batches that judge.
+        pupils: numbers of those that are learned from.
+    """
+
+    def __init__(
+        self,
+        block: Block,
+        exact: GraphModule,
+        frontier: Frontier,
+        method: Method,
+        loss: BlockLoss,
+        weights: Mapping[str, Tensor],
+        inputs_share: float,
+        judges: Sequence[int],
+        pupils: Sequence[int],
+    ) -> None:
+        self.block, self.frontier, self.method, self.loss = block, frontier, method, loss
+        self.inputs_share, self.judges, self.pupils = inputs_share, judges, pupils
+        self.student = method.student(block.graph_module)
+        watched = loss.watched(block.layers)
+        self.weights = [weights.get(name) for name in (*block.outputs, *watched)]
+        self.watched_student = with_outputs(self.student, watched)
+        self.watched_exact = with_outputs(exact, watched)
+
+    def train(self, steps: int, task: Task) -> Outcome:
+        """Train, and return the best of what was judged, the beginning among it.
+
+        Raises:
+            ValueError: an error that is not finite.
+        """
+        groups = self.method.groups(self.student)
+        before = best = self._judged()
+        if not groups or best == 0:
+            task.advance(steps)
+            return Outcome(None, before, before)
+        kept: Learned | None = None
+        adam = torch.optim.Adam(groups)
+        rates = [group["lr"] for group in adam.param_groups]
+        judged = {math.ceil(steps * k / N_JUDGEMENTS) for k in range(1, N_JUDGEMENTS + 1)}
+        unit = max(best, torch.finfo(torch.float32).tiny)
+        for step in range(steps):
+            for group, rate in zip(adam.param_groups, rates, strict=True):
+                group["lr"] = rate * (1 + math.cos(math.pi * step / steps)) / 2
+            self._step(adam, step, step / steps, unit)
+            if step + 1 in judged and (found := self._judged()) < best:
+                best, kept = found, self.method.learned(self.student)
+            task.advance(1, partial(self._news, before, best))
+        return Outcome(kept, before, best)
+
+    def _news(self, before: float, best: float) -> str:
+        return f"{self.block.name}: error {before:.2e} at first, {best:.2e} so far"
+
+    def _step(self, adam: torch.optim.Adam, step: int, done: float, unit: float) -> None:
+        batch = self.pupils[int(torch.randint(len(self.pupils), ()))]
+        names = self.block.inputs
+        exact = self.frontier.read("exact", batch, names)
+        mixed = [
+            _mixed(one, other, self.inputs_share)
+            for one, other in zip(self.frontier.read("found", batch, names), exact, strict=True)
+        ]
+        targets = self._targets(batch, exact)
+        self.student.train()  # and what it shares with the other
+        with torch.enable_grad():
+            found = self.watched_student(*mixed)
+            error = self.loss(found, targets, self.weights, len(self.block.outputs)) / unit
+            error = error + self.method.penalty(self.student, done)
+            parameters = [p for group in adam.param_groups for p in group["params"]]
+            gradients = torch.autograd.grad(error, parameters, materialize_grads=True)
+        if not bool(error.isfinite()):
+            raise ValueError(
+                f"reconstruction: expected a finite error, found {float(error)} in "
+                f"{self.block.name} at step {step}; check the data, or lower the learning rates"
+            )
+        for parameter, gradient in zip(parameters, _averaged(gradients), strict=True):
+            parameter.grad = gradient
+        adam.step()
+
+    def _targets(self, batch: int, inputs: Sequence[Any]) -> list[Any]:
+        """Return the float block's outputs, and those of the layers watched."""
+        outputs = self.frontier.read("exact", batch, self.block.outputs)
+        if not self.loss.watched(self.block.layers):
+            return outputs
+        with torch.no_grad():
+            return [*outputs, *self.watched_exact(*inputs)[len(outputs) :]]
+
+    def _judged(self) -> float:
+        """Return the error of the block's outputs as it would be converted now."""
+        self.student.eval()
+        total = torch.zeros(2, dtype=torch.float64)
+        for batch in self.judges:
+            with torch.no_grad():
+                found = self.student(*self.frontier.read("found", batch, self.block.inputs))
+            exact = self.frontier.read("exact", batch, self.block.outputs)
+            error = total_error(found, exact, self.weights[: len(exact)])
+            total += torch.tensor([float(error), 1.0], dtype=torch.float64)
+        if n_processes() > 1:
+            total = all_reduce(total, "SUM")
+        if not bool(total.isfinite().all()):
+            raise ValueError(
+                f"reconstruction: expected finite outputs of {self.block.name}, found NaN or Inf; "
+                "check the data and the model"
+            )
+        return float(total[0] / total[1])
+
+
+def _mixed(found: Any, exact: Any, share: float) -> Any:
+    """Return `found` in a share of the elements, and `exact` in the others."""
+    if share == 1 or not is_float(found) or found is exact:
+        return found
+    return torch.where(torch.rand_like(found) < share, found, exact)
+
+
+def _averaged(gradients: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return the mean over processes of each gradient."""
+    if n_processes() == 1:
+        return gradients
+    return [
+        all_reduce(gradient, "SUM").to(gradient.device) / n_processes() for gradient in gradients
+    ]

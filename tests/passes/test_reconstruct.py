@@ -1,0 +1,232 @@
+"""Reconstruct: closer to the model on data it has not seen, kept to the last integer, resumable,
+each block run once in each form; a weight that two layers share has one set of codes."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_blocks import W4A8, SmallUNet, Transformer
+from torch import Tensor, nn
+
+import fxq
+from fxq.account import account
+from fxq.calibrate import NO_DATA
+from fxq.passes.common import Calibrate, Convert, InsertObservers
+from fxq.passes.common.reconstruction import (
+    BlockLoss,
+    Reconstruct,
+    Rounding,
+    StraightThrough,
+    cut,
+    training,
+)
+from fxq.passes.common.reconstruction import frontier as frontier_module
+from fxq.passes.common.reconstruction.losses import relative_error
+from fxq.pipeline import Recipe
+from fxq.spec import LayerSpec, PerChannel, QuantSpec
+
+W3A6 = LayerSpec(QuantSpec(6, symmetric=False), QuantSpec(3, granularity=PerChannel(0)))
+FAST = Reconstruct(steps=30, method=Rounding(learning_rate=0.1, penalty_weight=0.1))
+
+
+def batches(kind: type[nn.Module], count: int, seed: int) -> list[tuple[Tensor, ...]]:
+    """Draw rows that lie in a small part of their space, as data does."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(4, 16, generator=torch.Generator().manual_seed(7))
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    if kind is SmallUNet:
+        return [(draw(4, 1, 8, 8), draw(4, 4)) for _ in range(count)]
+    return [(draw(4, 6, 4) @ mixing + 0.3,) for _ in range(count)]
+
+
+def compressed(kind: type[nn.Module], *steps: Any, **options: Any) -> tuple[fxq.Program, nn.Module]:
+    model = kind().eval()
+    data = batches(kind, 5, 0)
+    passes = (InsertObservers(W3A6, targets=("linear", "conv")), Calibrate(), *steps, Convert())
+    return fxq.compress(model, data[0], Recipe("r", passes), data, **options), model
+
+
+def error(program: nn.Module, model: nn.Module, kind: type[nn.Module]) -> float:
+    with torch.no_grad():
+        pairs = [(program(*x), model(*x)) for x in batches(kind, 4, 1)]
+    return float(torch.stack([relative_error(a, b) for a, b in pairs]).mean())
+
+
+@pytest.mark.parametrize("kind", [Transformer, SmallUNet])
+@pytest.mark.parametrize(
+    "method", [FAST.method, StraightThrough(learning_rate=3e-2)], ids=["rounding", "straight"]
+)
+def test_the_program_comes_closer_to_the_model_on_other_data(
+    kind: type[nn.Module], method: Any
+) -> None:
+    plain, model = compressed(kind)
+    program, _ = compressed(kind, replace(FAST, method=method))
+
+    assert error(program, model, kind) < 0.8 * error(plain, model, kind)
+
+
+def test_codes_scales_and_files_are_what_was_learned(tmp_path: Path) -> None:
+    program, model = compressed(Transformer, FAST)
+    (x,) = batches(Transformer, 1, 3)[0]
+    fxq.save(program, tmp_path / "p.safetensors")
+
+    loaded = fxq.load(tmp_path / "p.safetensors")
+
+    assert torch.equal(loaded(x), program(x))
+    assert fxq.verify(program, (x,), model=model).ok
+    records = [row.layer for row in account(program.graph_module) if row.kind == "linear"]
+    dids = [next(t.did for t in r.treatments if t.by == "Reconstruct") for r in records]
+    assert sum("error of its block" in str(did) for did in dids) >= 12  # all of the two blocks
+    nearest, _ = compressed(Transformer)
+    codes = [
+        dict(p.graph_module.named_buffers())["blocks.0.up.weight_codes"] for p in (program, nearest)
+    ]
+    assert 0 < int((codes[0] != codes[1]).sum()) < codes[0].numel() / 2
+    assert int((codes[0].int() - codes[1]).abs().max()) == 1
+
+
+def test_the_same_seed_gives_the_same_bytes_and_the_users_random_numbers_stay() -> None:
+    observed = Recipe("o", W4A8).apply(
+        fxq.capture(Transformer().eval(), torch.randn(2, 6, 16)).graph_module,
+        batches(Transformer, 1, 0),
+    )
+    before = torch.random.get_rng_state()
+    replace(FAST, steps=2).run(observed, batches(Transformer, 5, 0))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    one, _ = compressed(Transformer, FAST)
+    other, _ = compressed(Transformer, FAST)
+    third, _ = compressed(Transformer, replace(FAST, seed=1))
+    (x,) = batches(Transformer, 1, 3)[0]
+    assert torch.equal(one(x), other(x))
+    assert not torch.equal(one(x), third(x))
+
+
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_where_values_are_kept_changes_nothing(place: Any) -> None:
+    expected, _ = compressed(SmallUNet, replace(FAST, steps=5))
+    found, _ = compressed(SmallUNet, replace(FAST, steps=5, place=place))
+    x = batches(SmallUNet, 1, 3)[0]
+    assert torch.equal(found(*x), expected(*x))
+
+
+def test_interrupted_work_goes_on_with_the_block_it_was_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, _ = compressed(Transformer, FAST)
+    kept, lines = tmp_path / "kept", list[str]()
+
+    def stop(text: str) -> None:
+        if text.startswith("blocks.1"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compressed(Transformer, FAST, checkpoint=kept, progress=stop)
+    trained = []
+    original = training.BlockTraining.train
+
+    def counted(self: Any, *args: Any) -> Any:
+        trained.append(self.block.name)
+        return original(self, *args)
+
+    monkeypatch.setattr(training.BlockTraining, "train", counted)
+    found, _ = compressed(Transformer, FAST, checkpoint=kept, progress=lines.append)
+
+    (x,) = batches(Transformer, 1, 3)[0]
+    assert torch.equal(found(x), expected(x))
+    assert len(trained) == 1  # the head: what came before was kept
+    assert not kept.exists()
+    with pytest.raises(KeyboardInterrupt):
+        compressed(Transformer, FAST, checkpoint=kept, progress=stop)
+    with pytest.raises(ValueError, match="expected one of this model"):
+        compressed(Transformer, replace(FAST, steps=29), checkpoint=kept)
+
+
+def test_each_block_runs_twice_per_batch_outside_of_training(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    runs: list[tuple[str, str]] = []
+    original = frontier_module.Frontier.run
+
+    def counted(self: Any, chain: Any, block: Any, gm: Any) -> None:
+        runs.append((chain, block.name))
+        original(self, chain, block, gm)
+        # Nothing is kept that no later block reads.
+        alive = {name for values in getattr(self, chain) for name in values}
+        assert all(self.last_reader.get(n, -1) >= 0 or n in block.outputs for n in alive)
+
+    monkeypatch.setattr(frontier_module.Frontier, "run", counted)
+    compressed(SmallUNet, replace(FAST, steps=1))
+    assert len(runs) == len(set(runs)) == 2 * 7
+
+
+def test_a_block_that_cannot_come_closer_stays_as_calibrated() -> None:
+    plain, _ = compressed(Transformer)
+    wild = Reconstruct(steps=4, method=StraightThrough(learning_rate=30.0))
+    program, _ = compressed(Transformer, wild)
+    (x,) = batches(Transformer, 1, 3)[0]
+    assert torch.equal(program(x), plain(x))
+    record = account(program.graph_module)[0].layer
+    assert any("no closer" in str(t.did) for t in record.treatments)
+
+
+def test_a_module_that_is_called_twice_keeps_one_set_of_codes() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.layer = nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(self.layer(x).relu())
+
+    program, _ = compressed(Twice, FAST)
+    buffers = [n for n, _ in program.graph_module.named_buffers() if "weight_codes" in n]
+    assert len(buffers) == 1
+    nearest, _ = compressed(Twice)
+    (x,) = batches(Twice, 1, 3)[0]
+    assert not torch.equal(program(x), nearest(x))
+
+
+def test_layer_errors_count_alike_for_tokens_and_images() -> None:
+    exact, found = torch.randn(2, 5, 7), torch.randn(2, 5, 7)
+    loss = BlockLoss(layer_weight=0.5)
+    for turned in ([exact, found], [exact.transpose(1, 2), found.transpose(1, 2)]):
+        value = loss([turned[1], turned[1]], [turned[0], turned[0]], [None, None], 1)
+        by_hand = ((found - exact) ** 2).sum() / (exact**2).sum()
+        torch.testing.assert_close(value, 1.5 * by_hand)
+    assert loss.watched(["a", "b", "c"]) == ("a", "b")
+    assert BlockLoss().watched(["a", "b", "c"]) == ()
+    zero = loss([exact, found], [exact, exact], [None, None], 1)
+    torch.testing.assert_close(zero, 0.5 * by_hand)
+
+
+def test_bad_input_is_told() -> None:
+    gm = Recipe("o", W4A8).apply(
+        fxq.capture(Transformer().eval(), torch.randn(2, 6, 16)).graph_module,
+        batches(Transformer, 1, 0),
+    )
+    with pytest.raises(ValueError, match=NO_DATA[:20]):
+        FAST.run(gm, [])
+    for wrong in ({"steps": 0}, {"held_out": 1.5}, {"inputs_share": -1}, {"place": "tape"}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            Reconstruct(**wrong)
+    with pytest.raises(TypeError, match="blocks"):
+        Reconstruct(blocks="blocks.*")  # type: ignore[arg-type]
+    assert cut(gm)
+
+
+def test_layer_losses_train_too() -> None:
+    program, model = compressed(Transformer, replace(FAST, loss=BlockLoss(layer_weight=0.8)))
+    plain, _ = compressed(Transformer)
+    assert error(program, model, Transformer) < error(plain, model, Transformer)
+
+
+def test_inputs_may_mix_both_chains() -> None:
+    program, model = compressed(Transformer, replace(FAST, inputs_share=0.5))
+    plain, _ = compressed(Transformer)
+    assert error(program, model, Transformer) < error(plain, model, Transformer)
