@@ -8,8 +8,8 @@ Recipes that differ in when and how finely activations get their scale:
     DYNAMIC           one scale per token, computed at run time: needs no data, and is what
                       `torch.compile(model, backend="fxq")` does by default
     STATIC_CONV       as STATIC, for convolutional networks: batch norms are folded, convolutions
-                      quantized. The first layer and depthwise convolutions, where memory takes the
-                      time and not arithmetic, stay float
+                      quantized. The first layer, and depthwise convolutions, which are slower in
+                      int8, stay float
 
 Weights are scaled so that every x86 multiplies them exactly at full speed (`QuantSpec.pair_safe`).
 On VNNI or a GPU that is not needed: `FULL_RANGE` as the weight's spec gains a little accuracy there

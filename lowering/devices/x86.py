@@ -10,8 +10,9 @@ When int8 pays is read off `benchmarks/results/cpu_int8_linear_*.md`. Frozen num
 timing at compile time: the same program must compile to the same graph every time. A call costs
 about 80 microseconds before it multiplies anything. Large weights repay that at any number of rows,
 because fp32 has to read four times the bytes; small ones need work. Convolutions, read off
-`cpu_int8_conv_avx2.md`, need it too, and input channels to multiply: depthwise ones and those of
-images have few. They are measured without VNNI, and the same numbers are used with it.
+`cpu_int8_conv_avx2.md`, need it too, and input channels to multiply: depthwise ones are slower in
+int8, and those of images faster or slower, by kernel and stride. They are measured without VNNI,
+and the same numbers are used with it.
 """
 
 import math
@@ -52,8 +53,11 @@ WITH_VNNI = Thresholds(16 << 20, 1 << 17)  # up to 7.9 times faster than fp32
 WITHOUT_VNNI = Thresholds(48 << 20, 1 << 21)  # up to 2.4 times
 HUGE_WEIGHT = 1 << 24  # elements: pays with the sparse excess too
 CHANNEL_BLOCK = 4  # input channels of a group that oneDNN multiplies at a time
-MIN_CONV_CHANNELS = 8  # input channels without groups: below, int8 has half to equal speed
-MIN_CONV_MACS = 16 << 20  # below, half to equal speed; above, up to 2.3 times
+# Input channels without groups. With 3 or 4, int8 has 1.4 times the speed of fp32 for a 7x7 kernel
+# with stride 2, 0.65 and 0.73 for 3x3: no size tells which, so all stay float.
+MIN_CONV_CHANNELS = 8
+# Without groups, int8 has 0.1 to 1.2 times the speed of fp32 below, 1.07 to 2.3 times above.
+MIN_CONV_MACS = 16 << 20
 MAX_ROWS_EXCESS = 512  # beyond, the excess of a merely large weight costs more than int8 gains
 
 
@@ -119,9 +123,13 @@ def conv_slower_than_float(n_outputs: int, weight: Tensor, groups: int) -> str |
         groups: of channels.
     """
     n_in = weight.shape[1]
-    if n_in == 1 or (groups == 1 and n_in < MIN_CONV_CHANNELS):
-        what = f"{n_in} input channels" if groups == 1 else "depthwise"
-        return f"{what}: memory, not arithmetic, takes its time, and int8 is no faster"
+    if groups == 1 and n_in < MIN_CONV_CHANNELS:
+        return (
+            f"fewer than {MIN_CONV_CHANNELS} input channels ({n_in}): int8 is slower than fp32 "
+            "with some kernels and strides, faster with others"
+        )
+    if n_in == 1:
+        return "depthwise: memory, not arithmetic, takes its time, and int8 is slower"
     if groups > 1 and n_in % CHANNEL_BLOCK:
         return (
             f"oneDNN has no int8 kernel for groups of {n_in} input channels; "

@@ -151,8 +151,10 @@ UNSAFE = torch.full((16, 8, 3, 3), 127, dtype=torch.int8)
 SMALL = torch.full((16, 8, 3, 3), 1, dtype=torch.int8)
 SHAPES = {
     "pays": (SMALL, 1, None),
-    "depthwise": (torch.ones(16, 1, 3, 3), 16, "depthwise"),
-    "first layer": (torch.ones(16, 3, 7, 7), 1, "3 input channels: memory"),
+    "depthwise": (torch.ones(16, 1, 3, 3), 16, "^depthwise: memory"),
+    "first layer": (torch.ones(16, 3, 7, 7), 1, r"fewer than 8 input channels \(3\)"),
+    "one channel": (torch.ones(16, 1, 3, 3), 1, r"fewer than 8 input channels \(1\)"),
+    "groups of few": (torch.ones(16, 4, 3, 3), 2, None),
     "groups": (torch.ones(18, 9, 3, 3), 2, "no int8 kernel for groups of 9 input channels"),
     "unsafe": (UNSAFE, 1, r"unsafe pairs .* QuantSpec\(pair_safe=True\)"),
     "small": (SMALL, 1, "8 to 16 channels, 3x3, 100 positions is too small"),
