@@ -220,20 +220,21 @@ def test_op_passes_opcheck(changes: str, dtype: torch.dtype) -> None:
     opcheck(torch.ops.fxq.int8_conv, sample(dtype, **SAMPLES[changes]))
 
 
-@pytest.mark.parametrize("groups", [1, 2])
-def test_an_output_that_reads_a_spoiled_row_is_nan_and_no_other(groups: int) -> None:
+@pytest.mark.parametrize(("groups", "width"), [(1, 3), (2, 3), (1, 1)])
+def test_an_output_that_reads_a_spoiled_row_is_nan_and_no_other(groups: int, width: int) -> None:
     values = torch.randn(2, 6, 9, 7)
     values[0, 1, 2, 3] = torch.inf
     values[1, 5, 8, 0] = torch.nan
     codes = torch.randint(0, 256, values.shape, dtype=torch.uint8)
-    weight = torch.randint(-64, 65, (4, 6 // groups, 3, 3)).to(torch.int8)
+    weight = torch.randint(-64, 65, (4, 6 // groups, width, width)).to(torch.int8)
     scale = torch.ops.fxq.guard_scale(values, torch.full((1, 1, 1, 1), 0.5))
-    geometry = ([2, 1], [1, 1, 1, 1], [1, 1], groups)
+    pad = width // 2
+    geometry = ([2, 1], [pad] * 4, [1, 1], groups)
 
     found = torch.ops.fxq.int8_conv(codes, scale, None, weight, torch.ones(1), None, *geometry)
 
     dequantized = torch.ops.fxq.dequantize(codes, scale, None, torch.float32)
-    expected = torch.conv2d(dequantized, weight.float(), None, (2, 1), 1, 1, groups)
+    expected = torch.conv2d(dequantized, weight.float(), None, (2, 1), pad, 1, groups)
     assert 0 < int(found.isnan().sum()) < found.numel()
     assert torch.equal(found.isnan(), expected.isnan())
     assert torch.equal(found.nan_to_num(0), expected.nan_to_num(0))
