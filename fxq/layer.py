@@ -184,7 +184,7 @@ def _check_codes(codes: Tensor, weight: Tensor, spec: QuantSpec) -> None:
             f"codes: expected {spec.quant_min} to {spec.quant_max}, as the spec has it, found "
             f"{float(low):g} to {float(high):g}"
         )
-    if spec.pair_safe and not numerics.is_pair_safe(codes.flatten(1)):
+    if spec.pair_safe and not numerics.is_pair_safe(codes):
         raise ValueError(
             f"codes: expected sums of at most {numerics.PAIR_LIMIT} over the codes of input "
             "channels 2j and 2j+1, found larger ones; use a larger scale, or pair_safe=False"

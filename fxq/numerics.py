@@ -181,39 +181,52 @@ def dequantize(
     return (values * expand_blocks(scale, codes.shape)).to(dtype)
 
 
+def channel_pairs(weight: Tensor) -> Tensor:
+    """Return the sums over input channels 2j and 2j+1, position by position of a convolution.
+
+    An odd last channel is a pair with nothing. Grouped convolutions count channels within a group,
+    as their weights do.
+
+    Args:
+        weight: `[N, C]` or `[N, C, *kernel]`.
+    Returns:
+        `[N, ceil(C / 2), *kernel]`.
+    """
+    padding = [0, 0] * (weight.ndim - 2) + [0, weight.shape[1] % 2]
+    return torch.nn.functional.pad(weight, padding).unflatten(1, (-1, 2)).sum(2)
+
+
 def pair_safe_amax(weight: Tensor) -> Tensor:
-    """Return the row maxima to scale by so that no pair of 8-bit codes exceeds `PAIR_LIMIT`.
+    """Return the maxima to scale by, per output channel, so that no pair of 8-bit codes
+    (`channel_pairs`) exceeds `PAIR_LIMIT`.
 
     With codes up to 127, `scale = amax / 127`: a pair sums to at most 127 before rounding, and
     rounding two codes adds at most 1.
 
     Args:
-        weight: `[N, K]` (or `[N, ...]`, flattened), any float dtype.
+        weight: `[N, C]` or `[N, C, *kernel]`, any float dtype.
     Returns:
         `[N]`, fp32, at least the largest magnitude of the row.
     """
-    rows = weight.detach().float().flatten(1)
-    padded = torch.nn.functional.pad(rows, (0, rows.shape[1] % 2))
-    pairs = padded[:, ::2] + padded[:, 1::2]
-    return torch.maximum(rows.abs().amax(1), pairs.abs().amax(1))
+    weight = weight.detach().float()
+    largest, pairs = weight.abs().flatten(1).amax(1), channel_pairs(weight).abs().flatten(1)
+    return torch.maximum(largest, pairs.amax(1))
 
 
 def is_pair_safe(codes: Tensor) -> bool:
-    """Tell whether no two codes in columns 2j and 2j+1 of `codes` `[N, K]` sum beyond
-    `PAIR_LIMIT`."""
-    padded = torch.nn.functional.pad(codes.int(), (0, codes.shape[1] % 2))
-    pairs = padded[:, ::2] + padded[:, 1::2]
-    return bool((pairs.abs() <= PAIR_LIMIT).all())
+    """Tell whether no two codes of input channels 2j and 2j+1 of `codes` `[N, C]` or
+    `[N, C, *kernel]`, at the same position, sum beyond `PAIR_LIMIT`."""
+    return bool((channel_pairs(codes.int()).abs() <= PAIR_LIMIT).all())
 
 
 def largest_sum(codes: Tensor) -> int:
-    """Return a bound on `|sum((x - zero_point) * w)|` over each row of `codes` `[N, K]` and each
+    """Return a bound on `|sum((x - zero_point) * w)|` over each row of `codes` `[N, ...]` and each
     part of the sum, for any 8-bit x and zero-points on their grid.
 
     With a zero-point z from 0 to 255, `x - z` is between -z and 255 - z: the worst sum has all
     positive codes, or all negative ones, times 255. 256 leaves room for a sum about 128.
     """
-    above, below = codes.clamp(min=0), codes.clamp(max=0)
+    above, below = codes.flatten(1).clamp(min=0), codes.flatten(1).clamp(max=0)
     sums = torch.maximum(above.sum(1, dtype=torch.int64), -below.sum(1, dtype=torch.int64))
     return 256 * int(sums.max())
 

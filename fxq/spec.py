@@ -178,11 +178,12 @@ class QuantSpec:
         granularity: which elements share a scale.
         dynamic: compute the range from each tensor at run time instead of from calibration data.
         observer: how a static range is found. Ignored where dynamic.
-        pair_safe: enlarge a weight's scale until the codes of input channels 2j and 2j+1 sum to at
-            most 128 in magnitude. x86 without VNNI multiplies unsigned activation codes with weight
-            codes and adds such pairs in int16 with saturation: 255 * 128 = 32640 fits. Costs up to
-            2.5 dB of the weight's own SQNR (Gaussian), about 0.5 dB after quantized activations,
-            and buys the plain int8 kernel on every x86.
+        pair_safe: enlarge a weight's scale until the codes of input channels 2j and 2j+1, in a
+            convolution those at one position of the kernel, sum to at most 128 in magnitude. x86
+            without VNNI multiplies unsigned activation codes with weight codes and adds such pairs
+            in int16 with saturation: 255 * 128 = 32640 fits. Costs up to 2.5 dB of the weight's own
+            SQNR (Gaussian), about 0.5 dB after quantized activations, and buys the plain int8
+            kernel on every x86.
         format: of the codes; 8-bit integers unless given.
         rows: what chooses among several static ranges (`fxq.rows`); None where there is one.
     """

@@ -47,7 +47,7 @@ def compare_layer(
     """
     operands, scaled = args_of(node), layer_of(node).scaled
     if "shift" in scaled:
-        return "a scaling pass shifted its input or output"
+        return "a pass shifted its input or output"
     weight = _weight_as_used(node, module, call)
     if weight is None:
         return "the module computes something else"

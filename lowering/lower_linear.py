@@ -1,10 +1,11 @@
 """What the rules of all devices share that turn `linear(dequantize(x), dequantize(w), bias)` into
-`fxq::int8_linear`."""
+`fxq::int8_linear`, and what those for other layers with a quantized weight share with them."""
 
 import platform
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.fx import Node
@@ -15,13 +16,12 @@ from fxq.lowering.int8_linear import accumulate
 from fxq.lowering.rule import Decision, Lowering, Rule
 from fxq.numerics import largest_sum
 
-aten = torch.ops.aten
 ops = torch.ops.fxq
 
 
 @dataclass(frozen=True)
 class Operands:
-    """The nodes of one quantized linear."""
+    """The nodes of one quantized layer."""
 
     codes: Node
     scale: Node
@@ -32,28 +32,45 @@ class Operands:
 
 
 @dataclass(frozen=True)
-class Int8Linear(Rule):
+class Int8Layer(Rule):
     """A rule for layers with a quantized weight, as it is without a kernel; devices that have one
     say in `rewrite` what they make of the layers that it can compute exactly."""
 
+    kind: ClassVar[str]
+
     def is_for(self, node: Node) -> bool:
         weight = node.args[1] if len(node.args) > 1 else None
-        return is_op(weight, ops.dequantize.default) and kind_of(node) in ("linear", "conv")
+        return is_op(weight, ops.dequantize.default) and kind_of(node) == self.kind
 
     def apply(self, node: Node, lowering: Lowering) -> Decision:
-        found = match(node)
+        found = self.match(node)
         if isinstance(found, str):
             return Decision(None, found)
         weight = tensor_of(lowering.gm, found.weight)
         if largest_sum(weight) > torch.iinfo(torch.int32).max:
-            return Decision(
-                None, f"sums over {weight.shape[1]} input channels of such codes may exceed int32"
-            )
+            terms = f"{weight.shape[1]} input channels"
+            if weight.ndim > 2:
+                terms += f" and {weight[0, 0].numel()} positions"
+            return Decision(None, f"sums over {terms} of such codes may exceed int32")
         return self.rewrite(node, found, lowering)
 
-    def rewrite(self, layer: Node, operands: Operands, lowering: Lowering) -> Decision:
+    @abstractmethod
+    def match(self, layer: Node) -> Operands | str:
+        """Return the operands that a kernel can take, or why it cannot."""
+
+    def rewrite(self, layer: Node, operands: Any, lowering: Lowering) -> Decision:
         """Put a kernel in the place of `layer`, or decline."""
         return Decision(None, f"no int8 kernel for {lowering.device.type} ({platform.machine()})")
+
+
+@dataclass(frozen=True)
+class Int8Linear(Int8Layer):
+    """`fxq::int8_linear`."""
+
+    kind: ClassVar[str] = "linear"
+
+    def match(self, layer: Node) -> Operands | str:
+        return match(layer)
 
     def check(
         self, expected: Any, found: Any, kernel: Node, value: Callable[[Node], Any]
@@ -69,11 +86,9 @@ class Int8Linear(Rule):
         return equal, equal and super().check(expected, found, kernel, value)[1]
 
 
-def match(layer: Node) -> Operands | str:
-    """Return the operands of a quantized linear the kernel can take, or why it cannot."""
-    if not is_op(layer, aten.linear.default):
-        return "no int8 kernel for this operator; it runs as float on dequantized values"
-    x, w, *bias = args_of(layer)
+def operands_of(layer: Node, bias: Node | None) -> Operands | str:
+    """Return the operands of a layer whose codes an integer kernel can take, or why it cannot."""
+    x, w = args_of(layer)[:2]
     if not is_op(x, ops.dequantize.default):
         return "weight-only: the product is float, on a weight dequantized once when compiled"
     codes, scale, zero, _ = args_of(x)
@@ -83,10 +98,24 @@ def match(layer: Node) -> Operands | str:
             return f"no kernel for codes of {dtype_of(part)}; it runs as float on their values"
     if w_zero is not None:
         return "no int8 kernel for an affine weight; use symmetric=True"
-    if hint(shape_of(w_scale)[-1]) != 1:
-        return "no int8 kernel for a per-group weight scale; use PerChannel(0)"
-    if shape_of(scale)[-1] != 1:
-        return "no int8 kernel for a per-channel activation scale; use PerTensor() or PerToken()"
     if weight.op != "get_attr":
         return "its weight is computed at run time"
-    return Operands(codes, scale, zero, weight, w_scale, bias[0] if bias else None)
+    return Operands(codes, scale, zero, weight, w_scale, bias)
+
+
+def match(layer: Node) -> Operands | str:
+    """Return the operands of a quantized linear the kernel can take, or why it cannot."""
+    _, _, *bias = args_of(layer)
+    found = operands_of(layer, bias[0] if bias else None)
+    if isinstance(found, str):
+        return found
+    if hint(shape_of(found.w_scale)[-1]) != 1:
+        return "no int8 kernel for a per-group weight scale; use PerChannel(0)"
+    if shape_of(found.scale)[-1] != 1:
+        return "no int8 kernel for a per-channel activation scale; use PerTensor() or PerToken()"
+    return found
+
+
+def is_single(scale: Node) -> bool:
+    """Tell whether a scale is one number."""
+    return all(isinstance(size, int) and size == 1 for size in shape_of(scale))

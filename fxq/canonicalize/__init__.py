@@ -21,7 +21,7 @@ from fxq.canonicalize.linear import (
 )
 from fxq.canonicalize.materialize_constants import materialize_constants
 from fxq.canonicalize.matmul_of_einsum import matmul_of_einsum
-from fxq.canonicalize.norm import rms_norm
+from fxq.canonicalize.norm import batch_norm_of_native, rms_norm
 from fxq.canonicalize.products import bmm_of_baddbmm
 from fxq.canonicalize.views import reshape_of_view, transpose_of_property
 from fxq.rewriting import erase_dead
@@ -37,6 +37,7 @@ REWRITES: tuple[Callable[[GraphModule], int], ...] = (
     linear_of_matmul,
     linear_with_bias,
     linear_of_rows,
+    batch_norm_of_native,
     rms_norm,
     gelu_erf,
     gelu_tanh,

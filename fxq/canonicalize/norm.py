@@ -1,10 +1,12 @@
-"""Norms written out in elementary operators become `aten.rms_norm`."""
+"""Norms become one operator each: `aten.rms_norm`, `aten.batch_norm`."""
+
+import operator
 
 import torch
 from torch.fx import GraphModule
 
 from fxq.canonicalize.pattern import Call, Var, match_any
-from fxq.graph import dtype_of, is_constant, shape_of, val_of
+from fxq.graph import args_of, dtype_of, is_constant, is_op, shape_of, val_of
 from fxq.operators import ADD, DIV, MUL
 from fxq.rewriting import insert_call
 
@@ -45,4 +47,22 @@ def rms_norm(gm: GraphModule) -> int:
             new = insert_call(aten.rms_norm.default, (x, [width], weight, eps), before=node)
             node.replace_all_uses_with(new)
             count += 1
+    return count
+
+
+def batch_norm_of_native(gm: GraphModule) -> int:
+    """_native_batch_norm_legit_no_training(x, weight, bias, mean, var, momentum, eps)[0] equals
+    batch_norm of the same with training=False; the other results are empty."""
+    count = 0
+    native = aten._native_batch_norm_legit_no_training.default
+    for node in list(gm.graph.find_nodes(op="call_function", target=native)):
+        results = [user for user in node.users if is_op(user, operator.getitem)]
+        if len(results) != len(node.users) or any(user.args[1] != 0 for user in results):
+            continue
+        *operands, momentum, eps = args_of(node)
+        args = (*operands, False, momentum, eps, True)
+        new = insert_call(aten.batch_norm.default, args, before=node)
+        for result in results:
+            result.replace_all_uses_with(new)
+        count += 1
     return count

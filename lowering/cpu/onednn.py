@@ -14,12 +14,14 @@ class CpuInt8:
 
     Args:
         available: oneDNN's quantized linear exists here.
+        convolves: its quantized convolution does too.
         saturates: neighbouring products (input channels 2j, 2j+1) are added in int16 with
             saturation, as `vpmaddubsw` does on x86 without VNNI. Results are then exact only for
             weights whose pairs are small enough.
     """
 
     available: bool
+    convolves: bool
     saturates: bool
 
 
@@ -49,7 +51,7 @@ def cpu_int8() -> CpuInt8:
     if platform.machine() not in ("x86_64", "AMD64") or not hasattr(
         torch.ops.onednn, "qlinear_prepack"
     ):
-        return CpuInt8(available=False, saturates=False)
+        return CpuInt8(available=False, convolves=False, saturates=False)
     exact = True
     for rows in (1, 64):
         codes = torch.full((rows, 64), 255, dtype=torch.uint8)
@@ -57,4 +59,5 @@ def cpu_int8() -> CpuInt8:
         packed = torch.ops.onednn.qlinear_prepack(weight, list(codes.shape))
         result = onednn_qlinear(codes, 0, packed, torch.ones(32))
         exact &= bool((result == 255 * 127 * 64).all())
-    return CpuInt8(available=True, saturates=not exact)
+    convolves = hasattr(torch.ops.onednn, "qconv_pointwise")
+    return CpuInt8(available=True, convolves=convolves, saturates=not exact)

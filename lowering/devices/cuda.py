@@ -17,6 +17,7 @@ from torch.fx import Node
 from fxq.constants import constant_value
 from fxq.graph import args_of, dtype_of, hint, is_op, shape_of, tensor_of, val_of
 from fxq.lowering.lower_attention import SparseAttention
+from fxq.lowering.lower_conv import Int8Conv
 from fxq.lowering.lower_linear import Int8Linear, Operands
 from fxq.lowering.rule import Decision, Device, Lowering
 from fxq.rewriting import insert_call
@@ -183,5 +184,5 @@ class FlexAttention(SparseAttention):
 CUDA = Device(
     "cuda",
     lambda device: device.type == "cuda",
-    (TritonInt8Linear(), TritonAttention(), FlexAttention()),
+    (TritonInt8Linear(), Int8Conv(), TritonAttention(), FlexAttention()),
 )

@@ -14,6 +14,7 @@ from typing import ClassVar
 from torch.fx import Node
 
 from fxq.lowering.lower_attention import SparseAttention
+from fxq.lowering.lower_conv import Int8Conv
 from fxq.lowering.lower_linear import Int8Linear
 from fxq.lowering.rule import Device, Lowering
 
@@ -29,5 +30,7 @@ class TorchAttention(SparseAttention):
         return None
 
 
-CPU = Device("cpu", lambda device: device.type == "cpu", (Int8Linear(), TorchAttention()))
-OTHER = Device("other", lambda device: True, (Int8Linear(), SparseAttention()))
+CPU = Device(
+    "cpu", lambda device: device.type == "cpu", (Int8Linear(), Int8Conv(), TorchAttention())
+)
+OTHER = Device("other", lambda device: True, (Int8Linear(), Int8Conv(), SparseAttention()))

@@ -1,4 +1,4 @@
-"""x86: oneDNN's int8 product, where it is exact and no slower than fp32.
+"""x86: oneDNN's int8 products and convolutions, where they are exact and no slower than fp32.
 
 The codes of the activations become uint8 (codes and zero-point plus 128: the same values). With one
 scale for the whole tensor the kernel does everything; with a scale per token, or a static one that
@@ -9,7 +9,10 @@ may not be exact in fp32, so that it is rounded once.
 When int8 pays is read off `benchmarks/results/cpu_int8_linear_*.md`. Frozen numbers instead of a
 timing at compile time: the same program must compile to the same graph every time. A call costs
 about 80 microseconds before it multiplies anything. Large weights repay that at any number of rows,
-because fp32 has to read four times the bytes; small ones need work.
+because fp32 has to read four times the bytes; small ones need work. Convolutions, read off
+`cpu_int8_conv_avx2.md`, need it too, and input channels to multiply: depthwise ones are slower in
+int8, and those of images faster or slower, by kernel and stride. They are measured without VNNI,
+and the same numbers are used with it.
 """
 
 import math
@@ -23,7 +26,8 @@ from torch.fx import Node
 from fxq.graph import args_of, hint, is_op, shape_of, tensor_of
 from fxq.lowering.cpu.onednn import cpu_int8
 from fxq.lowering.devices.other import TorchAttention
-from fxq.lowering.lower_linear import Int8Linear, Operands
+from fxq.lowering.lower_conv import ConvOperands, Int8Conv
+from fxq.lowering.lower_linear import Int8Linear, Operands, is_single
 from fxq.lowering.rule import Decision, Device, Lowering
 from fxq.numerics import EXACT_IN_FP32, is_pair_safe, largest_sum
 from fxq.rewriting import add_buffer, insert_call
@@ -48,6 +52,12 @@ class Thresholds(NamedTuple):
 WITH_VNNI = Thresholds(16 << 20, 1 << 17)  # up to 7.9 times faster than fp32
 WITHOUT_VNNI = Thresholds(48 << 20, 1 << 21)  # up to 2.4 times
 HUGE_WEIGHT = 1 << 24  # elements: pays with the sparse excess too
+CHANNEL_BLOCK = 4  # input channels of a group that oneDNN multiplies at a time
+# Input channels without groups. With 3 or 4, int8 has 1.4 times the speed of fp32 for a 7x7 kernel
+# with stride 2, 0.65 and 0.73 for 3x3: no size tells which, so all stay float.
+MIN_CONV_CHANNELS = 8
+# Without groups, int8 has 0.1 to 1.2 times the speed of fp32 below, 1.07 to 2.3 times above.
+MIN_CONV_MACS = 16 << 20
 MAX_ROWS_EXCESS = 512  # beyond, the excess of a merely large weight costs more than int8 gains
 
 
@@ -104,9 +114,55 @@ class OneDnnInt8Linear(Int8Linear):
         )
 
 
-def is_single(scale: Node) -> bool:
-    """Tell whether a scale is one number."""
-    return all(isinstance(size, int) and size == 1 for size in shape_of(scale))
+def conv_slower_than_float(n_outputs: int, weight: Tensor, groups: int) -> str | None:
+    """Return why a convolution is not faster in int8 here, None where it is.
+
+    Args:
+        n_outputs: of one channel: batch and positions.
+        weight: codes `[N, C / groups, *kernel]`.
+        groups: of channels.
+    """
+    n_in = weight.shape[1]
+    if groups == 1 and n_in < MIN_CONV_CHANNELS:
+        return (
+            f"fewer than {MIN_CONV_CHANNELS} input channels ({n_in}): int8 is slower than fp32 "
+            "with some kernels and strides, faster with others"
+        )
+    if n_in == 1:
+        return "depthwise: memory, not arithmetic, takes its time, and int8 is slower"
+    if groups > 1 and n_in % CHANNEL_BLOCK:
+        return (
+            f"oneDNN has no int8 kernel for groups of {n_in} input channels; "
+            f"multiples of {CHANNEL_BLOCK} have one"
+        )
+    if cpu_int8().saturates and not is_pair_safe(weight):
+        return (
+            "unsafe pairs on a CPU without VNNI, where int8 would not be exact; "
+            "QuantSpec(pair_safe=True) avoids them"
+        )
+    if n_outputs * weight.numel() < MIN_CONV_MACS:
+        kernel = "x".join(str(size) for size in weight.shape[2:])
+        shape = f"{n_in} to {len(weight) // groups} channels, {kernel}, {n_outputs} positions"
+        return f"{shape} is too small for int8 to pay"
+    return None
+
+
+@dataclass(frozen=True)
+class OneDnnInt8Conv(Int8Conv):
+    """`fxq.lowering.cpu.int8_conv`."""
+
+    def rewrite(self, layer: Node, operands: ConvOperands, lowering: Lowering) -> Decision:
+        if not cpu_int8().convolves:
+            return super().rewrite(layer, operands, lowering)
+        o, weight = operands, tensor_of(lowering.gm, operands.weight)
+        batch, _, *sizes = (hint(size, lowering.sizes) for size in shape_of(layer))
+        if why := conv_slower_than_float(batch * math.prod(sizes), weight, o.groups):
+            return Decision(None, why)
+        codes, zero = _to_unsigned(o, lowering)
+        geometry = (o.stride, o.padding, o.dilation, o.groups)
+        args = (codes, o.scale, zero, o.weight, o.w_scale, o.bias, *geometry)
+        self.replace(layer, insert_call(ops.int8_conv.default, args, before=layer))
+        return Decision("int8_conv (oneDNN)")
 
 
 def _to_unsigned(o: Operands, lowering: Lowering) -> tuple[Node, Node | None]:
@@ -177,5 +233,5 @@ def _per_row(
 X86 = Device(
     "x86",
     lambda device: device.type == "cpu" and cpu_int8().available,
-    (OneDnnInt8Linear(), TorchAttention()),
+    (OneDnnInt8Linear(), OneDnnInt8Conv(), TorchAttention()),
 )

@@ -6,7 +6,8 @@ from fxq.passes.common.convert import Convert
 from fxq.passes.common.decompose_attention import DecomposeAttention
 from fxq.passes.common.fake_quantize import fake_quantize
 from fxq.passes.common.float_function import check_float_function, float_difference
-from fxq.passes.common.insert_observers import FIRST, LAST, InsertObservers, first_of
+from fxq.passes.common.fold_batch_norm import FoldBatchNorm
+from fxq.passes.common.insert_observers import DEPTHWISE, FIRST, LAST, InsertObservers, first_of
 from fxq.passes.common.observe_activations import ObserveActivations
 from fxq.passes.common.split_concatenations import SplitConcatenations
 from fxq.passes.common.student import (
@@ -17,11 +18,13 @@ from fxq.passes.common.student import (
 )
 
 __all__ = [
+    "DEPTHWISE",
     "FIRST",
     "LAST",
     "Calibrate",
     "Convert",
     "DecomposeAttention",
+    "FoldBatchNorm",
     "InsertObservers",
     "ObserveActivations",
     "SplitConcatenations",

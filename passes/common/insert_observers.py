@@ -40,6 +40,7 @@ from fxq.spec import LayerSpec, PerTensor, PerToken, QuantSpec, block_of, scale_
 
 FIRST = "<first>"  # override key: layers that no other layer comes before, by data flow
 LAST = "<last>"  # override key: layers that no other layer comes after, by data flow
+DEPTHWISE = "<depthwise>"  # override key: convolutions whose groups have one input channel
 FIRST_OF, FIRST_INPUT = "<first of {}>", "the first input"
 SHAPE_ONLY = of(Movement.SHAPE_ONLY)  # no data goes through these
 
@@ -59,9 +60,9 @@ class InsertObservers(Pass):
     Args:
         default: how a layer is quantized unless an override says otherwise; None keeps it float.
         targets: kinds of operators `default` applies to.
-        overrides: (pattern, spec) pairs. A pattern is `FIRST`, `LAST`, `first_of(input)` or a
-            qualified module name with shell wildcards (`"blocks.0.*"`); a spec of None keeps the
-            layer float. The first match wins.
+        overrides: (pattern, spec) pairs. A pattern is `FIRST`, `LAST`, `DEPTHWISE`,
+            `first_of(input)` or a qualified module name with shell wildcards (`"blocks.0.*"`); a
+            spec of None keeps the layer float. The first match wins.
         partial: the graph may be a part of a model: patterns that match nothing in it are left out.
     """
 
@@ -146,11 +147,15 @@ class InsertObservers(Pass):
 
     def _overridden(self, layers: Sequence[Node]) -> dict[Node, Override]:
         names = {layer: owner_name(layer) for layer in layers}
-        ends = {FIRST: first_layers(layers), LAST: last_layers(layers)}
+        groups = {
+            FIRST: first_layers(layers),
+            LAST: last_layers(layers),
+            DEPTHWISE: [n for n in layers if kind_of(n) == "conv" and shape_of(n.args[1])[1] == 1],
+        }
         chosen: dict[Node, Override] = {}
         for pattern, spec in self.overrides:
-            if pattern in ends:
-                matched: Iterable[Node] = ends[pattern]
+            if pattern in groups:
+                matched: Iterable[Node] = groups[pattern]
             elif is_of_graph(pattern):
                 matched = self._first_of(layers, pattern)
             else:

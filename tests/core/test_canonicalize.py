@@ -112,6 +112,18 @@ def test_rms_norm_is_recognised(name: str) -> None:
     assert targets == [ATEN.rms_norm.default]
 
 
+def test_a_native_batch_norm_is_a_batch_norm() -> None:
+    names = ("weight", "bias", "mean", "variance")
+    parts = {name: torch.rand(6) + 0.5 for name in names}
+    native = ATEN._native_batch_norm_legit_no_training.default
+    model = One(lambda m, x: native(x, *(getattr(m, n) for n in names), 0.1, 1e-3)[0], **parts)
+
+    counts, targets = rewritten(model, torch.randn(2, 6, 3))
+
+    assert counts["batch_norm_of_native"] == 1
+    assert targets == [ATEN.batch_norm.default]
+
+
 def test_rms_norm_in_fp32_between_casts_is_recognised() -> None:
     def gemma(m: nn.Module, x: Tensor) -> Tensor:
         wide = x.float()

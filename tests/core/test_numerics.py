@@ -330,6 +330,25 @@ def test_is_pair_safe_by_hand(codes: list[int], safe: bool) -> None:
     assert found is safe
 
 
+def test_pairs_of_a_convolution_are_channels_at_one_position() -> None:
+    safe = torch.tensor([[[127, 127], [1, -127], [100, 90]]], dtype=torch.int8)  # 3 channels
+    unsafe = torch.tensor([[[127, 2], [1, 127], [0, 0]]], dtype=torch.int8)  # 129 at the second
+
+    assert numerics.is_pair_safe(safe)
+    assert not numerics.is_pair_safe(unsafe)
+
+
+@pytest.mark.parametrize("shape", [(4, 6, 3, 3), (4, 5, 3), (4, 1, 3, 3), (4, 3, 2, 1, 2)])
+def test_pair_safe_amax_of_a_convolution(shape: tuple[int, ...]) -> None:
+    weight = torch.rand(shape, generator=torch.Generator().manual_seed(0))  # one-signed
+
+    amax = numerics.pair_safe_amax(weight)
+
+    for row, limit in zip(weight, amax, strict=True):
+        pairs = [row[c : c + 2].sum(0).max() for c in range(0, shape[1], 2)]
+        assert limit == max([*pairs, row.max()])
+
+
 def test_sqnr_by_hand() -> None:
     reference = torch.tensor([3.0, 4.0])
 

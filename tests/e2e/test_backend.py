@@ -293,7 +293,7 @@ def test_a_layer_that_would_not_gain_stays_float(
 @pytest.fixture
 def without_int8(monkeypatch: pytest.MonkeyPatch) -> None:
     """A processor for which there are no kernels, as ARM's are."""
-    nothing = CpuInt8(available=False, saturates=False)
+    nothing = CpuInt8(available=False, convolves=False, saturates=False)
     monkeypatch.setattr(x86, "cpu_int8", lambda: nothing)
 
 

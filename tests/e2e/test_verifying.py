@@ -3,6 +3,7 @@
 import pytest
 import torch
 from models import Block
+from torch import nn
 
 import fxq
 from fxq.lowering import int8_linear
@@ -12,9 +13,13 @@ from fxq.passes import w8a8
 
 
 @pytest.fixture
-def program(monkeypatch: pytest.MonkeyPatch) -> fxq.Program:
+def any_size_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(x86, "WITH_VNNI", x86.Thresholds(0, 0))
     monkeypatch.setattr(x86, "WITHOUT_VNNI", x86.Thresholds(0, 0))
+
+
+@pytest.fixture
+def program(any_size_pays: None) -> fxq.Program:
     return fxq.compress(Block().eval(), torch.randn(2, 5, 64), w8a8.DYNAMIC)
 
 
@@ -43,6 +48,26 @@ def test_one_wrong_accumulator_is_found(
 
     assert not verification.ok
     assert "accumulators DIFFER" in str(verification)
+
+
+@pytest.mark.usefixtures("any_size_pays")
+def test_a_kernel_that_reads_another_is_given_the_simulated_values(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, x = nn.Sequential(nn.Linear(64, 96), nn.Linear(96, 32)).eval(), torch.randn(5, 64)
+    program = fxq.compress(model, x, w8a8.DYNAMIC)
+    launch = int8_linear.cpu_launch
+
+    def first_wrong(*args: torch.Tensor) -> torch.Tensor:
+        result = launch(*args)
+        return result * 1.01 if result.shape[-1] == 96 else result
+
+    monkeypatch.setattr(int8_linear, "cpu_launch", first_wrong)
+
+    first, second = fxq.verify(program, x).checks
+
+    assert not first.ok
+    assert second.ok, second
 
 
 def test_nothing_lowered_is_said() -> None:

@@ -15,7 +15,7 @@ from fxq.dialect import OBSERVED
 from fxq.graph import owner_name
 from fxq.layer import layer_of
 from fxq.observers import RangeObserver
-from fxq.passes.common import FIRST, LAST, InsertObservers
+from fxq.passes.common import DEPTHWISE, FIRST, LAST, InsertObservers
 from fxq.spec import LayerSpec, PerChannel, PerGroup, PerTensor, PerToken, QuantSpec
 
 WEIGHT = QuantSpec(granularity=PerChannel(0))
@@ -82,6 +82,16 @@ def test_first_and_last_go_by_data_flow() -> None:
 
     assert chosen(gm) == {"b"}
     assert reasons(gm) == {"a": "override '<first>'", "c": "override '<last>'"}
+
+
+def test_depthwise_convolutions_are_those_of_one_channel_a_group() -> None:
+    convs = (nn.Conv2d(8, 8, 3, groups=2), nn.Conv2d(8, 16, 3, groups=8), nn.Conv2d(16, 4, 1))
+    gm = graph(nn.Sequential(*convs), 2, 8, 9, 9)
+
+    InsertObservers(STATIC, ("conv",), ((DEPTHWISE, None),)).run(gm)
+
+    assert chosen(gm) == {"0", "2"}
+    assert reasons(gm) == {"1": "override '<depthwise>'"}
 
 
 def test_the_first_matching_override_wins() -> None:

@@ -1,0 +1,159 @@
+"""int8_conv: the convolution of quantized activations with a quantized weight.
+
+    acc = conv(x - x_zero_point, weight)                  int32, exact; padding is real 0
+    y   = acc * (x_scale * w_scale) + bias                fp32
+
+`reference` is the definition. On x86 the op is oneDNN (`fxq.lowering.cpu.int8_conv`), elsewhere the
+reference itself.
+
+x `[B, C, *size]` int8 or uint8, with one to three spatial axes; x_zero_point int32, one element, on
+the grid of the codes; weight `[N, C / groups, *kernel]` int8; w_scale fp32, N elements or one; bias
+`[N]`; stride and dilation one number per axis, padding two, before and after, in the order of the
+axes; out `[B, N, *size]` fp32, channels last in memory, as kernels write it.
+
+x_scale fp32 is one element; or, where it is guarded against NaN and Inf, one per row of x
+(`[B, C, ..., 1]`): the same number, but NaN in a row that holds one of them. An output that reads
+such a row is NaN, as that of a convolution of the dequantized values is.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fxq.lowering.cpu.int8_conv import can_launch
+from fxq.lowering.cpu.int8_conv import launch as cpu_launch
+
+CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}  # by the number of spatial axes
+
+
+def padded(x: Tensor, padding: list[int], value: int = 0) -> Tensor:
+    """Return x with `padding` (before and after, axis by axis) around its spatial axes."""
+    pairs = [padding[i : i + 2] for i in range(0, len(padding), 2)]
+    return F.pad(x, [n for pair in reversed(pairs) for n in pair], value=value)
+
+
+def accumulate(
+    x: Tensor,
+    x_zero_point: Tensor | None,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    """Return the exact integer convolution of `x - x_zero_point` as int32.
+
+    Computed in float64, whose 53 bits hold every sum of up to 2^37 products of codes.
+    """
+    centred = x.double() if x_zero_point is None else x.double() - x_zero_point.double().reshape(())
+    convolve = CONVOLVE[x.ndim - 2]
+    around = padded(centred, padding)
+    return convolve(around, weight.double(), None, stride, 0, dilation, groups).to(torch.int32)
+
+
+def one_scale(x_scale: Tensor) -> float:
+    """Return the one number that a guarded scale is where it is not NaN, 1 where it is NaN only."""
+    numbers = x_scale[~x_scale.isnan()]
+    return float(numbers[0]) if numbers.numel() else 1.0
+
+
+def reads_nan(
+    x: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    """Tell which outputs `[B, N, *size]` read a value whose scale is NaN."""
+    marked = padded(x_scale.isnan().float().expand(x.shape), padding)
+    kernel = torch.ones((groups, *weight.shape[1:]), device=x.device)
+    counts = CONVOLVE[x.ndim - 2](marked, kernel, None, stride, 0, dilation, groups)
+    return (counts > 0.5).repeat_interleave(len(weight) // groups, 1)
+
+
+def reference(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor | None,
+    weight: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    """Compute the definition above on any device."""
+    geometry = (stride, padding, dilation, groups)
+    channels = (-1, *[1] * (x.ndim - 2))
+    y = accumulate(x, x_zero_point, weight, *geometry).float()
+    y = y * (one_scale(x_scale) * w_scale.reshape(-1)).reshape(channels)
+    y = y if bias is None else y + bias.float().reshape(channels)
+    y = y.masked_fill(reads_nan(x, x_scale, weight, *geometry), torch.nan)
+    return _channels_last(y)
+
+
+def int8_conv(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor | None,
+    weight: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    """Compute `reference` with the fastest exact implementation for the device of `x`."""
+    geometry = (stride, padding, dilation, groups)
+    if not can_launch(x, weight):
+        return reference(x, x_scale, x_zero_point, weight, w_scale, bias, *geometry)
+    scale = float(x_scale.min())  # NaN where one of them is
+    spoiled = math.isnan(scale)
+    zero = 0 if x_zero_point is None else int(x_zero_point)
+    codes, sides = x, padding[::2]
+    if sides != padding[1::2]:  # the kernel pads both sides alike
+        codes, sides = padded(x, padding, zero), [0] * len(sides)
+    scale = one_scale(x_scale) if spoiled else scale
+    y = cpu_launch(codes, scale, zero, weight, w_scale, bias, stride, sides, dilation, groups)
+    if spoiled:
+        y = y.masked_fill(reads_nan(x, x_scale, weight, *geometry), torch.nan)
+    return _channels_last(y)
+
+
+def _channels_last(y: Tensor) -> Tensor:
+    rows = y.movedim(1, -1)
+    return y if rows.is_contiguous() else rows.contiguous().movedim(-1, 1)
+
+
+def _fake(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor | None,
+    weight: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    sizes = [
+        (size + padding[2 * i] + padding[2 * i + 1] - dilation[i] * (kernel - 1) - 1) // stride[i]
+        + 1
+        for i, (size, kernel) in enumerate(zip(x.shape[2:], weight.shape[2:], strict=True))
+    ]
+    y = x.new_empty((x.shape[0], *sizes, weight.shape[0]), dtype=torch.float32)
+    return y.movedim(-1, 1)
+
+
+# Registered by hand, as int8_linear is, which says why.
+_library = torch.library.Library("fxq", "FRAGMENT")
+_library.define("int8_conv" + torch.library.infer_schema(int8_conv, mutates_args=()))
+_library.impl("int8_conv", int8_conv, "CompositeExplicitAutograd")
+torch.library.register_fake("fxq::int8_conv", _fake, lib=_library)
