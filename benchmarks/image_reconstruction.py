@@ -53,7 +53,7 @@ def vit(model: nn.Module, weight_bits: int, activation_bits: int) -> Study:
     layer = LayerSpec(activation, weight(weight_bits))
     last = LayerSpec(QuantSpec(8, symmetric=False, granularity=PerToken()), weight(8))
     how = Reconstruct(
-        steps=200 if few else 100,
+        steps=150 if few else 100,
         loss=BlockLoss(fisher=True),
         method=StraightThrough(
             scale_learning_rate=1e-3 if few else 0.0,
