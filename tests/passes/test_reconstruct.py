@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from models import Block
 from test_blocks import W4A8, SmallUNet, Transformer
 from torch import Tensor, nn
 
@@ -28,7 +29,7 @@ from fxq.passes.common.reconstruction import (
 from fxq.passes.common.reconstruction import frontier as frontier_module
 from fxq.passes.common.reconstruction.losses import relative_error
 from fxq.pipeline import Recipe
-from fxq.spec import LayerSpec, PerChannel, QuantSpec
+from fxq.spec import LayerSpec, MeanSquaredError, PerChannel, QuantSpec
 
 W3A6 = LayerSpec(QuantSpec(6, symmetric=False), QuantSpec(3, granularity=PerChannel(0)))
 FAST = Reconstruct(steps=30, method=Rounding(learning_rate=0.1, penalty_weight=0.1))
@@ -58,6 +59,20 @@ def error(program: nn.Module, model: nn.Module, kind: type[nn.Module]) -> float:
     with torch.no_grad():
         pairs = [(program(*x), model(*x)) for x in batches(kind, 4, 1)]
     return float(torch.stack([relative_error(a, b) for a, b in pairs]).mean())
+
+
+def results_of_the_last_block(monkeypatch: pytest.MonkeyPatch, name: str) -> list[Tensor]:
+    """Return a list that gets what the last quantized block of that name gives, batch by batch."""
+    last: list[Tensor] = []
+    original = frontier_module.Frontier.run
+
+    def kept(self: Any, chain: Any, block: Any, gm: Any) -> None:
+        original(self, chain, block, gm)
+        if chain == "found" and block.name == name:
+            last[:] = [self.found[k][block.outputs[0]] for k in range(len(self))]
+
+    monkeypatch.setattr(frontier_module.Frontier, "run", kept)
+    return last
 
 
 @pytest.mark.parametrize("kind", [Transformer, SmallUNet])
@@ -149,6 +164,68 @@ def test_interrupted_work_goes_on_with_the_block_it_was_at(
         compressed(Transformer, replace(FAST, steps=29), checkpoint=kept)
 
 
+def test_what_another_spec_has_learned_is_not_taken_over(tmp_path: Path) -> None:
+    """Weights' ranges go by their spec, which no tensor of the observed graph shows."""
+    model, data, kept = Transformer().eval(), batches(Transformer, 5, 0), tmp_path / "kept"
+
+    def run(weight: QuantSpec, **options: Any) -> None:
+        observe = InsertObservers(LayerSpec(W3A6.activation, weight))
+        recipe = Recipe("r", (observe, Calibrate(), replace(FAST, steps=1), Convert()))
+        fxq.compress(model, data[0], recipe, data, checkpoint=kept, **options)
+
+    def stop(text: str) -> None:
+        if text.startswith("blocks.0"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(W3A6.weight, progress=stop)
+    with pytest.raises(ValueError, match="expected one of this model"):
+        run(replace(W3A6.weight, observer=MeanSquaredError()))
+
+
+def test_infinities_of_a_mask_are_no_errors() -> None:
+    exact, found = torch.randn(3, 4), torch.randn(3, 4)
+    mask = torch.ones(3, 4).triu(1).bool()
+    apart, together = (x.masked_fill(mask, float("-inf")) for x in (exact, found))
+
+    value = relative_error(together, apart)
+
+    inside = ~mask
+    expected = (found - exact)[inside].square().sum() / exact[inside].square().sum()
+    torch.testing.assert_close(value, expected)
+    assert not relative_error(found, apart).isfinite()
+    assert relative_error(together, exact.masked_fill(mask, float("nan"))).isnan()
+
+
+@pytest.mark.parametrize("place", ["device", "cpu", "disk"])
+def test_values_of_several_tensors_are_kept_as_they_are(place: Any) -> None:
+    shelf = frontier_module._Shelf(place)
+    value = (torch.arange(4.0), [torch.arange(3), 5])
+
+    floats, (numbers, size) = shelf.get(shelf.put(value))
+
+    assert torch.equal(floats, value[0])
+    assert torch.equal(numbers, value[1][0])
+    assert size == 5
+
+
+def test_values_between_blocks_keep_no_graph_of_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = (InsertObservers(W3A6), Calibrate())
+    gm = fxq.capture(Transformer().eval(), batches(Transformer, 1, 0)[0]).graph_module
+    observed, kept = Recipe("o", passes).apply(gm, batches(Transformer, 1, 0)), list[bool]()
+    original = frontier_module.Frontier.run
+
+    def watched(self: Any, chain: Any, block: Any, gm: Any) -> None:
+        original(self, chain, block, gm)
+        kept.extend(value.requires_grad for value in getattr(self, chain)[0].values())
+
+    monkeypatch.setattr(frontier_module.Frontier, "run", watched)
+    replace(FAST, steps=1).run(observed, batches(Transformer, 1, 0))
+
+    assert kept
+    assert not any(kept)
+
+
 def test_each_block_runs_twice_per_batch_outside_of_training(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -193,6 +270,37 @@ def test_a_module_that_is_called_twice_keeps_one_set_of_codes() -> None:
     nearest, _ = compressed(Twice)
     (x,) = batches(Twice, 1, 3)[0]
     assert not torch.equal(program(x), nearest(x))
+
+
+def test_what_a_block_runs_with_no_later_block_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module is called twice with another between; its first block stays as calibrated."""
+
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.one, self.two = Block(16), Block(16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.one(self.two(self.one(x)))
+
+    train, trained = training.BlockTraining.train, list[str]()
+
+    def first_fails(self: Any, *args: Any) -> training.Outcome:
+        trained.append(self.block.name)
+        outcome = train(self, *args)
+        if len(trained) > 1:
+            return outcome
+        return training.Outcome(None, outcome.before, outcome.before)
+
+    monkeypatch.setattr(training.BlockTraining, "train", first_fails)
+    last = results_of_the_last_block(monkeypatch, "one")
+    method = StraightThrough(learning_rate=3e-2)
+    program, _ = compressed(Shared, replace(FAST, steps=8, method=method))
+
+    assert trained == ["one", "two", "one"]
+    for x, expected in zip(batches(Shared, 5, 0), last, strict=True):
+        assert torch.equal(program(*x), expected)
 
 
 def test_layer_errors_count_alike_for_tokens_and_images() -> None:
@@ -249,15 +357,7 @@ def test_inputs_may_mix_both_chains() -> None:
 def test_what_was_trained_is_what_is_converted(
     method: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    last: list[Tensor] = []
-    original = frontier_module.Frontier.run
-
-    def kept(self: Any, chain: Any, block: Any, gm: Any) -> None:
-        original(self, chain, block, gm)
-        if chain == "found" and block.name == "results":
-            last[:] = [self.found[k][block.outputs[0]] for k in range(len(self))]
-
-    monkeypatch.setattr(frontier_module.Frontier, "run", kept)
+    last = results_of_the_last_block(monkeypatch, "results")
     program, _ = compressed(Transformer, replace(FAST, method=method))
 
     for x, expected in zip(batches(Transformer, 5, 0), last, strict=True):

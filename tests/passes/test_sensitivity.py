@@ -62,3 +62,19 @@ def test_a_value_of_another_shape_is_told() -> None:
     name = next(n.name for n in gm.graph.nodes if "linear" in n.name)
     with pytest.raises(UnsupportedError, match=r"one shape at linear, found \[3, 5\] and \[4, 5\]"):
         sensitivities(gm, [(x,), (torch.randn(2, 4, 6),)], [name])
+
+
+def test_a_gradient_that_is_not_finite_is_told() -> None:
+    class Root(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.layer(x) * 0).square().sqrt()  # whose slopes are 0 and infinity
+
+    x = torch.randn(8, 3)
+    gm = fxq.capture(Root().eval(), x).graph_module
+    names = [node.name for node in gm.graph.nodes if "linear" in node.name]
+    with pytest.raises(ValueError, match="expected finite gradients at linear"):
+        sensitivities(gm, [(x,)], names)

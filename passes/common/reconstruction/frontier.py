@@ -7,6 +7,7 @@ block's inputs and outputs (and of what skips over it), and each block runs once
 
 import tempfile
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
 
 from fxq.calibrate import batch_size
 from fxq.files import write_tensors
@@ -63,6 +65,7 @@ class Frontier:
         kept = getattr(self, chain)[batch]
         return [self.shelf.get(kept[name]) for name in names]
 
+    @torch.no_grad()
     def run(self, chain: Chain, block: Block, gm: GraphModule) -> None:
         """Run a block over all batches and keep what it gives."""
         for batch in range(len(self)):
@@ -87,6 +90,14 @@ class _Stored:
         self.path.unlink(missing_ok=True)
 
 
+@dataclass(frozen=True, eq=False)
+class _Moved:
+    """A tensor in the memory of the CPU."""
+
+    value: Tensor
+    device: torch.device
+
+
 class _Shelf:
     """Where values are kept."""
 
@@ -95,11 +106,14 @@ class _Shelf:
         self.folder = tempfile.TemporaryDirectory(prefix="fxq_") if place == "disk" else None
 
     def put(self, value: Any) -> Any:
-        """Return what stands for a value; what is no tensor stands for itself."""
-        if not isinstance(value, Tensor) or self.place == "device":
+        """Return what stands for a value; what is no tensor, nor has any, stands for itself."""
+        return pytree.tree_map_only(Tensor, self._put, value)
+
+    def _put(self, value: Tensor) -> Any:
+        if self.place == "device":
             return value
         if self.folder is None:
-            return (value.to("cpu"), value.device)
+            return _Moved(value.to("cpu"), value.device)
         self.count += 1
         path = Path(self.folder.name) / f"{self.count}.safetensors"
         write_tensors(path, {"value": value.contiguous().cpu()}, {})
@@ -107,8 +121,10 @@ class _Shelf:
 
     def get(self, kept: Any) -> Any:
         """Return the value that something stands for."""
-        if isinstance(kept, _Stored):
-            return load_file(kept.path, device=str(kept.device))["value"]
-        if isinstance(kept, tuple):
-            return kept[0].to(kept[1])
-        return kept
+        return pytree.tree_map_only((_Stored, _Moved), self._get, kept)
+
+    def _get(self, kept: _Stored | _Moved) -> Tensor:
+        if isinstance(kept, _Moved):
+            return kept.value.to(kept.device)
+        value: Tensor = load_file(kept.path, device=str(kept.device))["value"]
+        return value

@@ -20,9 +20,13 @@ def relative_error(found: Tensor, exact: Tensor, weight: Tensor | None = None) -
         found: as quantized, any shape.
         exact: as it should be, likewise.
         weight: how much each element counts, broadcasts against them; None for all alike.
+
+    Infinities that both have, as a mask does, count as zeros.
     """
-    exact = exact.float()
-    power, error = exact.square(), (found.float() - exact).square()
+    exact, found = exact.float(), found.float()
+    alike = exact.isinf() & (found == exact)
+    power = exact.masked_fill(alike, 0).square()
+    error = (found - exact).masked_fill(alike, 0).square()
     if weight is not None:
         power, error = power * weight, error * weight
     return error.mean() / power.mean().clamp(min=torch.finfo(torch.float32).tiny)

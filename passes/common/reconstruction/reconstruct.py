@@ -29,7 +29,7 @@ from fxq.graph import weight_of
 from fxq.identity import TensorKey
 from fxq.layer import WeightCodes, layer_of, set_facts, treat
 from fxq.observers import RangeObserver
-from fxq.passes.common.convert import pending_layers
+from fxq.passes.common.convert import pending_layers, quantize_weight
 from fxq.passes.common.reconstruction.blocks import cut
 from fxq.passes.common.reconstruction.frontier import Frontier, Place
 from fxq.passes.common.reconstruction.losses import BlockLoss
@@ -152,6 +152,7 @@ class _Walk:
                     trained += outcome.learned is not None
                     self._install(k, outcome)
                     report(f"{block.name}: error {outcome.before:.3g}, {outcome.after:.3g} after")
+                self._settle(k)
                 self.frontier.run("found", block, student_of(block.graph_module, "rounded").eval())
                 self.frontier.forget(k)
         return trained
@@ -178,7 +179,13 @@ class _Walk:
     def _go_on(self) -> None:
         """Take over what blocks have learned in an earlier call."""
         inputs = (x for batch in self._batches() for x in batch if isinstance(x, Tensor))
-        state = self.checkpoint.load(fingerprint(self.gm, repr(self.settings), *inputs))
+        layers = {node.name: layer_of(node) for node, _ in pending_layers(self.gm)}
+        specs = {name: layer.spec for name, layer in layers.items()}
+        fixed = Learned(codes={n: layer.weight for n, layer in layers.items() if layer.weight})
+        mark = fingerprint(
+            self.gm, repr((self.settings, specs)), *inputs, *fixed.tensors().values()
+        )
+        state = self.checkpoint.load(mark)
         if state is not None:
             about, self.tensors = state
             self.errors = {k: (before, after) for k, before, after in about["errors"]}
@@ -220,12 +227,29 @@ class _Walk:
                 if has_attribute(owner, name):
                     set_parameter(owner, name, nn.Parameter(bias, requires_grad=False))
 
+    def _settle(self, k: int) -> None:
+        """Fix what a block shares with later ones and has not learned: it runs with that now."""
+        block, *later = (block.graph_module for block in self.blocks[k:])
+        for name in _observers(block) & set[str]().union(*map(_observers, later)):
+            observer = self.gm.get_submodule(name)
+            assert isinstance(observer, RangeObserver)
+            observer.trained_scale, _ = observer.qparams()
+        shared = {weight_key(node) for other in later for node, _ in pending_layers(other)}
+        for node, spec in pending_layers(block):
+            if layer_of(node).weight is None and (key := weight_key(node)) in shared:
+                self._fix(key, WeightCodes(*quantize_weight(weight_of(node), spec.weight)))
+
     def _fix(self, key: "WeightKey", codes: WeightCodes) -> None:
         """Fix the weight of every layer that has the same one and quantizes it alike."""
         for owner in (self.gm, *(block.graph_module for block in self.blocks)):
             for node, _ in pending_layers(owner):
                 if layer_of(node).weight is None and weight_key(node) == key:
                     set_facts(node, weight=codes)
+
+
+def _observers(gm: GraphModule) -> set[str]:
+    """Return the names of the observers that a graph has."""
+    return {str(node.target) for node in gm.graph.nodes if node.op == "call_module"}
 
 
 def _divided(count: int, held_out: float) -> tuple[list[int], list[int]]:

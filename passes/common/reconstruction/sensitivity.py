@@ -33,6 +33,7 @@ def sensitivities(
         names: of nodes whose value is a tensor of floats with the batch first.
     Raises:
         UnsupportedError: a node's value has another shape in another batch.
+        ValueError: a gradient that is not finite.
     """
     watching, totals = _Watching(frozen(gm), set(names)), dict[str, Tensor]()
     for batch in batches:
@@ -52,6 +53,12 @@ def sensitivities(
         watching.values.clear()
     if n_processes() > 1:
         totals = {name: all_reduce(total, "SUM").to(total.device) for name, total in totals.items()}
+    for name, total in totals.items():
+        if not bool(total.isfinite().all()):
+            raise ValueError(
+                f"fisher: expected finite gradients at {name}, found NaN or Inf; check the data "
+                "and the model, or use fisher=False"
+            )
     return {name: total / total.mean() for name, total in totals.items() if bool(total.mean() > 0)}
 
 
