@@ -43,6 +43,11 @@ def position_of(share: Tensor) -> Tensor:
     return torch.logit((share - low) / (high - low))
 
 
+def kept(weight: Tensor, mask: Tensor | None) -> Tensor:
+    """Return a weight with zeros where a mask is False."""
+    return weight if mask is None else weight * mask
+
+
 class StaticActivation(nn.Module):
     """An activation in the range its observer found, scaled by what training makes of it.
 
@@ -101,14 +106,23 @@ class DynamicActivation(nn.Module):
 
 
 class StraightThroughWeight(nn.Module):
-    """A weight in the range it has now."""
+    """A weight in the range it has now.
 
-    def __init__(self, spec: QuantSpec) -> None:
+    Args:
+        spec: how it is quantized.
+        mask: False where it is pruned and stays zero; None for nowhere.
+    """
+
+    mask: Tensor | None
+
+    def __init__(self, spec: QuantSpec, mask: Tensor | None = None) -> None:
         super().__init__()
         self.spec = spec
+        self.register_buffer("mask", mask)
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the weight quantized and dequantized."""
+        weight = kept(weight, self.mask)
         with torch.no_grad():
             _, scale, zero_point = quantize_weight(weight, self.spec)
         return fake_quantize(weight, scale, zero_point, *self.spec.grid)
@@ -120,14 +134,17 @@ class ScaledWeight(nn.Module):
     Args:
         weight: `[N, ...]`, any float dtype.
         spec: how it is quantized.
+        mask: False where it is pruned and stays zero; None for nowhere.
     """
 
     found: Tensor
     zero_point: Tensor | None
+    mask: Tensor | None
 
-    def __init__(self, weight: Tensor, spec: QuantSpec) -> None:
+    def __init__(self, weight: Tensor, spec: QuantSpec, mask: Tensor | None = None) -> None:
         super().__init__()
         self.spec = spec
+        self.register_buffer("mask", mask)
         _, scale, zero_point = quantize_weight(weight.detach(), spec)
         self.register_buffer("found", scale)
         self.register_buffer("zero_point", zero_point)
@@ -140,12 +157,13 @@ class ScaledWeight(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the weight quantized and dequantized."""
+        weight = kept(weight, self.mask)
         return fake_quantize(weight, self.scale, self.zero_point, *self.spec.grid)
 
     def codes(self, weight: Tensor) -> WeightCodes:
         """Return what a weight is quantized to."""
-        scale = self.scale.detach()
-        codes = numerics.quantize(weight.detach(), scale, self.zero_point, *self.spec.grid)
+        scale, weight = self.scale.detach(), kept(weight.detach(), self.mask)
+        codes = numerics.quantize(weight, scale, self.zero_point, *self.spec.grid)
         return WeightCodes(codes, scale, self.zero_point)
 
 

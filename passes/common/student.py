@@ -117,7 +117,7 @@ def _quantize_operands(
     if spec.activation is not None and spec.activation.dynamic:
         dynamic = DynamicActivation(spec.activation)
         source = insert_module(student, f"{name}.input_fake_quantize", dynamic, source)
-    value, fixed = weight_of(layer), layer_of(layer).weight
+    value, fixed, mask = weight_of(layer), layer_of(layer).weight, layer_of(layer).mask
     parts = (value,) if fixed is None else (fixed.codes, fixed.scale)
     key = (*map(TensorKey.of, parts),), spec.weight
     if key not in modules:
@@ -126,9 +126,9 @@ def _quantize_operands(
         elif weights == "rounded" and isinstance(spec.weight.format, Integer):
             modules[key] = RoundedWeight(value, spec.weight)
         elif weights == "scaled" and not spec.weight.pair_safe:  # which fixes the range
-            modules[key] = ScaledWeight(value, spec.weight)
+            modules[key] = ScaledWeight(value, spec.weight, mask)
         else:
-            modules[key] = StraightThroughWeight(spec.weight)
+            modules[key] = StraightThroughWeight(spec.weight, mask)
     weight = insert_module(student, f"{name}.weight_fake_quantize", modules[key], weight)
     layer.args = (source, weight, *rest)
 
@@ -188,6 +188,9 @@ def adopt(gm: GraphModule, student: GraphModule) -> None:
         if key not in copies:
             copies[key] = nn.Parameter(value.detach().clone(), requires_grad=False)
         set_parameter(gm, name, copies[key])
+    for layer, _ in pending_layers(gm):  # zeros that a method has pruned stay
+        if (mask := layer_of(layer).mask) is not None:
+            weight_of(layer).mul_(mask)
 
 
 def _get(gm: GraphModule, name: str) -> Tensor:

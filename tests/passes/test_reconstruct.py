@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from models import Block
+from reconstruction_cases import FAST, W3A6, batches, compressed, error, results_of_the_last_block
 from test_blocks import W4A8, SmallUNet, Transformer
 from torch import Tensor, nn
 
@@ -21,58 +21,13 @@ from fxq.passes.common import Calibrate, Convert, InsertObservers
 from fxq.passes.common.reconstruction import (
     BlockLoss,
     Reconstruct,
-    Rounding,
     StraightThrough,
     cut,
     training,
 )
 from fxq.passes.common.reconstruction import frontier as frontier_module
-from fxq.passes.common.reconstruction.losses import relative_error
 from fxq.pipeline import Recipe
-from fxq.spec import LayerSpec, MeanSquaredError, PerChannel, QuantSpec
-
-W3A6 = LayerSpec(QuantSpec(6, symmetric=False), QuantSpec(3, granularity=PerChannel(0)))
-FAST = Reconstruct(steps=30, method=Rounding(learning_rate=0.1, penalty_weight=0.1))
-
-
-def batches(kind: type[nn.Module], count: int, seed: int) -> list[tuple[Tensor, ...]]:
-    """Draw rows that lie in a small part of their space, as data does."""
-    generator = torch.Generator().manual_seed(seed)
-    mixing = torch.randn(4, 16, generator=torch.Generator().manual_seed(7))
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    if kind is SmallUNet:
-        return [(draw(4, 1, 8, 8), draw(4, 4)) for _ in range(count)]
-    return [(draw(4, 6, 4) @ mixing + 0.3,) for _ in range(count)]
-
-
-def compressed(kind: type[nn.Module], *steps: Any, **options: Any) -> tuple[fxq.Program, nn.Module]:
-    model = kind().eval()
-    data = batches(kind, 5, 0)
-    passes = (InsertObservers(W3A6, targets=("linear", "conv")), Calibrate(), *steps, Convert())
-    return fxq.compress(model, data[0], Recipe("r", passes), data, **options), model
-
-
-def error(program: nn.Module, model: nn.Module, kind: type[nn.Module]) -> float:
-    with torch.no_grad():
-        pairs = [(program(*x), model(*x)) for x in batches(kind, 4, 1)]
-    return float(torch.stack([relative_error(a, b) for a, b in pairs]).mean())
-
-
-def results_of_the_last_block(monkeypatch: pytest.MonkeyPatch, name: str) -> list[Tensor]:
-    """Return a list that gets what the last quantized block of that name gives, batch by batch."""
-    last: list[Tensor] = []
-    original = frontier_module.Frontier.run
-
-    def kept(self: Any, chain: Any, block: Any, gm: Any) -> None:
-        original(self, chain, block, gm)
-        if chain == "found" and block.name == name:
-            last[:] = [self.found[k][block.outputs[0]] for k in range(len(self))]
-
-    monkeypatch.setattr(frontier_module.Frontier, "run", kept)
-    return last
+from fxq.spec import LayerSpec, MeanSquaredError, QuantSpec
 
 
 @pytest.mark.parametrize("kind", [Transformer, SmallUNet])
@@ -183,32 +138,6 @@ def test_what_another_spec_has_learned_is_not_taken_over(tmp_path: Path) -> None
         run(replace(W3A6.weight, observer=MeanSquaredError()))
 
 
-def test_infinities_of_a_mask_are_no_errors() -> None:
-    exact, found = torch.randn(3, 4), torch.randn(3, 4)
-    mask = torch.ones(3, 4).triu(1).bool()
-    apart, together = (x.masked_fill(mask, float("-inf")) for x in (exact, found))
-
-    value = relative_error(together, apart)
-
-    inside = ~mask
-    expected = (found - exact)[inside].square().sum() / exact[inside].square().sum()
-    torch.testing.assert_close(value, expected)
-    assert not relative_error(found, apart).isfinite()
-    assert relative_error(together, exact.masked_fill(mask, float("nan"))).isnan()
-
-
-@pytest.mark.parametrize("place", ["device", "cpu", "disk"])
-def test_values_of_several_tensors_are_kept_as_they_are(place: Any) -> None:
-    shelf = frontier_module._Shelf(place)
-    value = (torch.arange(4.0), [torch.arange(3), 5])
-
-    floats, (numbers, size) = shelf.get(shelf.put(value))
-
-    assert torch.equal(floats, value[0])
-    assert torch.equal(numbers, value[1][0])
-    assert size == 5
-
-
 def test_values_between_blocks_keep_no_graph_of_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     passes = (InsertObservers(W3A6), Calibrate())
     gm = fxq.capture(Transformer().eval(), batches(Transformer, 1, 0)[0]).graph_module
@@ -252,55 +181,6 @@ def test_a_block_that_cannot_come_closer_stays_as_calibrated() -> None:
     assert torch.equal(program(x), plain(x))
     record = account(program.graph_module)[0].layer
     assert any("no closer" in str(t.did) for t in record.treatments)
-
-
-def test_a_module_that_is_called_twice_keeps_one_set_of_codes() -> None:
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            torch.manual_seed(0)
-            self.layer = nn.Linear(16, 16)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.layer(self.layer(x).relu())
-
-    program, _ = compressed(Twice, FAST)
-    buffers = [n for n, _ in program.graph_module.named_buffers() if "weight_codes" in n]
-    assert len(buffers) == 1
-    nearest, _ = compressed(Twice)
-    (x,) = batches(Twice, 1, 3)[0]
-    assert not torch.equal(program(x), nearest(x))
-
-
-def test_what_a_block_runs_with_no_later_block_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A module is called twice with another between; its first block stays as calibrated."""
-
-    class Shared(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            torch.manual_seed(0)
-            self.one, self.two = Block(16), Block(16)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.one(self.two(self.one(x)))
-
-    train, trained = training.BlockTraining.train, list[str]()
-
-    def first_fails(self: Any, *args: Any) -> training.Outcome:
-        trained.append(self.block.name)
-        outcome = train(self, *args)
-        if len(trained) > 1:
-            return outcome
-        return training.Outcome(None, outcome.before, outcome.before)
-
-    monkeypatch.setattr(training.BlockTraining, "train", first_fails)
-    last = results_of_the_last_block(monkeypatch, "one")
-    method = StraightThrough(learning_rate=3e-2)
-    program, _ = compressed(Shared, replace(FAST, steps=8, method=method))
-
-    assert trained == ["one", "two", "one"]
-    for x, expected in zip(batches(Shared, 5, 0), last, strict=True):
-        assert torch.equal(program(*x), expected)
 
 
 def test_layer_errors_count_alike_for_tokens_and_images() -> None:
@@ -362,18 +242,6 @@ def test_what_was_trained_is_what_is_converted(
 
     for x, expected in zip(batches(Transformer, 5, 0), last, strict=True):
         assert torch.equal(program(*x), expected)
-
-
-def test_no_roundings_to_learn_leaves_the_weights_at_the_nearest() -> None:
-    scales_alone = replace(
-        FAST, method=Rounding(learning_rate=0.0, activation_learning_rate=0.05, float_share=0.5)
-    )
-    program, _ = compressed(Transformer, scales_alone)
-    nearest, _ = compressed(Transformer)
-    found, plain = (dict(p.graph_module.named_buffers()) for p in (program, nearest))
-    moved = [name for name in plain if not torch.equal(plain[name], found[name])]
-    assert moved
-    assert all("input" in name for name in moved)
 
 
 def test_a_step_learns_from_as_many_batches_as_its_rows_take(

@@ -22,7 +22,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from fxq.account import kind_of
 from fxq.errors import did_you_mean
-from fxq.graph import args_of, is_op, is_state, owner_name, shape_of
+from fxq.graph import args_of, is_constant, is_op, owner_name, shape_of
 from fxq.layer import layer_of
 from fxq.operators import ADD
 
@@ -188,7 +188,7 @@ def _extract(gm: GraphModule, name: str, part: Sequence[Node]) -> Block:
         """Have `copies` hold what stands for a node that the part reads."""
         if node in copies:
             return
-        if node.op == "call_module" or (node.op == "get_attr" and not is_state(node)):
+        if node.op == "call_module" or is_constant(node):
             for arg in node.all_input_nodes:
                 bring(arg)
             copies[node] = graph.node_copy(node, copies.__getitem__)
@@ -207,7 +207,11 @@ def _extract(gm: GraphModule, name: str, part: Sequence[Node]) -> Block:
         for arg in node.all_input_nodes:
             bring(arg)
         copies[node] = graph.node_copy(node, copies.__getitem__)
-    outputs = [node for node in part if any(_is_outside(user, inside) for user in node.users)]
+    outputs = [
+        node
+        for node in part
+        if not is_constant(node) and any(_is_outside(user, inside) for user in node.users)
+    ]
     graph.output(tuple(copies[node] for node in outputs))
     graph.lint()
     return Block(
@@ -224,7 +228,7 @@ def _read_through(node: Node) -> Iterable[Node]:
     if node.op == "call_module":
         for arg in node.all_input_nodes:
             yield from _read_through(arg)
-    elif node.op != "get_attr" or is_state(node):
+    elif not is_constant(node):
         yield node
 
 

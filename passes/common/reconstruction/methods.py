@@ -21,6 +21,7 @@ from fxq.passes.common.learned_quantizers import (
     RoundedWeight,
     ScaledWeight,
     StaticActivation,
+    kept,
 )
 from fxq.passes.common.student import activation_scales, layer_operands, student_of
 from fxq.spec import QuantSpec
@@ -235,4 +236,4 @@ def _codes_of(student: GraphModule, layer: Node, spec: QuantSpec) -> WeightCodes
     weight = constant_of(args_of(quantizer)[0])
     if isinstance(module, ScaledWeight):
         return module.codes(weight)
-    return WeightCodes(*quantize_weight(weight.detach(), spec))
+    return WeightCodes(*quantize_weight(kept(weight.detach(), layer_of(layer).mask), spec))

@@ -22,10 +22,12 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
+from fxq.batches import device_of
 from fxq.calibrate import NO_DATA
 from fxq.checkpoint import Checkpoint, Tensors, fingerprint
 from fxq.dialect import OBSERVED, Dialect
-from fxq.graph import weight_of
+from fxq.errors import UnsupportedError
+from fxq.graph import dtype_of, owner_name, weight_of
 from fxq.identity import TensorKey
 from fxq.layer import WeightCodes, layer_of, set_facts, treat
 from fxq.observers import RangeObserver
@@ -117,6 +119,12 @@ class _Walk:
         self, settings: Reconstruct, gm: GraphModule, data: Batches, checkpoint: Checkpoint
     ) -> None:
         self.settings, self.gm, self.checkpoint = settings, gm, checkpoint
+        for layer, _ in pending_layers(gm):
+            if dtype_of(layer) in (torch.float16, torch.bfloat16):
+                raise UnsupportedError(
+                    f"Reconstruct: expected float32 to learn in, found {dtype_of(layer)} at "
+                    f"{owner_name(layer)}; compress the model in float32"
+                )
         self.blocks = cut(gm, settings.blocks)
         # Made first: what is learned goes into `gm` and the blocks, not into these.
         self.exact = [without_observers(block.graph_module) for block in self.blocks]
@@ -192,7 +200,11 @@ class _Walk:
 
     def _earlier(self, k: int) -> Outcome:
         start = f"{k} "
-        kept = {n.removeprefix(start): v for n, v in self.tensors.items() if n.startswith(start)}
+        kept = {
+            name.removeprefix(start): value.to(device_of(self.gm))
+            for name, value in self.tensors.items()
+            if name.startswith(start)
+        }
         return Outcome(Learned.of(kept) if kept else None, *self.errors[k])
 
     def _train(self, k: int, task: Task) -> Outcome:

@@ -138,8 +138,10 @@ class BlockTraining:
         course, names = self.course, self.block.inputs
         exact = self.frontier.read("exact", batch, names)
         mixed = [
-            _mixed(one, other, course.inputs_share)
-            for one, other in zip(self.frontier.read("found", batch, names), exact, strict=True)
+            one if self.frontier.is_shared(batch, name) else _mixed(one, other, course.inputs_share)
+            for name, one, other in zip(
+                names, self.frontier.read("found", batch, names), exact, strict=True
+            )
         ]
         targets = self._targets(batch, exact)
         with torch.enable_grad():
@@ -177,7 +179,7 @@ class BlockTraining:
 
 def _mixed(found: Any, exact: Any, share: float) -> Any:
     """Return `found` in a share of the elements, and `exact` in the others."""
-    if share == 1 or not is_float(found) or found is exact:
+    if share == 1 or not is_float(found):
         return found
     return torch.where(torch.rand_like(found) < share, found, exact)
 
