@@ -14,12 +14,11 @@ BATCH, PEAK_LR = 32, 3e-3
 
 
 def unet(width: int) -> nn.Module:
-    """Return a class-conditional UNet of two resolutions, with attention in the lower one."""
+    """Return a class-conditional UNet of two resolutions, with attention in the middle."""
     return UNet2DModel(
         sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, num_class_embeds=10,
         block_out_channels=(width // 2, width), norm_num_groups=4, attention_head_dim=16,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
     )  # fmt: skip
 
 
