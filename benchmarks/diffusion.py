@@ -2,14 +2,8 @@
 
     python benchmarks/diffusion.py --data PATH    # hours on one core; --models, --methods for less
 
-The judge is the teacher-forced one-step error: on trajectories of the float model, both models see
-the same noisy sample at each step, and what the step's result differs by is added up,
-
-    error = sum over t of c_t^2 |e_q - e|^2 / sum over t of c_t^2 |e|^2
-    c_t   = sqrt(1 - a_prev) - sqrt(a_prev) sqrt(1 - a_t) / sqrt(a_t)
-
-with a the cumulative alphas and e the noise that is predicted: c_t is what DDIM (eta 0) multiplies
-it by. Running on from quantized steps would measure chaos, and |e_q - e|^2 alone the last steps.
+The judge is the teacher-forced one-step error (`examples/one_step_error.py`): on trajectories of
+the float model, both models see the same noisy sample at each step.
 
 `--data` is a folder with `zoo.py`, which loads pretrained models. Trajectories that calibrate and
 those that judge start from noise of different seeds; noise is the same for all rows of a seed.
@@ -21,11 +15,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from common import Cell, Machine, Table, publish
-from torch import Tensor, nn
+from torch import nn
 
 import fxq
 from fxq.passes import eda_dm
@@ -33,6 +28,9 @@ from fxq.passes.common import Calibrate, Convert, InsertObservers
 from fxq.passes.common.reconstruction import BlockLoss, Rounding
 from fxq.pipeline import Recipe
 from fxq.spec import LayerSpec, MeanSquaredError, PerChannel, PerTensor, QuantSpec
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from one_step_error import Judge
 
 N_CLASSES, NO_CLASS = 10, 10
 JUDGE_SEED = 1000  # added to a seed: noise that nothing was calibrated on
@@ -113,17 +111,6 @@ METHODS: tuple[tuple[str, Compress, tuple[str, ...]], ...] = (
 )  # fmt: skip
 
 
-def ddim_coefficients(scheduler: Any) -> Tensor:
-    """Return c_t `[T]` of each step of a DDIM scheduler whose steps are set, in its order."""
-    alphas, times = scheduler.alphas_cumprod.double(), scheduler.timesteps
-    stride = scheduler.config.num_train_timesteps // len(times)
-    before = [int(t) - stride for t in times]
-    last = scheduler.final_alpha_cumprod.double()
-    now = alphas[times]
-    prev = torch.stack([alphas[t] if t >= 0 else last for t in before])
-    return (1 - prev).sqrt() - prev.sqrt() * (1 - now).sqrt() / now.sqrt()
-
-
 @torch.no_grad()
 def draw(study: Study, setting: Setting, n_images: int, seed: int) -> None:
     """Run DDIM (eta 0) from noise, without guidance."""
@@ -145,36 +132,10 @@ def recorded(study: Study, setting: Setting, seed: int) -> fxq.Recorded:
     )
 
 
-@dataclass(frozen=True, eq=False)
-class Judge:
-    """What quantized models are held against: calls, the float model's noise, and c_t^2."""
-
-    calls: Sequence[Any]
-    noise: Sequence[Tensor]
-    weights: Tensor
-
-    @classmethod
-    @torch.no_grad()
-    def of(cls, study: Study, setting: Setting, seed: int) -> "Judge":
-        """Return the judge of a seed."""
-        calls = recorded(study, setting, JUDGE_SEED + seed)
-        noise = [study.model(**call).sample for call in calls]
-        weights = ddim_coefficients(study.scheduler(setting.n_steps)).square()
-        return cls(calls, noise, weights)
-
-    @torch.no_grad()
-    def errors(self, model: nn.Module) -> Tensor:
-        """Return |e_q - e|^2 of each step `[T]`."""
-        found = [
-            (model(**call).sample.double() - noise.double()).square().sum()
-            for call, noise in zip(self.calls, self.noise, strict=True)
-        ]
-        return torch.stack(found)
-
-    def error(self, model: nn.Module) -> float:
-        """Return the weighted relative error of a model."""
-        sizes = torch.stack([noise.double().square().sum() for noise in self.noise])
-        return float((self.weights * self.errors(model)).sum() / (self.weights * sizes).sum())
+def judge_of(study: Study, setting: Setting, seed: int) -> Judge:
+    """Return the judge of a seed: trajectories that nothing was calibrated on."""
+    calls = recorded(study, setting, JUDGE_SEED + seed)
+    return Judge.of(study.model, calls, study.scheduler(setting.n_steps))
 
 
 def study_rows(
@@ -184,7 +145,7 @@ def study_rows(
     found: dict[tuple[str, str], list[float]] = {}
     minutes: dict[tuple[str, str], list[float]] = {}
     for seed in range(setting.seeds):
-        calls, judge = recorded(study, setting, seed), Judge.of(study, setting, seed)
+        calls, judge = recorded(study, setting, seed), judge_of(study, setting, seed)
         data = {
             name: SELECTIONS[name](study.model, calls, setting.n_samples, seed)
             for name in dict.fromkeys(name for _, _, names in methods for name in names)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from diffusion import Judge, Setting, Study, ddim_coefficients, recorded
+from diffusion import Setting, Study, judge_of, recorded
+from one_step_error import ddim_coefficients
 
 diffusers = pytest.importorskip("diffusers")
 outputs = pytest.importorskip("diffusers.models.modeling_outputs")
@@ -49,7 +50,7 @@ def test_errors_are_weighted_and_on_trajectories_that_calibrated_nothing() -> No
     study = Study("model", Model(), scheduler)
     setting = Setting(n_steps=4, n_images=3, n_samples=1, seeds=1)
 
-    judge, calls = Judge.of(study, setting, 0), recorded(study, setting, 0)
+    judge, calls = judge_of(study, setting, 0), recorded(study, setting, 0)
 
     assert judge.error(study.model) == 0
     assert [int(call["timestep"][0]) for call in judge.calls] == [750, 500, 250, 0]
@@ -61,5 +62,5 @@ def test_errors_are_weighted_and_on_trajectories_that_calibrated_nothing() -> No
     )
     assert judge.error(Model(0.1)) == pytest.approx(expected, rel=1e-4)
     # The same noise whenever a seed is measured.
-    again = Judge.of(study, setting, 0)
+    again = judge_of(study, setting, 0)
     assert all(torch.equal(a["x"], b["x"]) for a, b in zip(again.calls, judge.calls, strict=True))
