@@ -24,7 +24,6 @@ def test_the_diffusion_example_measures_and_draws(tmp_path: Path) -> None:
         assert len(result.errors[0]) == QUICK.ddim
         assert 0 < reconstructed < nearest < 1  # 1: predicting no noise at all
         assert result.size_mb[1] < result.size_mb[0]
-        assert all(ms > 0 for ms in result.latency_ms)
         drawn, quantized = result.images
         assert drawn.shape == quantized.shape == (QUICK.trajectories, 1, 8, 8)
         assert bool(torch.isfinite(quantized).all())
