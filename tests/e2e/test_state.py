@@ -249,7 +249,7 @@ def test_check_raises_where_compiled_code_departs_from_eager(
     def scale(x: Tensor) -> Tensor:
         return layer(x) * 3
 
-    x = torch.randn(64, 512)
+    x = torch.randn(256, 512)  # enough for int8 to pay on every x86
     with torch.no_grad():
         checked = torch.compile(scale, backend="fxq", options={"recipe": recipe, "check": True})
         with pytest.raises(PassError, match="found that result 0 is another"):
@@ -257,7 +257,7 @@ def test_check_raises_where_compiled_code_departs_from_eager(
 
 
 def test_check_accepts_what_quantization_costs() -> None:
-    layer, x = nn.Linear(512, 512), torch.randn(64, 512)
+    layer, x = nn.Linear(512, 512), torch.randn(256, 512)
     with torch.no_grad():
         checked = torch.compile(layer, backend="fxq", options={"check": True})
         assert 20 < sqnr_db(layer(x), checked(x)) < 60

@@ -167,13 +167,13 @@ def verified(monkeypatch: pytest.MonkeyPatch, lowered_op: Any) -> verifying.Node
         return lowered, decisions
 
     monkeypatch.setattr(verifying, "lower", for_cuda)
-    value = verifying._Replay.value
+    computed = verifying._Replay._computed
 
     def replayed(self: Any, node: Any) -> Any:
-        found = value(self, node)
+        found = computed(self, node)
         return node.meta["kernel"](*found) if "kernel" in node.meta else found
 
-    monkeypatch.setattr(verifying._Replay, "value", replayed)
+    monkeypatch.setattr(verifying._Replay, "_computed", replayed)
     (check,) = fxq.verify(program, torch.randn(1, 2, 256, 64, dtype=BF16)).checks
     return check
 
