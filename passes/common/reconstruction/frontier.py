@@ -65,11 +65,11 @@ class Frontier:
         kept = getattr(self, chain)[batch]
         return [self.shelf.get(kept[name]) for name in names]
 
-    @torch.no_grad()
     def is_shared(self, batch: int, name: str) -> bool:
         """Tell whether both chains have one value."""
         return self.exact[batch][name] is self.found[batch][name]
 
+    @torch.no_grad()
     def run(self, chain: Chain, block: Block, gm: GraphModule) -> None:
         """Run a block over all batches and keep what it gives."""
         for batch in range(len(self)):

@@ -157,13 +157,13 @@ class BlockTraining:
         with torch.no_grad():
             return [*outputs, *self.watched_exact(*inputs)[len(outputs) :]]
 
+    @torch.no_grad()
     def _judged(self) -> float:
         """Return the error of the block's outputs as it would be converted now."""
         self.student.eval()
         total = torch.zeros(2, dtype=torch.float64)
         for batch in self.course.judges:
-            with torch.no_grad():
-                found = self.student(*self.frontier.read("found", batch, self.block.inputs))
+            found = self.student(*self.frontier.read("found", batch, self.block.inputs))
             exact = self.frontier.read("exact", batch, self.block.outputs)
             error = total_error(found, exact, self.weights[: len(exact)])
             total += torch.tensor([float(error), 1.0], dtype=torch.float64)
