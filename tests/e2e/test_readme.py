@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from pipelines import dit_pipeline
 from small_models import ZOO, seeded
 from torch import Tensor, nn
 from trials import table
@@ -17,6 +18,7 @@ from trials import table
 import fxq
 from fxq.lowering.lower import lower
 from fxq.lowering.rule import Device
+from fxq.numerics import sqnr_db
 from fxq.passes import w8a8
 from fxq.passes.common import Convert, InsertObservers
 from fxq.pipeline import Recipe
@@ -107,6 +109,47 @@ def test_the_first_steps_run() -> None:
     assert scope["program"](torch.randn(5, 64)).shape == (5, 10)
     statuses = {row.status for row in fxq.report(scope["program"]).rows}
     assert statuses == {"simulated"}  # as the page says of such small layers
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::fxq.errors.FxqWarning")  # tiny layers have no kernel
+def test_a_classifier_is_validated_as_the_page_says() -> None:
+    model, _ = seeded(ZOO["vit"])
+    images, labels = torch.randn(32, 3, 16, 16), torch.zeros(32, dtype=torch.int64)
+    dataset = torch.utils.data.TensorDataset(images, labels)
+    scope: dict[str, Any] = {"fxq": fxq, "torch": torch, "model": model}
+    scope["loader"] = torch.utils.data.DataLoader(dataset, batch_size=16)
+
+    exec(block("hits = sum("), scope)
+
+    assert abs(scope["hits"] - int((model(images).argmax(-1) == labels).sum())) <= 2
+    assert sqnr_db(model(images), scope["fast"](images)) > 25
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::fxq.errors.FxqWarning")
+def test_tokens_are_generated_as_the_page_says() -> None:
+    model, _ = seeded(ZOO["llama"])
+    ids = torch.randint(1, 50, (2, 5))
+    call = {"max_new_tokens": 8, "do_sample": False}
+    expected = model.generate(ids, **call)
+
+    exec(block("model.generate(ids"), {"torch": torch, "model": model, "ids": ids})
+
+    # Layers this small stay float here: so the tokens are the same.
+    assert torch.equal(model.generate(ids, **call), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::fxq.errors.FxqWarning")
+def test_a_pipeline_draws_as_the_page_says() -> None:
+    pipe = dit_pipeline()
+    scope: dict[str, Any] = {"fxq": fxq, "torch": torch, "pipe": pipe, "prompt": [1]}
+
+    exec(block("image = pipe(prompt"), scope)
+
+    assert scope["image"].size == (8, 8)
+    assert len(scope["calls"]) == 2
 
 
 def test_the_table_of_what_runs_is_that_of_the_trials() -> None:

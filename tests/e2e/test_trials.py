@@ -1,7 +1,7 @@
 """Unmodified pipelines from start to end, with a program or compiled code in a model's place.
 
 The judge is the same pipeline in eager float with the same noise. `generate` is tried in
-`test_state.py`.
+`test_state.py`, timm's loop in `test_readme.py`.
 """
 
 import numpy as np

@@ -49,6 +49,7 @@ TRIALS = (
         "`model.forward`",
         compressed="no: a graph returns no cache",
     ),
+    Trial("timm", "validation loop over (images, labels), ViT", "model"),
 )
 
 
