@@ -182,7 +182,7 @@ def test_calls_of_a_pipeline_calibrate(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     scope: dict[str, Any] = {"fxq": fxq, "w8a8": w8a8, "pipe": Pipeline(), "prompt": ""}
 
-    exec(block("fxq.record(pipe.transformer"), scope)
+    exec(block("fxq.record(pipe.transformer", "docs/calibrating.md"), scope)
 
     assert len(scope["calls"]) == len(fxq.Recorded.load("calls")) == 3
     assert scope["program"](torch.ones(1, 8)).shape == (1, 8)
