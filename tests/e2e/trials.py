@@ -30,10 +30,10 @@ class Trial:
 
 TRIALS = (
     Trial("diffusers", "Wan", "`pipe.transformer`"),
-    Trial("diffusers", "HunyuanVideo", "`pipe.transformer`"),
-    Trial("diffusers", "Flux", "`pipe.transformer`"),
+    Trial("diffusers", "HunyuanVideo", "`pipe.transformer`", compiled=NOT_TRIED),
+    Trial("diffusers", "Flux", "`pipe.transformer`", compiled=NOT_TRIED),
     Trial("diffusers", "CogVideoX", "`pipe.transformer`", compiled=NOT_TRIED),
-    Trial("diffusers", "LTX-Video", "`pipe.transformer`", compiled=NOT_TRIED),
+    Trial("diffusers", "LTX-Video", "`pipe.transformer`", compressed=NOT_TRIED, compiled=NOT_TRIED),
     Trial("diffusers", "Stable Diffusion 3", "`pipe.transformer`"),
     Trial("diffusers", "Qwen-Image", "`pipe.transformer`", compiled=NOT_TRIED),
     Trial("diffusers", "PixArt", "`pipe.transformer`", compiled=NOT_TRIED),
