@@ -23,7 +23,7 @@ from common import Cell, Machine, Table, publish
 from torch import nn
 
 import fxq
-from fxq.passes import eda_dm
+from fxq.passes import dilatequant, eda_dm
 from fxq.passes.common import Calibrate, Convert, InsertObservers
 from fxq.passes.common.reconstruction import BlockLoss, Rounding
 from fxq.pipeline import Recipe
@@ -105,6 +105,20 @@ METHODS: tuple[tuple[str, Compress, tuple[str, ...]], ...] = (
             "LSQ alone": replace(PLAIN, method=Rounding(learning_rate=0.0)),
         }.items()
     ),
+    *(
+        (f"DilateQuant {name} W{bits[0]}A{bits[1]}",
+         by(dilatequant.dilated(name, *bits, dilation=dilation, rows=rows, reconstruct=None)),
+         ("uniform",))
+        for bits in ((6, 6), (4, 8), (4, 4))
+        for name, dilation, rows in (
+            ("quantizers, one row,", None, None),
+            ("quantizers", None, dilatequant.ROWS),
+            ("quantizers, dilated,", dilatequant.GuardedDilation, dilatequant.ROWS),
+        )
+    ),
+    ("DilateQuant W6A6", by(dilatequant.W6A6), ("uniform",)),
+    ("DilateQuant W4A8", by(dilatequant.W4A8), ("uniform",)),
+    ("DilateQuant W4A4", by(dilatequant.W4A4), ("uniform",)),
     ("EDA-DM W8A8", by(eda_dm.W8A8), ("selected",)),
     ("EDA-DM W4A8", by(eda_dm.W4A8), ("uniform", "selected")),
     ("EDA-DM W4A4", by(eda_dm.W4A4), ("uniform", "selected")),

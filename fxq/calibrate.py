@@ -9,7 +9,7 @@ import functools
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ from fxq.checkpoint import Checkpoint, Tensors, fingerprint, run_over
 from fxq.errors import FxqWarning
 from fxq.observers import MERGE, RangeObserver
 
+Item = TypeVar("Item")
 Batches = Iterable[Sequence[Any]]  # a batch is the graph's positional inputs
 
 REDUCE = {torch.add: "SUM", torch.minimum: "MIN", torch.maximum: "MAX"}  # names in ReduceOp
@@ -199,8 +200,16 @@ def _device(gm: fx.GraphModule) -> torch.device:
     return next(itertools.chain(gm.parameters(), gm.buffers()), torch.empty(0)).device
 
 
+def gather(value: Item) -> list[Item]:
+    """Return the values of all processes, in rank order; they are pickled."""
+    if n_processes() == 1:
+        return [value]
+    found: list[Any] = [None] * n_processes()
+    dist.all_gather_object(found, value)
+    return found
+
+
 def _gather(found: list[Tensor | None], device: torch.device) -> list[list[Tensor]]:
     """Return each edge's statistics of the processes that have one, in rank order, on `device`."""
-    parts: list[list[Tensor | None]] = [[] for _ in range(n_processes())]
-    dist.all_gather_object(parts, [None if s is None else s.cpu() for s in found])
+    parts = gather([None if s is None else s.cpu() for s in found])
     return [[s.to(device) for s in edge if s is not None] for edge in zip(*parts, strict=True)]

@@ -65,7 +65,8 @@ class RangeObserver(nn.Module):
     low: Tensor  # smallest value, fp32 in the scale's shape
     high: Tensor  # largest value, fp32 in the scale's shape
     histogram: Tensor  # int64 [entries, bins], only for rules that weigh values
-    trained_scale: Tensor | None  # takes the place of the one the range gives
+    trained_scale: Tensor | None  # take the place of those the range gives
+    trained_zero_point: Tensor | None
 
     def __init__(self, spec: QuantSpec, shape: Sequence[int | SymInt], name: str) -> None:
         super().__init__()
@@ -89,6 +90,7 @@ class RangeObserver(nn.Module):
         self.register_buffer("low", torch.full((*rows, *self.scale_shape), torch.inf))
         self.register_buffer("high", torch.full((*rows, *self.scale_shape), -torch.inf))
         self.register_buffer("trained_scale", None)
+        self.register_buffer("trained_zero_point", None)
         self.bits = 0  # mantissa bits of the histogram's grid, 0 without one
         if isinstance(spec.observer, Percentile | MeanSquaredError | Entropy):
             entries = self.low.numel()
@@ -115,7 +117,7 @@ class RangeObserver(nn.Module):
 
     def reset(self) -> None:
         """Forget everything seen, and what training made of it."""
-        self.trained_scale = None
+        self.trained_scale = self.trained_zero_point = None
         for name, buffer in self.named_buffers():
             buffer.fill_({"low": torch.inf, "high": -torch.inf}.get(name, 0))
 
@@ -253,7 +255,9 @@ class RangeObserver(nn.Module):
         if spec.rows is not None:
             nearest = self._nearest_rows_with_data()
             scale, zero_point = scale[nearest], zero_point[nearest]
-        return scale if self.trained_scale is None else self.trained_scale, zero_point
+        scale = scale if self.trained_scale is None else self.trained_scale
+        trained = self.trained_zero_point
+        return scale, zero_point if trained is None else trained
 
     def _nearest_rows_with_data(self) -> Tensor:
         """Return, for each row, itself or the nearest that saw values; of two, the lower."""

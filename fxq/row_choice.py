@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Node
 
 from fxq.errors import MissingInputError, UnsupportedError, did_you_mean
 from fxq.graph import RUNTIME_STATE, args_of, input_name, shape_of, tensor_of, val_of
-from fxq.rewriting import add_buffer, insert_call
+from fxq.rewriting import add_buffer, copy_graph, insert_call
 from fxq.rows import ByPosition, ByStep, ByTimestep, Rows
 
 aten = torch.ops.aten
@@ -48,6 +48,55 @@ def index_of(gm: GraphModule, rows: Rows, edge: Node) -> Node:
     return index
 
 
+def fitting_index(gm: GraphModule, rows: Rows, edge: Node) -> tuple[Node | None, str]:
+    """Return the index that says which row each element of an edge has, or None and why there is
+    none. Where heads are part of the batch, `[B * H, ...]`, each sample's row is its heads' too.
+
+    Args:
+        gm: the graph.
+        rows: what chooses.
+        edge: what is quantized by it.
+    Raises:
+        MissingInputError: the model has no such input.
+    """
+    if why := why_not_counted(shape_of(edge), rows):
+        return None, why
+    index = index_of(gm, rows, edge)
+    why = why_unfit(shape_of(index), shape_of(edge), rows)
+    if why and (heads := _heads(index, edge, rows)):
+        return _repeated(index, heads), ""
+    return (None, why) if why else (index, "")
+
+
+def _heads(index: Node, edge: Node, rows: Rows) -> int:
+    """Return how many heads of each sample lie side by side in the first dimension of an edge, 0
+    where it is not made so: by a view of `[B, H, ...]` as `[B * H, ...]`."""
+    batch, merged, node = shape_of(index), str(shape_of(edge)[0]), edge
+    while isinstance(rows, ByTimestep) and isinstance(val_of(node), Tensor):
+        if [str(size) for size in shape_of(node)[:1]] != [merged] or not node.args:
+            return 0
+        source = args_of(node)[0]
+        if not isinstance(source, Node) or not isinstance(val_of(source), Tensor):
+            return 0
+        before, after = shape_of(source), shape_of(node)
+        split = [str(size) for size in (*batch, *before[1:2], *after[1:])]
+        if [str(size) for size in before] == split and isinstance(before[1], int):
+            return int(before[1])
+        node = source
+    return 0
+
+
+def _repeated(index: Node, heads: int) -> Node:
+    """Return an index of samples as one of their heads, the same for equal numbers of heads."""
+    key = (*index.meta[ROWS], heads)
+    for user in index.users:
+        if user.meta.get(ROWS) == key:
+            return user
+    made = insert_call(aten.repeat_interleave.self_int, (index, heads), after=index)
+    made.meta[ROWS] = key
+    return made
+
+
 def _insert_index(gm: GraphModule, rows: Rows, edge: Node, tokens: Any) -> Node:
     device = val_of(edge).device
     first = next(n for n in gm.graph.nodes if n.op not in ("placeholder", "get_attr"))
@@ -55,14 +104,14 @@ def _insert_index(gm: GraphModule, rows: Rows, edge: Node, tokens: Any) -> Node:
         counter = add_buffer(gm, STEP, torch.zeros((), dtype=torch.int64, device=device), like=edge)
         return insert_call(aten.clamp.default, (counter, 0, rows.count - 1), before=first)
     if isinstance(rows, ByTimestep):
-        given = _input(gm, rows.name, "ByTimestep.name")
+        given = input_node(gm, rows.name, "ByTimestep.name")
         bounds = add_buffer(gm, LEVELS, torch.tensor(rows.levels, device=device), like=edge)
         if shape_of(given) == (1,):  # one for the whole batch
             given = insert_call(aten.select.int, (given, 0, 0), before=first)
         given = _cast(given, torch.float32, first)
         return insert_call(aten.bucketize.Tensor, (given, bounds), before=first)
     if rows.name is not None:
-        positions = _input(gm, rows.name, "ByPosition.name")
+        positions = input_node(gm, rows.name, "ByPosition.name")
         positions = _cast(positions, torch.int64, first)
     else:
         if not isinstance(tokens, int):
@@ -77,7 +126,16 @@ def _cast(node: Node, dtype: torch.dtype, before: Node) -> Node:
     return insert_call(aten._to_copy.default, (node,), {"dtype": dtype}, before=before)
 
 
-def _input(gm: GraphModule, name: str, where: str) -> Node:
+def input_node(gm: GraphModule, name: str, where: str) -> Node:
+    """Return the input of a name, which holds a tensor.
+
+    Args:
+        gm: the graph.
+        name: of the model's argument.
+        where: that was asked for, for the error.
+    Raises:
+        MissingInputError: there is none.
+    """
     inputs = {input_name(n): n for n in gm.graph.nodes if n.op == "placeholder"}
     if name not in inputs or not isinstance(val_of(inputs[name]), Tensor):
         raise MissingInputError(
@@ -196,6 +254,27 @@ def set_step(program: nn.Module, step: int) -> None:
         raise ValueError(f"step: expected 0 or more, found {step}")
     for counter in runtime_states(program, "step", "nothing in it goes by ByStep"):
         counter.fill_(step)
+
+
+class RowsUsed:
+    """Tells which rows a batch uses, of an observed graph."""
+
+    def __init__(self, gm: GraphModule) -> None:
+        self.chooser = copy_graph(gm)
+        chosen = [
+            node
+            for node in self.chooser.graph.nodes
+            if ROWS in node.meta and any(user.op == "call_module" for user in node.users)
+        ]
+        self.chooser.graph.output_node().args = (tuple(chosen),)
+        self.chooser.graph.eliminate_dead_code()
+        self.chooser.recompile()
+
+    @torch.no_grad()
+    def __call__(self, inputs: Sequence[Any]) -> set[tuple[int, int]]:
+        """Return pairs of an index, by number, and a row of its table."""
+        indices = enumerate(self.chooser(*inputs))
+        return {(k, row) for k, index in indices for row in index.unique().tolist()}
 
 
 @contextlib.contextmanager

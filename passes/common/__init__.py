@@ -16,6 +16,7 @@ from fxq.passes.common.student import (
     student_of,
     without_observers,
 )
+from fxq.passes.common.timestep_rows import TimestepRows
 
 __all__ = [
     "DEPTHWISE",
@@ -28,6 +29,7 @@ __all__ = [
     "InsertObservers",
     "ObserveActivations",
     "SplitConcatenations",
+    "TimestepRows",
     "activation_scales",
     "adopt",
     "check_float_function",

@@ -34,7 +34,7 @@ from fxq.observers import RangeObserver
 from fxq.operators import Movement, of
 from fxq.pipeline import Pass
 from fxq.rewriting import insert_module
-from fxq.row_choice import assumed, index_of, why_not_counted, why_unfit
+from fxq.row_choice import assumed, fitting_index, why_not_counted
 from fxq.rows import ByPosition, ByStep
 from fxq.spec import LayerSpec, PerTensor, PerToken, QuantSpec, block_of, scale_shape
 
@@ -246,9 +246,8 @@ def _index(gm: GraphModule, layer: Node, spec: LayerSpec) -> tuple[Node | None, 
     if spec.activation is None or spec.activation.rows is None:
         return None, "", ""
     rows, edge = spec.activation.rows, layer.all_input_nodes[0]
-    index = index_of(gm, rows, edge)
-    shapes = shape_of(index), shape_of(edge)
-    return index, why_unfit(*shapes, rows), assumed(*shapes)
+    index, why = fitting_index(gm, rows, edge)
+    return index, why, "" if index is None else assumed(shape_of(index), shape_of(edge))
 
 
 def _fitted(layer: Node, spec: LayerSpec) -> tuple[LayerSpec, str]:

@@ -49,41 +49,65 @@ def kept(weight: Tensor, mask: Tensor | None) -> Tensor:
 
 
 class StaticActivation(nn.Module):
-    """An activation in the range its observer found, scaled by what training makes of it.
+    """An activation in the range its observer found, scaled and moved by what training makes of it.
 
     In train mode each element stays float with probability `float_share` (QDrop,
     arXiv:2203.05740): what learns then sees both.
     """
 
     found: Tensor
-    zero_point: Tensor | None
+    found_zero: Tensor | None
 
     def __init__(self, observer: RangeObserver) -> None:
         super().__init__()
         self.spec, self.float_share = observer.spec, 0.0
         scale, zero_point = observer.qparams()
         self.register_buffer("found", scale)
-        self.register_buffer("zero_point", None if self.spec.symmetric else zero_point)
+        self.register_buffer("found_zero", None if self.spec.symmetric else zero_point)
         # A logarithm: a scale stays above zero. One that was trained before stays as it is.
         trains = observer.trained_scale is None
         self.log_gain = nn.Parameter(torch.zeros_like(scale), requires_grad=trains)
+        # In codes. It is rounded, so it does nothing before it has come half of the way.
+        self.zero_shift: nn.Parameter | None = None
+        if not self.spec.symmetric:
+            self.zero_shift = nn.Parameter(torch.zeros_like(scale), requires_grad=False)
 
     @property
     def scale(self) -> Tensor:
         """The scale as trained so far, fp32 in the shape of the one found."""
         return self.found * self.log_gain.exp()
 
+    @property
+    def zero_point(self) -> Tensor | None:
+        """The zero-point as trained so far, int32 in the scale's shape; None where symmetric."""
+        if self.found_zero is None or self.zero_shift is None:
+            return None
+        moved = self.found_zero + self.zero_shift.detach().round().to(torch.int32)
+        return moved.clamp(self.spec.quant_min, self.spec.quant_max)
+
     def forward(self, x: Tensor, index: Tensor | None = None) -> Tensor:
         """Return `x` quantized and dequantized, in its dtype."""
         scale, zero_point, rows = self.scale, self.zero_point, self.spec.rows
+        shift: Tensor | None = self.zero_shift
         if rows is not None:
             assert index is not None
             scale = pick(scale, index, rows)
             zero_point = None if zero_point is None else pick(zero_point, index, rows)
+            shift = None if shift is None else pick(shift, index, rows)
         value = fake_quantize(x, scale, zero_point, *self.spec.grid)
+        if self.training and shift is not None and shift.requires_grad:
+            value = value + _moved_by(shift, x, value, scale)
         if self.training and self.float_share:
             value = torch.where(torch.rand_like(x) < self.float_share, x, value)
         return value
+
+
+def _moved_by(shift: Tensor, x: Tensor, value: Tensor, scale: Tensor) -> Tensor:
+    """Return zeros with the gradient that a zero-point has: minus a step where a value is clipped,
+    none where it is in range and moves with its code (LSQ+, arXiv:2004.09576, Eq. 5)."""
+    wide = numerics.expand_blocks(scale.detach(), x.shape)
+    clipped = (value.detach() - x.detach()).abs() > wide * (0.5 + 2**-10)
+    return numerics.expand_blocks(shift.detach() - shift, x.shape) * wide * clipped
 
 
 class DynamicActivation(nn.Module):

@@ -35,7 +35,7 @@ from fxq.operators import (
 )
 from fxq.pipeline import Pass
 from fxq.rewriting import insert_module
-from fxq.row_choice import index_of, why_not_counted, why_unfit
+from fxq.row_choice import fitting_index
 from fxq.rows import ByPosition
 from fxq.spec import QuantSpec
 
@@ -104,15 +104,14 @@ class ObserveActivations(Pass):
             readers = [user for user in readers if _is_product(user)]
         name = f"{owner_name(edge)}.{edge.name}"
         module = RangeObserver(self.spec, shape_of(edge), name)
-        index, rows = [], self.spec.rows
+        index, rows = list[Node](), self.spec.rows
         if rows is not None:
             if isinstance(rows, ByPosition) and kind_of(edge) == "conv":
                 return f"rows {rows} need [..., token, channel], found a convolution"
-            if why := why_not_counted(shape_of(edge), rows):
+            found, why = fitting_index(gm, rows, edge)
+            if found is None:
                 return why
-            index = [index_of(gm, rows, edge)]
-            if why := why_unfit(shape_of(index[0]), shape_of(edge), rows):
-                return why
+            index = [found]
         observed = insert_module(gm, f"{edge.name}_observer", module, edge, *index)
         # A layer's own observer keeps reading the edge: quantizing twice would round twice.
         for user in readers:

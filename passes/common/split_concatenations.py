@@ -19,7 +19,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from fxq.dialect import ATEN, Dialect
 from fxq.graph import args_of, is_constant, is_op, is_settled, owner_name, shape_of, weight_of
-from fxq.layer import Skip, hand_on, treat
+from fxq.layer import Skip, hand_on, layer_of, set_facts, treat
 from fxq.operators import CONV, COPIES, LAYERS, NORMS, RESHAPES, Movement, of, operand, set_operand
 from fxq.pipeline import Pass
 from fxq.rewriting import add_buffer, erase_dead, insert_call
@@ -110,6 +110,8 @@ def _why_whole(layer: Node, cat: Node) -> str:
         return "its channels are in groups"
     if not is_constant(args_of(layer)[1]):
         return "its weight is computed at run time"
+    if layer_of(layer).weight is not None:
+        return "its codes are fixed"
     if not all(isinstance(size, int) for size in sizes):
         return "the sizes of the parts are not fixed"
     return ""
@@ -149,6 +151,8 @@ def _split(
         if index:  # the bias is of the first
             set_operand(made, "bias", None)
         hand_on(layer, made)
+        if (mask := layer_of(layer).mask) is not None:
+            set_facts(made, mask=mask.split([*sizes], 1)[index].contiguous())
         treat(made, SplitConcatenations.__name__, did, f"part {index} of a concatenated input")
         total = made if total is None else insert_call(aten.add.Tensor, (total, made), before=layer)
     assert total is not None

@@ -83,6 +83,21 @@ def activation_scales(student: GraphModule) -> list[nn.Parameter]:
     return [gain for gain in gains if gain.requires_grad]
 
 
+def activation_zero_shifts(student: GraphModule) -> list[nn.Parameter]:
+    """Return what moves the zero-points of a student's static activations, in codes, 0 at first;
+    but for those whose scales were trained before."""
+    modules = [m for m in student.modules() if isinstance(m, StaticActivation)]
+    return [m.zero_shift for m in modules if m.zero_shift is not None and m.log_gain.requires_grad]
+
+
+def rows_of_activations(student: GraphModule) -> list[nn.Parameter]:
+    """Return those parameters of a student's static activations that have a row for each of the
+    spec's."""
+    modules = [m for m in student.modules() if isinstance(m, StaticActivation) and m.spec.rows]
+    both = [parameter for m in modules for parameter in (m.log_gain, m.zero_shift)]
+    return [parameter for parameter in both if parameter is not None]
+
+
 def layer_operands(student: GraphModule, position: int) -> dict[str, Tensor]:
     """Return the constants that the quantized layers of a student read, by qualified name; without
     those of layers whose weight a method has fixed.
@@ -175,11 +190,11 @@ def _own_parameters(student: GraphModule, names: list[str]) -> None:
 def adopt(gm: GraphModule, student: GraphModule) -> None:
     """Replace tensors of `gm`, and scales of its observers, by what `student`, made from it by
     `student_of`, has learned."""
-    scales = {n: m.scale for n, m in student.named_modules() if isinstance(m, StaticActivation)}
-    for name, scale in scales.items():
+    scales = {n: m for n, m in student.named_modules() if isinstance(m, StaticActivation)}
+    for name, module in scales.items():
         observer = gm.get_submodule(name)
         assert isinstance(observer, RangeObserver)
-        observer.trained_scale = scale.detach().clone()
+        observer.trained_scale = module.scale.detach().clone()
     copies: dict[TensorKey, nn.Parameter] = {}
     for name, value in student.named_parameters(remove_duplicate=False):
         if name.rpartition(".")[0] in scales:

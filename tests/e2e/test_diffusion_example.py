@@ -20,12 +20,16 @@ def test_the_diffusion_example_measures_and_draws(tmp_path: Path) -> None:
 
     assert [result.name for result in results] == ["UNet", "DiT"]
     for result in results:
-        nearest, reconstructed = (errors.sum() for errors in result.errors)
-        assert len(result.errors[0]) == QUICK.ddim
-        assert 0 < reconstructed < nearest < 1  # 1: predicting no noise at all
-        assert result.size_mb[1] < result.size_mb[0]
-        drawn, quantized = result.images
-        assert drawn.shape == quantized.shape == (QUICK.trajectories, 1, 8, 8)
-        assert bool(torch.isfinite(quantized).all())
-        assert 0 < float((quantized - drawn).square().mean()) < float(drawn.square().mean())
+        error = {name: float(errors.sum()) for name, errors in result.errors.items()}
+        assert all(len(errors) == QUICK.ddim for errors in result.errors.values())
+        assert 0 < error["EDA-DM"] < error["rounded to nearest"] < 1  # 1: predicting no noise
+        assert 0 < error["DilateQuant"] < error["rounded to nearest"]
+        drawn, *quantized = result.images.values()
+        assert drawn.shape == (QUICK.trajectories, 1, 8, 8)
+        assert len(quantized) == 3
+        for images in quantized:
+            assert bool(torch.isfinite(images).all())
+            assert 0 < float((images - drawn).square().mean()) < float(drawn.square().mean())
+        whole, *sizes = result.size_mb.values()
+        assert max(sizes) < whole
     assert picture.read_bytes().startswith(b"\x89PNG")

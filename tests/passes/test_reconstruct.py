@@ -26,6 +26,7 @@ from fxq.passes.common.reconstruction import (
     training,
 )
 from fxq.passes.common.reconstruction import frontier as frontier_module
+from fxq.passes.common.reconstruction.losses import relative_error
 from fxq.pipeline import Recipe
 from fxq.spec import LayerSpec, MeanSquaredError, QuantSpec
 
@@ -192,6 +193,8 @@ def test_layer_errors_count_alike_for_tokens_and_images() -> None:
         torch.testing.assert_close(value, 1.5 * by_hand)
     assert loss.watched(["a", "b", "c"]) == ("a", "b")
     assert BlockLoss().watched(["a", "b", "c"]) == ()
+    nothing = torch.zeros(3)
+    assert relative_error(torch.full((3,), 2.0), nothing) == 4  # in units of 1
     zero = loss([exact, found], [exact, exact], [None, None], 1)
     torch.testing.assert_close(zero, 0.5 * by_hand)
 

@@ -13,7 +13,7 @@ from fxq.account import account
 from fxq.capturing import capture
 from fxq.dialect import ATEN
 from fxq.graph import owner_name
-from fxq.layer import layer_of
+from fxq.layer import WeightCodes, layer_of, set_facts
 from fxq.operators import LAYERS
 from fxq.passes.common import (
     Calibrate,
@@ -84,6 +84,26 @@ def test_the_float_function_stays_and_what_is_left_whole_says_why() -> None:
     assert remarks["waves"] == "not split: the parts of its input are made of the same values"
     assert remarks["mix.part_1"] == "part 1 of a concatenated input"
     assert not SplitConcatenations().run(gm).modified
+
+
+def test_parts_have_their_part_of_a_mask_and_fixed_codes_stay_whole() -> None:
+    gm = capture(Join().eval(), (torch.randn(2, 8, 4, 4), torch.randn(2, 8, 4, 4))).graph_module
+    (layer,) = [n for n in gm.graph.nodes if n.target in LAYERS]
+    mask = torch.rand(8, 16, 1, 1) < 0.5
+    set_facts(layer, mask=mask)
+
+    SplitConcatenations().run(gm)
+
+    masks = [layer_of(n).mask for n in gm.graph.nodes if n.target in LAYERS]
+    parts = [part for part in masks if part is not None]
+    assert torch.equal(torch.cat(parts, 1), mask)
+
+    gm = capture(Join().eval(), (torch.randn(2, 8, 4, 4), torch.randn(2, 8, 4, 4))).graph_module
+    (layer,) = [n for n in gm.graph.nodes if n.target in LAYERS]
+    codes = torch.zeros(8, 16, 1, 1, dtype=torch.int8)
+    set_facts(layer, weight=WeightCodes(codes, torch.ones(8, 1, 1, 1), None))
+    assert not SplitConcatenations().run(gm).modified
+    assert "its codes are fixed" in layer_of(layer).remarks
 
 
 def recipe(bits: int, *first: Any) -> Recipe:

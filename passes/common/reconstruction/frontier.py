@@ -52,6 +52,8 @@ class Frontier:
         for batch in batches:  # a counter of steps has its value for the batch now
             values = dict(zip(names, batch, strict=True))
             self.rows.append(max(1, batch_size(batch)))
+            if place == "device":  # elsewhere they are copied anyway; the caller may reuse these
+                values = pytree.tree_map_only(Tensor, Tensor.clone, values)
             values |= {node.name: tensor_of(gm, node).clone() for node in state}
             self.exact.append({n: self.shelf.put(v) for n, v in values.items()})
         self.found = [dict(values) for values in self.exact]

@@ -21,7 +21,8 @@ def relative_error(found: Tensor, exact: Tensor, weight: Tensor | None = None) -
         exact: as it should be, likewise.
         weight: how much each element counts, broadcasts against them; None for all alike.
 
-    Infinities that both have, as a mask does, count as zeros.
+    Infinities that both have, as a mask does, count as zeros. Where everything should be zero the
+    unit is 1.
     """
     exact, found = exact.float(), found.float()
     alike = exact.isinf() & (found == exact)
@@ -29,7 +30,8 @@ def relative_error(found: Tensor, exact: Tensor, weight: Tensor | None = None) -
     error = (found - exact).masked_fill(alike, 0).square()
     if weight is not None:
         power, error = power * weight, error * weight
-    return error.mean() / power.mean().clamp(min=torch.finfo(torch.float32).tiny)
+    unit = power.mean()
+    return error.mean() / torch.where(unit > 0, unit, 1.0)
 
 
 def total_error(

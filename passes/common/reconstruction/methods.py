@@ -5,7 +5,7 @@ the block's error they are to lower, and what of the student is kept.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -23,10 +23,17 @@ from fxq.passes.common.learned_quantizers import (
     StaticActivation,
     kept,
 )
-from fxq.passes.common.student import activation_scales, layer_operands, student_of
+from fxq.passes.common.student import (
+    activation_scales,
+    activation_zero_shifts,
+    layer_operands,
+    rows_of_activations,
+    student_of,
+)
 from fxq.spec import QuantSpec
 
-Groups = list[dict[str, Any]]  # Adam's parameter groups
+# Adam's parameter groups. Those with "rows": True are tables of which a step uses some rows.
+Groups = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,7 @@ class Learned:
 
     Args:
         scales: of static activations, by the observer's name.
+        zero_points: likewise, of those that have one.
         codes: of weights, by the layer's node.
         biases: by qualified name.
     """
@@ -42,10 +50,12 @@ class Learned:
     scales: Mapping[str, Tensor] = field(default_factory=dict)
     codes: Mapping[str, WeightCodes] = field(default_factory=dict)
     biases: Mapping[str, Tensor] = field(default_factory=dict)
+    zero_points: Mapping[str, Tensor] = field(default_factory=dict)
 
     def tensors(self) -> Tensors:
         """Return everything under names, for a checkpoint."""
         kept = {f"scale {name}": value for name, value in self.scales.items()}
+        kept |= {f"zero {name}": value for name, value in self.zero_points.items()}
         kept |= {f"bias {name}": value for name, value in self.biases.items()}
         for name, fixed in self.codes.items():
             kept |= {f"codes {name}": fixed.codes, f"codes_scale {name}": fixed.scale}
@@ -65,7 +75,7 @@ class Learned:
             name: WeightCodes(value, steps[name], zeros.get(name))
             for name, value in named.get("codes", {}).items()
         }
-        return cls(named.get("scale", {}), codes, named.get("bias", {}))
+        return cls(named.get("scale", {}), codes, named.get("bias", {}), named.get("zero", {}))
 
 
 class Method(Protocol):
@@ -130,6 +140,7 @@ class Rounding:
             (self.learning_rate, [m.position for m in _rounded(student)]),
             (self.activation_learning_rate, activation_scales(student)),
             (self.bias_learning_rate, layer_operands(student, 2).values()),
+            rows=rows_of_activations(student),
         )
 
     def penalty(self, student: GraphModule, done: float) -> Tensor | float:
@@ -158,6 +169,7 @@ class StraightThrough:
         learning_rate: of weights, in units of each layer's mean magnitude.
         scale_learning_rate: of logarithms of weights' scales; 0 leaves them.
         activation_learning_rate: of logarithms of activations' scales; 0 leaves them.
+        zero_point_learning_rate: of activations' zero-points, in codes; 0 leaves them.
         bias_learning_rate: of biases; 0 leaves them.
         float_share: share of the activations that stay float in each step.
     """
@@ -165,12 +177,16 @@ class StraightThrough:
     learning_rate: float = 5e-3
     scale_learning_rate: float = 0.0
     activation_learning_rate: float = 1e-3
+    zero_point_learning_rate: float = 0.0
     bias_learning_rate: float = 0.0
     float_share: float = 0.0
 
     def student(self, block: GraphModule) -> GraphModule:
         """Return the block with weights that train."""
-        return _with_float_share(student_of(block, "scaled"), self.float_share)
+        student = _with_float_share(student_of(block, "scaled"), self.float_share)
+        for shift in activation_zero_shifts(student):
+            shift.requires_grad_(self.zero_point_learning_rate > 0)
+        return student
 
     def groups(self, student: GraphModule) -> Groups:
         """Return weights, scales and biases."""
@@ -183,7 +199,9 @@ class StraightThrough:
             *weights,
             (self.scale_learning_rate, scales),
             (self.activation_learning_rate, activation_scales(student)),
+            (self.zero_point_learning_rate, activation_zero_shifts(student)),
             (self.bias_learning_rate, layer_operands(student, 2).values()),
+            rows=rows_of_activations(student),
         )
 
     def penalty(self, student: GraphModule, done: float) -> Tensor | float:
@@ -195,10 +213,12 @@ class StraightThrough:
         return _learned(student)
 
 
-def _groups(*rates: tuple[float, Iterable[Tensor]]) -> Groups:
-    """Return parameters with their rates, each once; those that stay are left out."""
+def _groups(*rates: tuple[float, Iterable[Tensor]], rows: Collection[Tensor]) -> Groups:
+    """Return parameters with their rates, each once, and whether they are tables of rows; those
+    that stay are left out."""
     found = {parameter: rate for rate, several in rates for parameter in several if rate}
-    return [{"params": [parameter], "lr": rate} for parameter, rate in found.items()]
+    tables = set(rows)
+    return [{"params": [p], "lr": rate, "rows": p in tables} for p, rate in found.items()]
 
 
 def _with_float_share(student: GraphModule, share: float) -> GraphModule:
@@ -219,13 +239,19 @@ def _learned(student: GraphModule) -> Learned:
         for name, module in student.named_modules()
         if isinstance(module, StaticActivation) and module.log_gain.requires_grad
     }
+    zero_points = {
+        name: module.zero_point.clone()
+        for name, module in student.named_modules()
+        if isinstance(module, StaticActivation) and module.zero_point is not None
+        if name in scales
+    }
     codes = {
         layer.name: _codes_of(student, layer, spec.weight)
         for layer, spec in pending_layers(student)
         if layer_of(layer).weight is None
     }
     biases = {n: b.detach().clone() for n, b in layer_operands(student, 2).items()}
-    return Learned(scales, codes, biases)
+    return Learned(scales, codes, biases, zero_points)
 
 
 def _codes_of(student: GraphModule, layer: Node, spec: QuantSpec) -> WeightCodes:

@@ -12,7 +12,7 @@ and observers; `Convert` keeps it to the last integer. A block that does not com
 float model on the rows that judge stays as calibration left it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -42,7 +42,7 @@ from fxq.passes.common.student import set_parameter, student_of, without_observe
 from fxq.pipeline import Batches, DataPass
 from fxq.progress import Reported, Reporter, Task
 from fxq.rewriting import has_attribute
-from fxq.row_choice import counted_steps
+from fxq.row_choice import RowsUsed, counted_steps
 from fxq.spec import QuantSpec
 
 
@@ -128,8 +128,9 @@ class _Walk:
         self.blocks = cut(gm, settings.blocks)
         # Made first: what is learned goes into `gm` and the blocks, not into these.
         self.exact = [without_observers(block.graph_module) for block in self.blocks]
+        self.rows: list[set[tuple[int, int]]] = []  # that each batch uses
         with counted_steps(gm, data) as batches:
-            self.frontier = Frontier(gm, batches, self.blocks, settings.place)
+            self.frontier = Frontier(gm, self._noted(batches), self.blocks, settings.place)
         if not len(self.frontier):
             raise ValueError(NO_DATA)
         self.course = Course(
@@ -138,7 +139,7 @@ class _Walk:
             settings.inputs_share,
             settings.rows_per_step,
             self._sensitivities() if settings.loss.fisher else {},
-            *_divided(len(self.frontier), settings.held_out),
+            *_divided(self.rows, settings.held_out),
         )
         self.tensors: Tensors = {}  # what blocks have learned, for the checkpoint
         self.errors: dict[int, tuple[float, float]] = {}  # before and after, by block
@@ -171,6 +172,13 @@ class _Walk:
         devices = {value.device for value in self.gm.parameters() if value.is_cuda}
         with torch.random.fork_rng([device.index for device in devices]):
             yield
+
+    def _noted(self, batches: Batches) -> Iterator[Sequence[Any]]:
+        """Yield the batches, and take note of the rows that each of them uses."""
+        rows_used = RowsUsed(self.gm)
+        for batch in batches:
+            self.rows.append(rows_used(batch))
+            yield batch
 
     def _sensitivities(self) -> dict[str, Tensor]:
         """Return how much the results feel errors at the outputs of blocks and layers."""
@@ -225,8 +233,11 @@ class _Walk:
             observer = self.gm.get_submodule(name)
             assert isinstance(observer, RangeObserver)
             observer.trained_scale = scale
+            observer.trained_zero_point = learned.zero_points.get(name)
         nodes = {node.name: node for node in self.gm.graph.nodes}
-        if outcome.learned is None:
+        if not outcome.before:
+            did = "exact as it was calibrated"
+        elif outcome.learned is None:
             did = f"no closer to the float block: error {outcome.before:.3g}"
         else:
             did = f"error of its block {outcome.before:.3g}, {outcome.after:.3g} after"
@@ -245,7 +256,8 @@ class _Walk:
         for name in _observers(block) & set[str]().union(*map(_observers, later)):
             observer = self.gm.get_submodule(name)
             assert isinstance(observer, RangeObserver)
-            observer.trained_scale, _ = observer.qparams()
+            scale, zero_point = observer.qparams()
+            observer.trained_scale, observer.trained_zero_point = scale, zero_point
         shared = {weight_key(node) for other in later for node, _ in pending_layers(other)}
         for node, spec in pending_layers(block):
             if layer_of(node).weight is None and (key := weight_key(node)) in shared:
@@ -264,15 +276,20 @@ def _observers(gm: GraphModule) -> set[str]:
     return {str(node.target) for node in gm.graph.nodes if node.op == "call_module"}
 
 
-def _divided(count: int, held_out: float) -> tuple[list[int], list[int]]:
+def _divided(rows: Sequence[set[tuple[int, int]]], held_out: float) -> tuple[list[int], list[int]]:
     """Return the numbers of the batches that judge and of those that are learned from: the former
-    evenly spread, because data are often in the order of time-steps."""
+    evenly spread, because data are often in the order of time-steps. Where only those that judge
+    use a row, they are learned from too: else it would not be learned."""
+    count = len(rows)
     everything = list(range(count))
     if count < 4 or not held_out:
         return everything, everything
     n_judges = max(1, round(count * held_out))
     judges = [int((k + 0.5) * count / n_judges) for k in range(n_judges)]
-    return judges, [k for k in everything if k not in judges] or everything
+    others = [k for k in everything if k not in judges]
+    learned = set[tuple[int, int]]().union(*(rows[k] for k in others))
+    pupils = [k for k in everything if k in others or not rows[k] <= learned]
+    return judges, pupils or everything
 
 
 WeightKey = tuple[TensorKey, QuantSpec]

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
+from torch.optim import Optimizer
 
 from fxq.calibrate import all_reduce, n_processes
 from fxq.passes.common.reconstruction.blocks import Block
 from fxq.passes.common.reconstruction.frontier import Frontier
 from fxq.passes.common.reconstruction.losses import BlockLoss, is_float, total_error
 from fxq.passes.common.reconstruction.methods import Learned, Method
+from fxq.passes.common.reconstruction.row_adam import RowAdam
 from fxq.progress import Task
 from fxq.rewriting import with_outputs
 
@@ -94,14 +96,17 @@ class BlockTraining:
             task.advance(steps)
             return Outcome(None, before, before)
         kept: Learned | None = None
-        adam = torch.optim.Adam(groups)
-        rates = [group["lr"] for group in adam.param_groups]
+        tables = [group for group in groups if group.get("rows")]
+        others = [group for group in groups if not group.get("rows")]
+        adams = [kind(of) for kind, of in ((torch.optim.Adam, others), (RowAdam, tables)) if of]
+        rates = [group["lr"] for adam in adams for group in adam.param_groups]
         judged = {math.ceil(steps * k / N_JUDGEMENTS) for k in range(1, N_JUDGEMENTS + 1)}
         unit = max(best, torch.finfo(torch.float32).tiny)
         for step in range(steps):
-            for group, rate in zip(adam.param_groups, rates, strict=True):
+            current = [group for adam in adams for group in adam.param_groups]
+            for group, rate in zip(current, rates, strict=True):
                 group["lr"] = rate * (1 + math.cos(math.pi * step / steps)) / 2
-            self._step(adam, step, step / steps, unit)
+            self._step(adams, step, step / steps, unit)
             if step + 1 in judged and (found := self._judged()) < best:
                 best, kept = found, self.course.method.learned(self.student)
             task.advance(1, partial(self._news, before, best))
@@ -110,8 +115,8 @@ class BlockTraining:
     def _news(self, before: float, best: float) -> str:
         return f"{self.block.name}: error {before:.2e} at first, {best:.2e} so far"
 
-    def _step(self, adam: torch.optim.Adam, step: int, done: float, unit: float) -> None:
-        parameters = [p for group in adam.param_groups for p in group["params"]]
+    def _step(self, adams: Sequence[Optimizer], step: int, done: float, unit: float) -> None:
+        parameters = [p for adam in adams for group in adam.param_groups for p in group["params"]]
         batches, rows = list[int](), 0
         while rows < self.course.rows_per_step:
             batches.append(self.course.pupils[int(torch.randint(len(self.course.pupils), ()))])
@@ -131,7 +136,8 @@ class BlockTraining:
                 gradient.add_(part, alpha=share)
         for parameter, gradient in zip(parameters, _averaged(gradients), strict=True):
             parameter.grad = gradient
-        adam.step()
+        for adam in adams:
+            adam.step()
 
     def _error(self, batch: int, done: float, unit: float) -> Tensor:
         """Return what is lowered, of one batch, in units of the error at the beginning."""

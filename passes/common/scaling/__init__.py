@@ -10,7 +10,12 @@ What is where:
     planting              the inverse, for measuring methods
 """
 
-from fxq.passes.common.scaling.equivalent_scaling import Candidate, EquivalentScaling
+from fxq.passes.common.scaling.equivalent_scaling import (
+    Candidate,
+    EquivalentScaling,
+    apply_scalings,
+    wanted,
+)
 from fxq.passes.common.scaling.fold import Scaling, fold_scaling
 from fxq.passes.common.scaling.planting import plant_imbalance
 from fxq.passes.common.scaling.sites import ScaleSite, ScaleSites, scale_sites
@@ -24,7 +29,9 @@ __all__ = [
     "ScaleSites",
     "Scaling",
     "Statistics",
+    "apply_scalings",
     "fold_scaling",
     "plant_imbalance",
     "scale_sites",
+    "wanted",
 ]

@@ -6,7 +6,7 @@ finds the sites, collects their statistics in one run over the data, keeps whate
 """
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import ClassVar, Literal, NamedTuple
@@ -25,7 +25,7 @@ from fxq.observers import RangeObserver
 from fxq.passes.common.convert import quantize_weight
 from fxq.passes.common.float_function import LOOSE, check_float_function
 from fxq.passes.common.scaling.fold import Scaling, fold_scaling
-from fxq.passes.common.scaling.sites import Kind, ScaleSite, scale_sites
+from fxq.passes.common.scaling.sites import Kind, ScaleSite, ScaleSites, scale_sites
 from fxq.passes.common.scaling.statistics import (
     Consumer,
     Statistics,
@@ -36,6 +36,7 @@ from fxq.rewriting import copy_graph
 from fxq.spec import LayerSpec, MinMax, PerTensor, PerToken, QuantSpec, block_of
 
 EXACT_KINDS: tuple[Kind, ...] = ("norm", "modulate", "value", "gated", "relu", "linear")
+Target = Literal["linear", "conv"]
 CAP = 2.0**12  # largest factor, and one over the smallest
 
 
@@ -60,7 +61,7 @@ class EquivalentScaling(DataPass):
 
     layer: LayerSpec
     kinds: tuple[Kind, ...] = (*EXACT_KINDS, "quantizer")
-    targets: tuple[Literal["linear", "conv"], ...] = ("linear",)
+    targets: tuple[Target, ...] = ("linear",)
     n_rows: int = 512
 
     reads: ClassVar[Dialect] = ATEN
@@ -74,34 +75,17 @@ class EquivalentScaling(DataPass):
         """Scale the sites and note on every layer what was done, or why nothing was."""
         found = scale_sites(gm)
         name = type(self).__name__
-        sites = [site for site in found.sites if self._wants(site)]
+        sites = [site for site in found.sites if wanted(site, self.kinds, self.targets)]
         statistics = collect(gm, data, sites, self.n_rows) if sites else {}
-        scalings: list[Scaling] = []
-        for site in found.sites:
-            did, remark = "", f"{name}: {site.kind} sites are left out"
-            if site in statistics:
-                best = self._best(site, statistics.pop(site))
-                if isinstance(best, Scaling):
-                    scalings.append(best)
-                    did, remark = f"scaled its input ({site.kind})", f"{name} ({site.kind})"
-                else:
-                    remark = f"{name} {best}"
-            for part in site.consumers:
-                if kind_of(part.node) in self.targets:
-                    treat(part.node, name, did or Skip(remark, intended=True), remark)
-        for node, why in found.refusals.items():
-            if kind_of(node) in self.targets:
-                remark = f"not scaled: {why}"
-                treat(node, name, Skip(remark, intended=True), remark)
-        if scalings:
-            before = copy_graph(gm)
-            fold_scaling(gm, scalings)
+        decided: dict[ScaleSite, Scaling | str] = {}
+        for site in sites:
+            best = self._best(site, statistics.pop(site))
+            decided[site] = best if isinstance(best, Scaling) else f"{name} {best}"
+        before = copy_graph(gm)
+        scaled = apply_scalings(gm, found, decided, name, self.targets)
+        if scaled:
             check_float_function(before, gm, islice(data, 1), name=name, tolerance=LOOSE)
-        return PassResult(gm, modified=bool(scalings))
-
-    def _wants(self, site: ScaleSite) -> bool:
-        kinds = {kind_of(part.node) for part in site.consumers}
-        return site.kind in self.kinds and bool(kinds & set(self.targets))
+        return PassResult(gm, modified=scaled)
 
     def _best(self, site: ScaleSite, statistics: Statistics) -> Scaling | str:
         """Return the best scaling of a site, or why it stays as it is."""
@@ -111,12 +95,14 @@ class EquivalentScaling(DataPass):
             # One row can be shifted to zero: exact for that row, and wrong for every other.
             return "saw too few rows to judge a factor; give it more data"
         proposed = self._proposed(site, statistics)
-        losses = torch.zeros(len(proposed), dtype=torch.float64)
         folds = statistics.folds
-        for fitted, judged in zip(folds, reversed(folds), strict=True):
+        losses = torch.zeros(len(proposed), len(folds), dtype=torch.float64)
+        for fold, (fitted, judged) in enumerate(zip(folds, reversed(folds), strict=True)):
             for index, candidate in enumerate(self._proposed(site, fitted)):
-                losses[index] += quantization_loss(fitted, judged, candidate, self.layer)
-        best = int(losses.argmin())
+                losses[index, fold] = quantization_loss(fitted, judged, candidate, self.layer)
+        # What one half of the rows gains and the other loses may be chance.
+        helps = (losses <= losses[0]).all(1)
+        best = int(torch.where(helps, losses.sum(1), torch.inf).argmin())
         return Scaling(site, *proposed[best]) if best else "found no gain"
 
     def _proposed(self, site: ScaleSite, statistics: Statistics) -> list[Candidate]:
@@ -126,6 +112,47 @@ class EquivalentScaling(DataPass):
             shift = None if site.why_no_shift else candidate.shift
             proposed.append(Candidate(admissible(candidate.scale, shift, statistics), shift))
         return proposed
+
+
+def wanted(site: ScaleSite, kinds: Collection[Kind], targets: Collection[Target]) -> bool:
+    """Tell whether a site is of one of the kinds and has a layer that will be quantized."""
+    found = {kind_of(part.node) for part in site.consumers}
+    return site.kind in kinds and bool(found & set(targets))
+
+
+def apply_scalings(
+    gm: GraphModule,
+    found: ScaleSites,
+    decided: Mapping[ScaleSite, Scaling | str],
+    name: str,
+    targets: Collection[Target],
+) -> bool:
+    """Fold the scalings into a graph, and note on every layer what was done, or why nothing was.
+
+    Args:
+        gm: the graph.
+        found: its sites.
+        decided: a scaling for each site, or why there is none; others are left out.
+        name: of the pass.
+        targets: kinds of layers that will be quantized.
+    Returns:
+        whether anything was scaled.
+    """
+    for site in found.sites:
+        did, remark = "", decided.get(site, f"{name}: {site.kind} sites are left out")
+        if isinstance(remark, Scaling):
+            did, remark = f"scaled its input ({site.kind})", f"{name} ({site.kind})"
+        for part in site.consumers:
+            if kind_of(part.node) in targets:
+                treat(part.node, name, did or Skip(remark, intended=True), remark)
+    for node, why in found.refusals.items():
+        if kind_of(node) in targets:
+            remark = f"not scaled: {why}"
+            treat(node, name, Skip(remark, intended=True), remark)
+    scalings = [each for each in decided.values() if isinstance(each, Scaling)]
+    if scalings:
+        fold_scaling(gm, scalings)
+    return bool(scalings)
 
 
 def admissible(scale: Tensor, shift: Tensor | None, statistics: Statistics) -> Tensor:
