@@ -25,6 +25,7 @@ from fxq.spec import QuantSpec
 
 MIN_EXPONENT = -32  # smaller magnitudes share the zero bin
 OCTAVES = 64
+TOGETHER = 1 << 18  # elements of an array in a search of ranges: 2 MB, which caches hold
 SUB_BINS = 16  # per code in the entropy search: TensorRT has 2048 bins for 128 codes
 
 
@@ -107,6 +108,11 @@ class Density:
         inside = torch.where(width > 0, ((points - lower) / width).clamp(0, 1), points >= lower)
         return before.gather(1, bin) + self.counts.gather(1, bin) * inside
 
+    @property
+    def at_once(self) -> int:
+        """How many candidates for ranges to try together."""
+        return max(1, TOGETHER // self.counts.numel())
+
     def quantile(self, rank: Tensor) -> Tensor:
         """Return the value below which `rank` `[E, 1]` of an entry's values lie `[E]`."""
         upto = self.counts.cumsum(1)
@@ -142,7 +148,11 @@ def percentile_range(
 
 
 def cut_range(
-    low: Tensor, high: Tensor, steps: int, cost: Callable[[Tensor, Tensor], Tensor]
+    low: Tensor,
+    high: Tensor,
+    steps: int,
+    cost: Callable[[Tensor, Tensor], Tensor],
+    at_once: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Return the cheapest of the ranges `[low, high]` cut to `[-t, t]`; of equals, the widest.
 
@@ -153,25 +163,32 @@ def cut_range(
         low: exact smallest value of each entry, E entries in any shape.
         high: exact largest value.
         steps: number of candidates.
-        cost: maps a candidate's bounds to the cost of each entry `[E]`.
+        cost: maps a candidate's bounds to the cost of each entry `[E]`; those of several, `[S]` and
+            then the shape of `low`, to `[S, E]`.
+        at_once: how many candidates `cost` is given together.
     """
     amax = torch.maximum(-low, high)
     best_low, best_high, best = low, high, cost(low, high).reshape(low.shape)
-    for step in range(1, steps):
-        t = amax * steps ** (-step / (steps - 1))
+    shares = [steps ** (-step / (steps - 1)) for step in range(1, steps)]
+    for start in range(0, len(shares), at_once):
+        some = torch.tensor(shares[start : start + at_once], device=low.device)
+        t = amax * (some.reshape(-1, *[1] * amax.ndim) if at_once > 1 else some)
         cut_low, cut_high = torch.maximum(low, -t), torch.minimum(high, t)
-        candidate = cost(cut_low, cut_high).reshape(low.shape)
-        better = candidate < best
-        best = torch.where(better, candidate, best)
-        best_low = torch.where(better, cut_low, best_low)
-        best_high = torch.where(better, cut_high, best_high)
+        candidates = cost(cut_low, cut_high).reshape(-1, *low.shape)
+        bounds = cut_low.reshape(-1, *low.shape), cut_high.reshape(-1, *low.shape)
+        for candidate, one_low, one_high in zip(candidates, *bounds, strict=True):
+            better = candidate < best
+            best = torch.where(better, candidate, best)
+            best_low = torch.where(better, one_low, best_low)
+            best_high = torch.where(better, one_high, best_high)
     return best_low, best_high
 
 
 def quantization_error(
     density: Density, low: Tensor, high: Tensor, spec: QuantSpec, p: float
 ) -> Tensor:
-    """Return the mean of |x - dequantize(quantize(x))|^p over each entry's values `[E]`, fp64.
+    """Return the mean of |x - dequantize(quantize(x))|^p over each entry's values, fp64: `[E]`, or
+    `[S, E]` for S bounds of each entry.
 
     With u = x / scale + zero_point and r = u - code, the error integrates over a bin in closed
     form: the integral of |r|^p up to u is code * c + r |r|^p / (p + 1), where c is that of a whole
@@ -180,7 +197,10 @@ def quantization_error(
     scale, zero_point = numerics.choose_qparams(
         low, high, spec.quant_min, spec.quant_max, symmetric=spec.symmetric
     )
-    scale, zero_point = scale.double().reshape(-1, 1), zero_point.reshape(-1, 1)
+    entries = len(density.counts)
+    several = [-1] if scale.numel() > entries else []
+    scale = scale.double().reshape(*several, entries, 1)
+    zero_point = zero_point.reshape(scale.shape)
     whole_code = 0.5**p / (p + 1)
 
     def residual(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -192,10 +212,11 @@ def quantization_error(
         return (r.abs() ** p).mul_(r).div_(p + 1).add_(code, alpha=whole_code)
 
     first, last = residual(density.lower), residual(density.upper)
-    width = (density.upper - density.lower).div_(scale)
+    width = (density.upper - density.lower) / scale
     mean = integral(*last).sub_(integral(*first)).div_(width)
     mean = torch.where(width > 0, mean, first[1].abs() ** p)  # a bin cut to a single value
-    return mean.mul_(density.counts).sum(1).div(density.counts.sum(1)) * torch.pow(scale[:, 0], p)
+    total = mean.mul_(density.counts).sum(-1).div(density.counts.sum(1))
+    return total * torch.pow(scale[..., 0], p)
 
 
 def divergence(density: Density, low: Tensor, high: Tensor, spec: QuantSpec) -> Tensor:

@@ -91,6 +91,8 @@ class RangeObserver(nn.Module):
         self.register_buffer("high", torch.full((*rows, *self.scale_shape), -torch.inf))
         self.register_buffer("trained_scale", None)
         self.register_buffer("trained_zero_point", None)
+        # What searching a range gave, and for how many values it did.
+        self.searched: tuple[int, Tensor, Tensor] | None = None
         self.bits = 0  # mantissa bits of the histogram's grid, 0 without one
         if isinstance(spec.observer, Percentile | MeanSquaredError | Entropy):
             entries = self.low.numel()
@@ -117,7 +119,7 @@ class RangeObserver(nn.Module):
 
     def reset(self) -> None:
         """Forget everything seen, and what training made of it."""
-        self.trained_scale = self.trained_zero_point = None
+        self.trained_scale = self.trained_zero_point = self.searched = None
         for name, buffer in self.named_buffers():
             buffer.fill_({"low": torch.inf, "high": -torch.inf}.get(name, 0))
 
@@ -143,6 +145,7 @@ class RangeObserver(nn.Module):
         self._check_shape(x.shape)
         if not x.numel():
             return
+        self.searched = None
         if self.low.device != x.device:
             self.to(x.device)
         block = list(self.block)
@@ -217,6 +220,11 @@ class RangeObserver(nn.Module):
             raise ValueError(
                 f"the observer at {self.name} saw no data; calibrate with a batch that reaches it"
             )
+        if self.searched is None or self.searched[0] != self.count:
+            self.searched = self.count, *self._search()
+        return self.searched[1].to(self.low.device), self.searched[2].to(self.low.device)
+
+    def _search(self) -> tuple[Tensor, Tensor]:
         low, high, spec = self.low, self.high, self.spec
         match spec.observer:
             case Percentile(percent):
@@ -226,12 +234,12 @@ class RangeObserver(nn.Module):
             case MeanSquaredError(p, steps):
                 density = Density.of(self.histogram, low, high, self.bits)
                 cost = partial(quantization_error, density, spec=spec, p=p)
-                return cut_range(low, high, steps, cost)
+                return cut_range(low, high, steps, cost, density.at_once)
             case Entropy(steps):
                 cost = partial(divergence, self._nonzero_density(), spec=spec)
                 return cut_range(low, high, steps, cost)
             case _:
-                return low, high
+                return low.clone(), high.clone()
 
     def _nonzero_density(self) -> Density:
         histogram, low, high = self.histogram.clone(), self.low, self.high
@@ -280,6 +288,7 @@ class RangeObserver(nn.Module):
             )
         for one in (self, other):
             one.check_mergeable((self.count > 0) + (other.count > 0))
+        self.searched = None
         for name, buffer in self.named_buffers():
             buffer.copy_(MERGE[name](buffer, getattr(other, name).to(buffer.device)))
 

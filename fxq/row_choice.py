@@ -20,6 +20,7 @@ from fxq.rows import ByPosition, ByStep, ByTimestep, Rows
 
 aten = torch.ops.aten
 LEVELS, STEP = (f"{RUNTIME_STATE}.{name}" for name in ("levels", "step"))
+KNOWN_LEVELS = f"{RUNTIME_STATE}.known_levels"  # no call is watched for those
 ROWS = "fxq_rows"  # key in the meta of an index: what it is the index of
 
 
@@ -105,7 +106,8 @@ def _insert_index(gm: GraphModule, rows: Rows, edge: Node, tokens: Any) -> Node:
         return insert_call(aten.clamp.default, (counter, 0, rows.count - 1), before=first)
     if isinstance(rows, ByTimestep):
         given = input_node(gm, rows.name, "ByTimestep.name")
-        bounds = add_buffer(gm, LEVELS, torch.tensor(rows.levels, device=device), like=edge)
+        levels = KNOWN_LEVELS if rows.known else LEVELS
+        bounds = add_buffer(gm, levels, torch.tensor(rows.levels, device=device), like=edge)
         if shape_of(given) == (1,):  # one for the whole batch
             given = insert_call(aten.select.int, (given, 0, 0), before=first)
         given = _cast(given, torch.float32, first)

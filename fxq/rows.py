@@ -22,10 +22,13 @@ class ByTimestep:
             levels[i-1] < time-step <= levels[i]: the first for the least noise, the last for the
             most. One row more than levels.
         name: of the model's argument, `[B]`, `[1]` or a scalar.
+        known: rows are those of known time-steps, and others have the nearest one's: a run that
+            does not reach all rows is not warned of.
     """
 
     levels: tuple[float, ...]
     name: str = "timestep"
+    known: bool = False
 
     def __post_init__(self) -> None:
         levels = self.levels
@@ -43,7 +46,7 @@ class ByTimestep:
         """Return a row for each of `timesteps`, in ascending order; between two of them the nearer
         one holds."""
         known = sorted({float(t) for t in timesteps})
-        return cls(tuple((a + b) / 2 for a, b in pairwise(known)), name)
+        return cls(tuple((a + b) / 2 for a, b in pairwise(known)), name, known=True)
 
     @property
     def count(self) -> int:

@@ -103,7 +103,8 @@ def binned(counts: Counter[float], fewest: int) -> list[list[float]]:
 def bounded(bins: Sequence[Sequence[float]], name: str) -> ByTimestep:
     """Return a row for each of ascending bins; the bounds are half-way between them."""
     pairs = pairwise(bins)
-    return ByTimestep(tuple((before[-1] + after[0]) / 2 for before, after in pairs), name)
+    levels = tuple((before[-1] + after[0]) / 2 for before, after in pairs)
+    return ByTimestep(levels, name, known=True)
 
 
 class Ranges(NamedTuple):

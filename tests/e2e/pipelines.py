@@ -92,6 +92,17 @@ def dit_pipeline() -> Any:
     return pipe
 
 
+def tiny_unet(**kwargs: Any) -> Any:
+    """A UNet with attention in the middle and around it, random weights."""
+    torch.manual_seed(0)
+    return diffusers.UNet2DModel(**{
+        "sample_size": 8, "in_channels": 1, "out_channels": 1, "layers_per_block": 1,
+        "block_out_channels": (8, 16), "norm_num_groups": 4, "attention_head_dim": 8,
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"), "num_class_embeds": 4,
+    } | kwargs).eval()  # fmt: skip
+
+
 def small_vae() -> nn.Module:
     return diffusers.AutoencoderKL(
         block_out_channels=(8,), norm_num_groups=4, layers_per_block=1, latent_channels=4

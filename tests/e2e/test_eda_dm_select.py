@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from pipelines import dit_pipeline
+from pipelines import dit_pipeline, tiny_unet
 from torch import Tensor, nn
 
 import fxq
@@ -17,17 +17,6 @@ from fxq.passes.eda_dm.trajectories import trajectories
 diffusers = pytest.importorskip("diffusers")
 # Random weights: few steps may all be as far apart.
 flat = pytest.mark.filterwarnings("ignore:eda_dm.select")
-
-
-def unet(**kwargs: Any) -> Any:
-    """A UNet with attention in the middle and around it, random weights."""
-    torch.manual_seed(0)
-    return diffusers.UNet2DModel(**{
-        "sample_size": 8, "in_channels": 1, "out_channels": 1, "layers_per_block": 1,
-        "block_out_channels": (8, 16), "norm_num_groups": 4, "attention_head_dim": 8,
-        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"), "num_class_embeds": 4,
-    } | kwargs).eval()  # fmt: skip
 
 
 def draw(model: nn.Module, scheduler: Any, steps: int, guidance: str = "", seed: int = 0) -> None:
@@ -67,7 +56,7 @@ SCHEDULERS = {
     ],
 )  # fmt: skip
 def test_samples_are_states_of_their_trajectories(name: str, guidance: str) -> None:
-    model = unet()
+    model = tiny_unet()
 
     def run() -> None:
         for seed in range(2):
@@ -101,7 +90,7 @@ def test_samples_are_states_of_their_trajectories(name: str, guidance: str) -> N
 
 @pytest.mark.parametrize("rows_at_once", [1, 3, 8])
 def test_numbers_are_those_of_the_equations(rows_at_once: int) -> None:
-    model = unet()
+    model = tiny_unet()
     calls = fxq.record(model, lambda: draw(model, SCHEDULERS["ddim"](), 6, "doubled"))
     maps: list[Tensor] = []
     tap = model.mid_block.attentions[0]
@@ -189,7 +178,7 @@ class Tokens(nn.Module):
     [
         (Odd(), (1, 1, 8, 8), "middle"),
         (Tokens(), (1, 4, 8), "encoder.2"),
-        (unet(add_attention=False, down_block_types=("DownBlock2D",) * 2,
+        (tiny_unet(add_attention=False, down_block_types=("DownBlock2D",) * 2,
               up_block_types=("UpBlock2D",) * 2), (1, 1, 8, 8), "mid_block."),
     ],
 )  # fmt: skip

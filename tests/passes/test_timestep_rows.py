@@ -76,7 +76,7 @@ def test_bins_by_hand() -> None:
     assert binned(counts, 1) == [[1], [3], [4], [5], [9]]
     assert binned(counts, 2) == [[1], [3, 4], [5, 9]]  # the last has too few of its own
     assert binned(counts, 100) == [[1, 3, 4, 5, 9]]
-    assert bounded([[1.0, 3.0], [4.0], [10.0]], "t") == ByTimestep((3.5, 7.0), "t")
+    assert bounded([[1.0, 3.0], [4.0], [10.0]], "t") == ByTimestep((3.5, 7.0), "t", known=True)
 
 
 def test_merging_by_hand() -> None:
