@@ -9,9 +9,9 @@ One block's moments are held at a time. A method answers one question, `treat`.
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -67,11 +67,13 @@ class WeightMethod(DataPass, Generic[Plan]):
     blocks: tuple[str, ...] = ()
     place: Place = "device"
 
-    moments: ClassVar[Callable[[Tensor], Tensor]] = staticmethod(gram)
-
     @abstractmethod
     def plans(self, gm: GraphModule) -> Mapping[Node, Plan]:
         """Return the linears to treat and what is to be done to each; say of others why not."""
+
+    def moments(self, x: Tensor) -> Tensor:
+        """Return what is summed over batches, of a layer's input `[..., K]`."""
+        return gram(x)
 
     @abstractmethod
     def treat(self, weight: Tensor, moments: Tensor, plan: Plan, mask: Tensor | None) -> Treated:
@@ -113,9 +115,7 @@ class _Walk(Generic[Plan]):
             self.frontier = Frontier(gm, batches, blocks, method.place)
         if not len(self.frontier):
             raise ValueError(NO_DATA)
-        self.sharing: dict[tuple[TensorKey, Plan], list[Node]] = {}
-        for node, plan in plans.items():
-            self.sharing.setdefault((TensorKey.of(weight_of(node)), plan), []).append(node)
+        self.sharing = sharing(plans)
         owners = (gm, *(block.graph_module for block in self.blocks))
         self.copies = [(owner, {n.name: n for n in owner.graph.nodes}) for owner in owners]
         self.key_of = {node.name: key for key, nodes in self.sharing.items() for node in nodes}
@@ -141,7 +141,7 @@ class _Walk(Generic[Plan]):
             self.frontier.read("found", batch, block.inputs) for batch in range(len(self.frontier))
         )
         edges = list(dict.fromkeys(inputs[name] for name in todo))
-        found = sweep(exact, batches, edges, type(self.method).moments, torch.add)
+        found = sweep(exact, batches, edges, self.method.moments, torch.add)
         sums: dict[tuple[TensorKey, Plan], Tensor] = {}
         for name in todo:
             key, mine = self.key_of[name], found[inputs[name]]
@@ -160,13 +160,32 @@ class _Walk(Generic[Plan]):
         except ValueError as error:
             raise ValueError(f"weight of {name}: {error}") from error
         for owner, copies in self.copies:
-            mine = [copies[node.name] for node in nodes if node.name in copies]
-            if mine and treated.weight is not None:
-                value = treated.weight.to(weight.dtype)
-                buffer = add_buffer(owner, f"{name}.weight_treated", value, like=mine[0])
-                for node in mine:
-                    node.update_arg(1, buffer)
-            for node in mine:
-                treat(
-                    node, type(self.method).__name__, treated.did, treated.remark, **treated.facts
-                )
+            if mine := [copies[node.name] for node in nodes if node.name in copies]:
+                install(owner, type(self.method).__name__, mine, treated)
+
+
+def sharing(plans: Mapping[Node, Plan]) -> dict[tuple[TensorKey, Plan], list[Node]]:
+    """Return the layers that have the same weight and plan, by both."""
+    found: dict[tuple[TensorKey, Plan], list[Node]] = {}
+    for node, plan in plans.items():
+        found.setdefault((TensorKey.of(weight_of(node)), plan), []).append(node)
+    return found
+
+
+def install(gm: GraphModule, by: str, nodes: Sequence[Node], treated: Treated) -> None:
+    """Give layers of a graph that share a weight what a method came to.
+
+    Args:
+        gm: their graph.
+        by: the pass that did it.
+        nodes: linears.
+        treated: what it came to; the weight is cast to the layers' dtype.
+    """
+    if treated.weight is not None:
+        before = weight_of(nodes[0])
+        name = f"{owner_name(nodes[0])}.weight_treated"
+        buffer = add_buffer(gm, name, treated.weight.to(before.dtype), like=nodes[0])
+        for node in nodes:
+            node.update_arg(1, buffer)
+    for node in nodes:
+        treat(node, by, treated.did, treated.remark, **treated.facts)
