@@ -80,9 +80,10 @@ class GPTQ(WeightMethod[QuantSpec]):
         best = round_columns(weight, moments, plan, self, mask)
         before, after = (output_error(_values(codes) - weight, moments) for codes in (plain, best))
         power = max(output_error(weight, moments), torch.finfo(torch.float64).tiny)
-        did = f"output error {after / power:.3g}, {before / power:.3g} rounded to nearest"
+        found, nearest = f"{after / power:.3g}", f"{before / power:.3g}"
+        did = f"output error {found}, {nearest} rounded to nearest"
         if not after < before:
-            best, did = plain, f"rounded to nearest: {did}"
+            best, did = plain, f"rounded to nearest: output error {nearest}, {found} by columns"
         return Treated(did, facts={"weight": best})
 
 
@@ -169,11 +170,12 @@ W4A8_LAYER = LayerSpec(
     QuantSpec(symmetric=True, granularity=PerToken(), dynamic=True),
     QuantSpec(4, granularity=PerChannel(0)),
 )
+BY_ACTIVATION = GPTQ(order="activation")
 OUTPUT = ((LAST, None),)  # the output layer, whose weight is often the embedding's, stays float
 
-W4 = Recipe("gptq_w4", (InsertObservers(W4_LAYER, overrides=OUTPUT), GPTQ(), Convert()))
-W4A8 = Recipe("gptq_w4a8", (InsertObservers(W4A8_LAYER, overrides=OUTPUT), GPTQ(), Convert()))
+W4 = Recipe("gptq_w4", (InsertObservers(W4_LAYER, overrides=OUTPUT), BY_ACTIVATION, Convert()))
+W4A8 = Recipe("gptq_w4a8", (InsertObservers(W4A8_LAYER, overrides=OUTPUT), BY_ACTIVATION, Convert()))
 W8A8 = Recipe(
     "gptq_w8a8",
-    (InsertObservers(w8a8.STATIC_LAYER, overrides=OUTPUT), Calibrate(), GPTQ(), Convert()),
+    (InsertObservers(w8a8.STATIC_LAYER, overrides=OUTPUT), Calibrate(), BY_ACTIVATION, Convert()),
 )

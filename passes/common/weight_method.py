@@ -116,8 +116,12 @@ class _Walk(Generic[Plan]):
         if not len(self.frontier):
             raise ValueError(NO_DATA)
         self.sharing = sharing(plans)
-        owners = (gm, *(block.graph_module for block in self.blocks))
-        self.copies = [(owner, {n.name: n for n in owner.graph.nodes}) for owner in owners]
+        owners = [(gm, {node.name for node in plans})]
+        owners += [(block.graph_module, set(block.layers)) for block in self.blocks]
+        self.copies = [
+            (owner, {node.name: node for node in owner.graph.nodes if node.name in layers})
+            for owner, layers in owners
+        ]
         self.key_of = {node.name: key for key, nodes in self.sharing.items() for node in nodes}
 
     def run(self, report: Reporter) -> None:
