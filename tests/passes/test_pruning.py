@@ -176,7 +176,7 @@ def test_a_report_says_how_much_of_each_layer_is_gone_and_strict_has_no_complain
     assert [row.sparsity for row in rows] == [0.5, 0.5, None]
     assert rows[0].reason.endswith("zeros are multiplied like other numbers; 50.00% pruned (2:4)")
     assert rows[2].reason == "override '<last>' keeps it dense"
-    assert "50.00% pruned (2:4)" in str(fxq.report(program)).replace("\n", " ")
+    assert "50.00% pruned" in str(fxq.report(program))
 
 
 @pytest.mark.parametrize("recipe", [pruning.SPARSEGPT_2_4_W8A8, pruning.SPARSEGPT_50_W4])
