@@ -174,7 +174,9 @@ BY_ACTIVATION = GPTQ(order="activation")
 OUTPUT = ((LAST, None),)  # the output layer, whose weight is often the embedding's, stays float
 
 W4 = Recipe("gptq_w4", (InsertObservers(W4_LAYER, overrides=OUTPUT), BY_ACTIVATION, Convert()))
-W4A8 = Recipe("gptq_w4a8", (InsertObservers(W4A8_LAYER, overrides=OUTPUT), BY_ACTIVATION, Convert()))
+W4A8 = Recipe(
+    "gptq_w4a8", (InsertObservers(W4A8_LAYER, overrides=OUTPUT), BY_ACTIVATION, Convert())
+)
 W8A8 = Recipe(
     "gptq_w8a8",
     (InsertObservers(w8a8.STATIC_LAYER, overrides=OUTPUT), Calibrate(), BY_ACTIVATION, Convert()),

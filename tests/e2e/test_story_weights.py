@@ -31,11 +31,11 @@ class Story:
         import zoo
 
         tokenizer = zoo.StoriesTokenizer()
-        encoded = [tokenizer.encode(story[:480]) for story in zoo.tinystories()[:250]]
+        encoded = [tokenizer.encode(story[:800]) for story in zoo.tinystories()]
         rows = torch.tensor([ids[:TOKENS] for ids in encoded if len(ids) >= TOKENS])
         self.model = zoo.stories260k()
-        self.data = [{"input_ids": part, "use_cache": False} for part in rows[:160].split(16)]
-        self.held_out = rows[-64:]
+        self.data = [{"input_ids": part, "use_cache": False} for part in rows[:240].split(8)]
+        self.held_out = rows[-96:]
 
     @torch.no_grad()
     def loss(self, model: nn.Module) -> float:
@@ -67,6 +67,7 @@ def story(shared_data: Path, stories: dict[Path, Story]) -> Story:
     return stories[shared_data]
 
 
+@pytest.mark.slow
 def test_gptq_loses_less_than_rounding(story: Story) -> None:
     exact = story.loss(story.model)
 
@@ -78,9 +79,8 @@ def test_gptq_loses_less_than_rounding(story: Story) -> None:
     assert_writes(story.model, program)
 
 
-@pytest.mark.parametrize(
-    "pattern", [Unstructured(0.5), pytest.param(Group(2, 4), marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), Group(2, 4)], ids=str)
 def test_better_pruners_lose_less(story: Story, pattern: Any) -> None:
     programs = [story.compressed(kind(pattern)) for kind in (Magnitude, Wanda, SparseGPT)]
 
