@@ -39,6 +39,7 @@ class Skip:
 
 
 NOT_SEEN = Skip("no pass looked at it", intended=False)
+DENSE_PRODUCT = Skip("pruned only: zeros are multiplied like other numbers", intended=True)
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,14 @@ class Layer:
             return None
         skips = [t.did for t in self.treatments if isinstance(t.did, Skip)]
         unintended = [skip for skip in skips if not skip.intended]
-        return (unintended or skips or [NOT_SEEN])[-1]
+        return (unintended or skips or [NOT_SEEN if self.mask is None else DENSE_PRODUCT])[-1]
+
+    @property
+    def sparsity(self) -> float | None:
+        """The share of its weight that a method has pruned, 0 to 1; None where none has."""
+        if self.mask is None:
+            return None
+        return 1 - int(self.mask.count_nonzero()) / max(1, self.mask.numel())
 
     @property
     def remarks(self) -> str:
@@ -150,7 +158,7 @@ def check_weight(layer: Layer, weight: Tensor) -> None:
     """Raise ValueError where what a method has fixed does not fit the weight it is of."""
     fixed, mask, spec = layer.weight, layer.mask, layer.spec
     if mask is not None:
-        _check_mask(mask, weight)
+        check_mask(mask, weight)
     if fixed is None or spec is None:
         return
     _check_codes(fixed.codes, weight, spec.weight)
@@ -164,7 +172,8 @@ def check_weight(layer: Layer, weight: Tensor) -> None:
             )
 
 
-def _check_mask(mask: Tensor, weight: Tensor) -> None:
+def check_mask(mask: Tensor, weight: Tensor) -> None:
+    """Raise ValueError where a weight is not zero although its mask is False."""
     _check_form("mask", mask, torch.bool, weight.shape)
     if bool(weight[~mask].any()):
         raise ValueError(

@@ -33,7 +33,8 @@ from fxq.layer_json import decode_value, encode_value
 from fxq.observers import RangeObserver
 from fxq.operators import LAYERS
 from fxq.passes.common.calibrate import Calibrate
-from fxq.passes.common.insert_observers import InsertObservers, is_of_graph
+from fxq.passes.common.insert_observers import InsertObservers
+from fxq.passes.common.layer_choice import is_of_graph
 from fxq.passes.common.observed_ranges import (
     ObservedLayer,
     ObservedRanges,

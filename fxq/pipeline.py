@@ -31,6 +31,7 @@ from fxq.judging import outputs_sqnr_db
 from fxq.program import Program
 from fxq.progress import Progress, Reported, reporting
 from fxq.rewriting import propagate
+from fxq.sparsity import check_masks
 
 Batches = Iterable[Sequence[Any]]  # each batch: the graph's inputs in order
 
@@ -167,6 +168,7 @@ class Recipe:
                     gm.graph.lint()
                     gm.recompile()
                 step.writes.check(gm, after=name)
+                check_masks(gm, after=name)
                 seconds = time.perf_counter() - began
                 if history is not None:
                     history.append(stage(name, seconds, gm, history[-1].graph_module))

@@ -35,6 +35,11 @@ class ReportRow:
     kernel: str | None
     reason: str
 
+    @property
+    def sparsity(self) -> float | None:
+        """The share of its weight that is pruned, 0 to 1; None where none is."""
+        return self.row.layer.sparsity
+
 
 @dataclass(frozen=True)
 class Report:
@@ -121,7 +126,9 @@ def report(program: Program, inputs: Inputs | None = None) -> Report:
     for row in account(program.graph_module, sizes):
         note = row.layer.remarks
         if row.skip is not None:
-            rows.append(ReportRow(row, "float", None, row.skip.reason))
+            pruned = "" if row.layer.mask is None else note
+            reason = "; ".join(filter(None, (row.skip.reason, pruned)))
+            rows.append(ReportRow(row, "float", None, reason))
             continue
         decision = decisions[row.node]
         status: Status = "simulated" if decision.kernel is None else "lowered"

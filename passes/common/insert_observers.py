@@ -6,43 +6,30 @@ Layers are the operators with a weight: linear and convolution. Each gets the fi
 report shows it. One observer serves all layers that read the same edge the same way.
 """
 
-import fnmatch
-from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
 from fxq.account import kind_of
 from fxq.dialect import ATEN, OBSERVED, Dialect
-from fxq.errors import MissingInputError, UnsupportedError, did_you_mean
+from fxq.errors import UnsupportedError, did_you_mean
 from fxq.graph import (
-    dtype_of,
-    input_name,
     is_constant,
-    is_op,
     is_settled,
     owner_name,
     shape_of,
-    val_of,
     weight_of,
 )
 from fxq.layer import Skip, treat
 from fxq.observers import RangeObserver
-from fxq.operators import Movement, of
+from fxq.passes.common.layer_choice import overridden
 from fxq.pipeline import Pass
 from fxq.rewriting import insert_module
 from fxq.row_choice import assumed, fitting_index, why_not_counted
 from fxq.rows import ByPosition, ByStep
 from fxq.spec import LayerSpec, PerTensor, PerToken, QuantSpec, block_of, scale_shape
-
-FIRST = "<first>"  # override key: layers that no other layer comes before, by data flow
-LAST = "<last>"  # override key: layers that no other layer comes after, by data flow
-DEPTHWISE = "<depthwise>"  # override key: convolutions whose groups have one input channel
-FIRST_OF, FIRST_INPUT = "<first of {}>", "the first input"
-SHAPE_ONLY = of(Movement.SHAPE_ONLY)  # no data goes through these
 
 TARGETS = ("linear", "conv")
 # Kinds of operators whose constants are no matrix that multiplies rows.
@@ -98,7 +85,7 @@ class InsertObservers(Pass):
     def run(self, gm: GraphModule) -> PassResult:
         """Mark layers and insert observers."""
         layers = [n for n in gm.graph.nodes if kind_of(n) in TARGETS]
-        selected = self._overridden(layers)
+        selected = overridden(layers, self.overrides, self.partial)
         layers = [n for n in layers if not is_settled(n)]
         observers: dict[tuple[Node, QuantSpec], Node] = {}
         modified, name = False, type(self).__name__
@@ -145,99 +132,10 @@ class InsertObservers(Pass):
             elif kind not in TARGETS:
                 treat(node, name, Skip(f"this recipe does not quantize {kind}", intended=True))
 
-    def _overridden(self, layers: Sequence[Node]) -> dict[Node, Override]:
-        names = {layer: owner_name(layer) for layer in layers}
-        groups = {
-            FIRST: first_layers(layers),
-            LAST: last_layers(layers),
-            DEPTHWISE: [n for n in layers if kind_of(n) == "conv" and shape_of(n.args[1])[1] == 1],
-        }
-        chosen: dict[Node, Override] = {}
-        for pattern, spec in self.overrides:
-            if pattern in groups:
-                matched: Iterable[Node] = groups[pattern]
-            elif is_of_graph(pattern):
-                matched = self._first_of(layers, pattern)
-            else:
-                matched = [n for n in layers if fnmatch.fnmatchcase(names[n], pattern)]
-                if not matched and not self.partial:
-                    raise ValueError(
-                        f"override {pattern!r} matches no layer; "
-                        f"{did_you_mean(pattern, set(names.values()))}"
-                    )
-            for layer in matched:
-                chosen.setdefault(layer, (pattern, spec))
-        return chosen
-
-    def _first_of(self, layers: Sequence[Node], pattern: str) -> list[Node]:
-        """Return the layers that read an input of the model with no layer between."""
-        if not layers:
-            return []
-        inputs = {
-            input_name(node): node
-            for node in layers[0].graph.nodes
-            if node.op == "placeholder" and isinstance(val_of(node), Tensor)
-        }
-        named = {FIRST_OF.format(name): node for name, node in inputs.items()}
-        floating = [n for n in inputs.values() if dtype_of(n).is_floating_point]
-        named |= {FIRST_OF.format(FIRST_INPUT): node for node in floating[:1]}
-        if pattern not in named:
-            if self.partial:
-                return []
-            name = pattern[len(FIRST_OF.format("")) - 1 : -1]
-            raise MissingInputError(
-                f"override {pattern!r}: no input {name!r} of the model is a tensor; "
-                f"{did_you_mean(name, inputs)}"
-            )
-        ends = {*layers, *(n for n in layers[0].graph.nodes if is_op(n, *SHAPE_ONLY))}
-        reached = _reachable([named[pattern]], lambda n: () if n in ends else n.users)
-        return [layer for layer in layers if layer in reached]
-
-
-def first_of(name: str | None = None) -> str:
-    """Return the override key of the layers that read an input of the model with no layer between,
-    by data flow.
-
-    `FIRST` has a layer for each input that goes through one: of a diffusion model, that of the
-    noisy sample and that of the time-step.
-
-    Args:
-        name: of the argument; None for the first floating-point one.
-    """
-    return FIRST_OF.format(FIRST_INPUT if name is None else name)
-
-
-def is_of_graph(pattern: str) -> bool:
-    """Tell whether an override goes by the data flow of a whole graph, not by a name."""
-    return pattern in (FIRST, LAST) or pattern.startswith(FIRST_OF.format("")[:-1])
-
 
 def _has_weight(node: Node) -> bool:
     """Tell whether a product is one of a constant and something that is not."""
     return len({is_constant(operand) for operand in node.all_input_nodes}) == 2
-
-
-def first_layers(layers: Sequence[Node]) -> list[Node]:
-    """Return the layers whose input does not depend on another layer."""
-    downstream = _reachable(layers, lambda n: list(n.users))
-    return [n for n in layers if n not in downstream]
-
-
-def last_layers(layers: Sequence[Node]) -> list[Node]:
-    """Return the layers whose output no other layer depends on."""
-    upstream = _reachable(layers, lambda n: n.all_input_nodes)
-    return [n for n in layers if n not in upstream]
-
-
-def _reachable(starts: Sequence[Node], neighbours: Callable[[Node], Iterable[Node]]) -> set[Node]:
-    seen: set[Node] = set()
-    stack = [m for n in starts for m in neighbours(n)]
-    while stack:
-        node = stack.pop()
-        if node not in seen:
-            seen.add(node)
-            stack += neighbours(node)
-    return seen
 
 
 def _index(gm: GraphModule, layer: Node, spec: LayerSpec) -> tuple[Node | None, str, str]:

@@ -14,7 +14,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 import fxq
 from fxq.account import account
 from fxq.dialect import ATEN, OBSERVED, Dialect
-from fxq.errors import SkippedError
+from fxq.errors import PassError, SkippedError
 from fxq.formats import Float8
 from fxq.graph import is_op, weight_of
 from fxq.layer import NOT_SEEN, Layer, Skip, Treatment, WeightCodes, layer_of, set_facts, treat
@@ -350,7 +350,7 @@ def test_the_kernel_has_the_record_of_its_layer() -> None:
 def test_a_mask_over_weights_that_are_not_zero_is_refused() -> None:
     recipe = Recipe("half", (Halve(keep_weights=True), InsertObservers(W4), Convert()))
 
-    with pytest.raises(ValueError, match="mask: expected zeros where it is False"):
+    with pytest.raises(PassError, match="a after Halve: mask: expected zeros where it is False"):
         fxq.compress(TwoLayers().eval(), torch.randn(2, 16), recipe)
 
 

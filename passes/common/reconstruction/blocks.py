@@ -14,7 +14,7 @@ reads them; what changes between calls is an input.
 """
 
 import fnmatch
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -29,6 +29,7 @@ from fxq.operators import ADD
 MAX_LAYERS = 24  # in a block; a module with more is cut like what is in no block
 
 Path = tuple[str, str]  # a module's qualified name and class
+Judge = Callable[[Node], bool]  # whether a node is a layer to be treated
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +42,7 @@ class Block:
             tensors and observers with the whole.
         inputs: names of nodes of the whole: its inputs, its state, or outputs of blocks before.
         outputs: names of nodes of the whole that later blocks or its results read.
-        layers: names of the nodes that are to be quantized, in order.
+        layers: names of the nodes that are to be treated, in order.
     """
 
     name: str
@@ -51,34 +52,38 @@ class Block:
     layers: tuple[str, ...]
 
 
-def cut(gm: GraphModule, patterns: Sequence[str] = ()) -> list[Block]:
+def cut(
+    gm: GraphModule, patterns: Sequence[str] = (), layers: Collection[Node] | None = None
+) -> list[Block]:
     """Cut a graph into blocks, in order; what is after the last layer is one without layers.
 
     Args:
-        gm: in the OBSERVED dialect.
+        gm: in the ATEN or OBSERVED dialect.
         patterns: qualified names of modules with shell wildcards (`"blocks.*"`); of modules in one
             another the outermost match is the block. None: found from the graph.
+        layers: nodes that are to be treated; those that are to be quantized unless given.
     Raises:
         ValueError: a pattern that matches no module.
     """
+    is_layer = _is_pending if layers is None else layers.__contains__
     nodes = [node for node in gm.graph.nodes if _computes(node)]
     sums = _residual_sums(nodes)
     homes = _named(nodes, patterns) if patterns else _residual(nodes, sums)
     parts: list[tuple[str, list[Node]]] = []
     for home, group in groupby(nodes, key=lambda node: homes.get(node, "")):
         run = list(group)
-        if home and sum(map(_is_layer, run)) <= MAX_LAYERS:
+        if home and sum(map(is_layer, run)) <= MAX_LAYERS:
             parts.append((home, run))
         else:
-            parts += [("", piece) for piece in _pieces(run, sums)]
-    return [_extract(gm, name, part) for name, part in _joined(parts)]
+            parts += [("", piece) for piece in _pieces(run, sums, is_layer)]
+    return [_extract(gm, name, part, is_layer) for name, part in _joined(parts, is_layer)]
 
 
 def _computes(node: Node) -> bool:
     return node.op not in ("placeholder", "get_attr", "call_module", "output")
 
 
-def _is_layer(node: Node) -> bool:
+def _is_pending(node: Node) -> bool:
     return layer_of(node).is_pending
 
 
@@ -145,13 +150,13 @@ def _named(nodes: Sequence[Node], patterns: Sequence[str]) -> dict[Node, str]:
     return {node: next((path for path, _ in _stack(node) if path in matched), "") for node in nodes}
 
 
-def _pieces(run: Sequence[Node], sums: set[Node]) -> list[list[Node]]:
+def _pieces(run: Sequence[Node], sums: set[Node], is_layer: Judge) -> list[list[Node]]:
     """Cut what is in no block after each residual sum; a piece without one after each layer."""
     pieces = _cut_after(run, sums)
     return [
         part
         for piece in pieces
-        for part in ([piece] if piece[-1] in sums else _cut_after(piece, filter(_is_layer, piece)))
+        for part in ([piece] if piece[-1] in sums else _cut_after(piece, filter(is_layer, piece)))
     ]
 
 
@@ -165,20 +170,22 @@ def _cut_after(run: Sequence[Node], ends: Iterable[Node]) -> list[list[Node]]:
     return [*parts, part] if part else parts
 
 
-def _joined(parts: Iterable[tuple[str, list[Node]]]) -> list[tuple[str, list[Node]]]:
+def _joined(
+    parts: Iterable[tuple[str, list[Node]]], is_layer: Judge
+) -> list[tuple[str, list[Node]]]:
     """Give parts without a layer to the next one that has one, and name every part."""
     joined: list[tuple[str, list[Node]]] = []
     waiting: list[Node] = []
     for name, part in parts:
         waiting += part
-        layers = [node for node in part if _is_layer(node)]
+        layers = [node for node in part if is_layer(node)]
         if layers:
             joined.append((name or owner_name(layers[0]), waiting))
             waiting = []
     return [*joined, ("results", waiting)] if waiting else joined
 
 
-def _extract(gm: GraphModule, name: str, part: Sequence[Node]) -> Block:
+def _extract(gm: GraphModule, name: str, part: Sequence[Node], is_layer: Judge) -> Block:
     """Make a part a graph of its own."""
     inside, graph = set(part), Graph()
     copies: dict[Node, Node] = {}
@@ -219,7 +226,7 @@ def _extract(gm: GraphModule, name: str, part: Sequence[Node]) -> Block:
         GraphModule(gm, graph),
         tuple(node.name for node in inputs),
         tuple(node.name for node in outputs),
-        tuple(node.name for node in part if _is_layer(node)),
+        tuple(node.name for node in part if is_layer(node)),
     )
 
 

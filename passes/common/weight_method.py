@@ -1,0 +1,195 @@
+"""Weight methods: passes that choose each weight by the second moments of what its layer is given.
+
+    for each block in order
+        moments   of the inputs of its layers, on what the treated blocks before it give
+        treat     each weight, with the moments of all layers that have it
+        run       the treated block, quantized where it is to be, for the next one's inputs
+
+One block's moments are held at a time. A method answers one question, `treat`.
+"""
+
+from abc import abstractmethod
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.fx.passes.infra.pass_base import PassResult
+
+from fxq.calibrate import NO_DATA, sweep
+from fxq.graph import args_of, owner_name, weight_of
+from fxq.identity import TensorKey
+from fxq.layer import layer_of, treat
+from fxq.passes.common.convert import Convert
+from fxq.passes.common.reconstruction.blocks import Block, cut
+from fxq.passes.common.reconstruction.frontier import Frontier, Place
+from fxq.passes.common.second_moments import gram
+from fxq.passes.common.student import without_observers
+from fxq.pipeline import Batches, DataPass
+from fxq.progress import Reported, Reporter
+from fxq.rewriting import add_buffer, copy_graph, erase_dead
+from fxq.row_choice import counted_steps
+
+Plan = TypeVar("Plan", bound=Hashable)  # what a method is to do to a layer
+
+
+@dataclass(frozen=True, eq=False)
+class Treated:
+    """What a method came to.
+
+    Args:
+        did: for the layer's record.
+        remark: for the report.
+        weight: what takes the weight's place, in its shape; None where it stays.
+        facts: fields of the record that are known now.
+    """
+
+    did: str
+    remark: str = ""
+    weight: Tensor | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightMethod(DataPass, Generic[Plan]):
+    """A method that needs the second moments of each layer's input. Subclass as a frozen dataclass.
+
+    Layers that share a weight are treated once, on the sum of their moments within the first block
+    that has it.
+
+    Args:
+        blocks: qualified names of modules with shell wildcards; found from the graph unless given.
+        place: where the values between blocks are kept: "device", "cpu" or "disk".
+    """
+
+    blocks: tuple[str, ...] = ()
+    place: Place = "device"
+
+    @abstractmethod
+    def plans(self, gm: GraphModule) -> Mapping[Node, Plan]:
+        """Return the linears to treat and what is to be done to each; say of others why not."""
+
+    def moments(self, x: Tensor) -> Tensor:
+        """Return what is summed over batches, of a layer's input `[..., K]`."""
+        return gram(x)
+
+    @abstractmethod
+    def treat(self, weight: Tensor, moments: Tensor, plan: Plan, mask: Tensor | None) -> Treated:
+        """Choose a weight.
+
+        Args:
+            weight: `[N, K]`, fp32, finite.
+            moments: of the input, as `self.moments` gives them, fp64.
+            plan: what is to be done.
+            mask: which weights an earlier pass has kept `[N, K]`, None for all.
+        """
+
+    def run(self, gm: GraphModule, data: Batches) -> PassResult:
+        """Treat all weights. Under `torch.distributed` each process gives its own batches, and all
+        end with the same weights."""
+        plans = self.plans(gm)
+        if plans:
+            report = data.report if isinstance(data, Reported) else Reporter(None)
+            _Walk(self, gm, data, plans).run(report)
+            erase_dead(gm)
+        return PassResult(gm, modified=bool(plans))
+
+
+class _Walk(Generic[Plan]):
+    """One run of a method over the blocks of a graph."""
+
+    def __init__(
+        self,
+        method: WeightMethod[Plan],
+        gm: GraphModule,
+        data: Batches,
+        plans: Mapping[Node, Plan],
+    ) -> None:
+        self.method, self.gm = method, gm
+        blocks = cut(gm, method.blocks, plans)
+        last = max(k for k, block in enumerate(blocks) if block.layers)
+        self.blocks = blocks[: last + 1]
+        with counted_steps(gm, data) as batches:
+            self.frontier = Frontier(gm, batches, blocks, method.place)
+        if not len(self.frontier):
+            raise ValueError(NO_DATA)
+        self.sharing = sharing(plans)
+        owners = [(gm, {node.name for node in plans})]
+        owners += [(block.graph_module, set(block.layers)) for block in self.blocks]
+        self.copies = [
+            (owner, {node.name: node for node in owner.graph.nodes if node.name in layers})
+            for owner, layers in owners
+        ]
+        self.key_of = {node.name: key for key, nodes in self.sharing.items() for node in nodes}
+
+    def run(self, report: Reporter) -> None:
+        """Treat block by block."""
+        total = len(self.blocks)
+        with report.task(type(self.method).__name__, "blocks", total) as task:
+            for k, block in enumerate(self.blocks):
+                if todo := [name for name in block.layers if self.key_of[name] in self.sharing]:
+                    self._treat(block, todo)
+                if k + 1 < total:
+                    treated = Convert().run(copy_graph(block.graph_module)).graph_module
+                    self.frontier.run("found", block, treated)
+                    self.frontier.forget(k)
+                task.advance()
+
+    def _treat(self, block: Block, todo: Sequence[str]) -> None:
+        """Treat the weights that no block before has."""
+        exact = without_observers(block.graph_module)
+        inputs: dict[str, Node] = {n.name: args_of(n)[0] for n in exact.graph.nodes if n.args}
+        batches = (
+            self.frontier.read("found", batch, block.inputs) for batch in range(len(self.frontier))
+        )
+        edges = list(dict.fromkeys(inputs[name] for name in todo))
+        found = sweep(exact, batches, edges, self.method.moments, torch.add)
+        sums: dict[tuple[TensorKey, Plan], Tensor] = {}
+        for name in todo:
+            key, mine = self.key_of[name], found[inputs[name]]
+            sums[key] = sums[key] + mine if key in sums else mine
+        for key, moments in sums.items():
+            self._choose(self.sharing.pop(key), key[1], moments)
+
+    def _choose(self, nodes: Sequence[Node], plan: Plan, moments: Tensor) -> None:
+        """Treat one weight, for all layers that have it."""
+        weight, name = weight_of(nodes[0]), owner_name(nodes[0])
+        if not bool(moments.isfinite().all()):
+            raise ValueError(f"input of {name}: expected finite values, found NaN or Inf in data=")
+        layer = layer_of(nodes[0])
+        try:
+            treated = self.method.treat(weight.detach().float(), moments, plan, layer.mask)
+        except ValueError as error:
+            raise ValueError(f"weight of {name}: {error}") from error
+        for owner, copies in self.copies:
+            if mine := [copies[node.name] for node in nodes if node.name in copies]:
+                install(owner, type(self.method).__name__, mine, treated)
+
+
+def sharing(plans: Mapping[Node, Plan]) -> dict[tuple[TensorKey, Plan], list[Node]]:
+    """Return the layers that have the same weight and plan, by both."""
+    found: dict[tuple[TensorKey, Plan], list[Node]] = {}
+    for node, plan in plans.items():
+        found.setdefault((TensorKey.of(weight_of(node)), plan), []).append(node)
+    return found
+
+
+def install(gm: GraphModule, by: str, nodes: Sequence[Node], treated: Treated) -> None:
+    """Give layers of a graph that share a weight what a method came to.
+
+    Args:
+        gm: their graph.
+        by: the pass that did it.
+        nodes: linears.
+        treated: what it came to; the weight is cast to the layers' dtype.
+    """
+    if treated.weight is not None:
+        before = weight_of(nodes[0])
+        name = f"{owner_name(nodes[0])}.weight_treated"
+        buffer = add_buffer(gm, name, treated.weight.to(before.dtype), like=nodes[0])
+        for node in nodes:
+            node.update_arg(1, buffer)
+    for node in nodes:
+        treat(node, by, treated.did, treated.remark, **treated.facts)
