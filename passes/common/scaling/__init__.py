@@ -10,7 +10,13 @@ What is where:
     planting              the inverse, for measuring methods
 """
 
-from fxq.passes.common.scaling.equivalent_scaling import Candidate, EquivalentScaling
+from fxq.passes.common.scaling.equivalent_scaling import (
+    Candidate,
+    EquivalentScaling,
+    Operands,
+    admissible,
+    operands,
+)
 from fxq.passes.common.scaling.fold import Scaling, fold_scaling
 from fxq.passes.common.scaling.planting import plant_imbalance
 from fxq.passes.common.scaling.sites import ScaleSite, ScaleSites, scale_sites
@@ -20,11 +26,14 @@ __all__ = [
     "Candidate",
     "Consumer",
     "EquivalentScaling",
+    "Operands",
     "ScaleSite",
     "ScaleSites",
     "Scaling",
     "Statistics",
+    "admissible",
     "fold_scaling",
+    "operands",
     "plant_imbalance",
     "scale_sites",
 ]
