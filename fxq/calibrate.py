@@ -113,7 +113,7 @@ def sweep(
             runner.run(*inputs)
     found = runner.found
     if n_processes() > 1:
-        parts = _gather([found.get(node) for node in edges], _device(gm))
+        parts = gather([found.get(node) for node in edges], _device(gm))
         found = {n: functools.reduce(combine, p) for n, p in zip(edges, parts, strict=True) if p}
     if len(found) < len(set(edges)):
         raise ValueError(NO_DATA)
@@ -199,7 +199,7 @@ def _device(gm: fx.GraphModule) -> torch.device:
     return next(itertools.chain(gm.parameters(), gm.buffers()), torch.empty(0)).device
 
 
-def _gather(found: list[Tensor | None], device: torch.device) -> list[list[Tensor]]:
+def gather(found: Sequence[Tensor | None], device: torch.device) -> list[list[Tensor]]:
     """Return each edge's statistics of the processes that have one, in rank order, on `device`."""
     parts: list[list[Tensor | None]] = [[] for _ in range(n_processes())]
     dist.all_gather_object(parts, [None if s is None else s.cpu() for s in found])

@@ -9,7 +9,7 @@ report shows it. One observer serves all layers that read the same edge the same
 import fnmatch
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 from torch.fx import GraphModule, Node
@@ -35,7 +35,7 @@ from fxq.operators import Movement, of
 from fxq.pipeline import Pass
 from fxq.rewriting import insert_module
 from fxq.row_choice import assumed, index_of, why_not_counted, why_unfit
-from fxq.rows import ByPosition, ByStep
+from fxq.rows import EVERY, ByPosition, ByStep
 from fxq.spec import LayerSpec, PerTensor, PerToken, QuantSpec, block_of, scale_shape
 
 FIRST = "<first>"  # override key: layers that no other layer comes before, by data flow
@@ -268,6 +268,8 @@ def _fitted(layer: Node, spec: LayerSpec) -> tuple[LayerSpec, str]:
         if not activation.dynamic and (len(shape) < 3 or not isinstance(shape[-2], int)):
             remark = f"one scale for all rows: no fixed token axis in {list(shape)}"
             activation = replace(activation, granularity=PerTensor())
+    if isinstance(activation.rows, ByPosition) and activation.rows.count == EVERY:
+        activation, remark = _counted(activation, activation.rows, shape)
     block = block_of(activation.granularity, len(shape), dynamic=activation.dynamic)
     sizes = scale_shape(shape, block)
     if not activation.dynamic and any(not isinstance(size, int) for size in sizes):
@@ -279,6 +281,18 @@ def _fitted(layer: Node, spec: LayerSpec) -> tuple[LayerSpec, str]:
     if isinstance(activation.rows, ByPosition) and kind_of(layer) == "conv":
         raise UnsupportedError("rows by position need [..., token, channel], found a convolution")
     return replace(spec, activation=activation), remark
+
+
+def _counted(spec: QuantSpec, rows: ByPosition, shape: Sequence[Any]) -> tuple[QuantSpec, str]:
+    """Return a spec with a row for every position of an edge, and what to know about it."""
+    if len(shape) < 3:
+        return replace(spec, rows=None), f"one scale for all rows: no token axis in {list(shape)}"
+    if not isinstance(shape[-2], int):
+        raise UnsupportedError(
+            f"rows {rows} need to know how many positions there are, found a free number of tokens "
+            f"in {list(shape)}; give ByPosition(count)"
+        )
+    return replace(spec, rows=replace(rows, count=shape[-2])), ""
 
 
 def _observe(

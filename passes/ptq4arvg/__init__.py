@@ -14,6 +14,8 @@ Departures from the paper and its published code:
   division by zero.
 - dx is the error of the quantizer that the recipe will have, where the published code takes that
   of the largest channel alone.
+- Positions are grouped by the data (`fxq.passes.common.GroupPositions`), where the published code
+  lists groups for each model; further departures of the quantizers are in `recipes`.
 - Samples are ranked by the distance of their pooled features in one set with a shrunk covariance.
   The published code takes the first token's, whitens conditional and unconditional samples apart,
   and uses their distances for the ratio of the two alone.
@@ -21,5 +23,15 @@ Departures from the paper and its published code:
 
 from fxq.passes.ptq4arvg.calibration import choose, mahalanobis, pooled_features
 from fxq.passes.ptq4arvg.gain_projected import GainProjected
+from fxq.passes.ptq4arvg.recipes import W4A8, W6A6, W8A8, token_wise
 
-__all__ = ["GainProjected", "choose", "mahalanobis", "pooled_features"]
+__all__ = [
+    "W4A8",
+    "W6A6",
+    "W8A8",
+    "GainProjected",
+    "choose",
+    "mahalanobis",
+    "pooled_features",
+    "token_wise",
+]

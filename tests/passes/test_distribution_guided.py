@@ -1,4 +1,4 @@
-"""Distribution-guided calibration: distances against scikit-learn's covariance, and what is kept."""
+"""Distribution-guided calibration: distances against scikit-learn's, and what is kept."""
 
 import pytest
 import torch
