@@ -114,7 +114,7 @@ def sweep(
             runner.run(*inputs)
     found = runner.found
     if n_processes() > 1:
-        parts = _gather([found.get(node) for node in edges], _device(gm))
+        parts = gather_statistics([found.get(node) for node in edges], _device(gm))
         found = {n: functools.reduce(combine, p) for n, p in zip(edges, parts, strict=True) if p}
     if len(found) < len(set(edges)):
         raise ValueError(NO_DATA)
@@ -209,7 +209,7 @@ def gather(value: Item) -> list[Item]:
     return found
 
 
-def _gather(found: list[Tensor | None], device: torch.device) -> list[list[Tensor]]:
+def gather_statistics(found: Sequence[Tensor | None], device: torch.device) -> list[list[Tensor]]:
     """Return each edge's statistics of the processes that have one, in rank order, on `device`."""
     parts = gather([None if s is None else s.cpu() for s in found])
     return [[s.to(device) for s in edge if s is not None] for edge in zip(*parts, strict=True)]

@@ -85,7 +85,16 @@ class RangeObserver(nn.Module):
                 "capture without that dynamic dimension, or use dynamic=True or PerTensor()"
             )
         self.scale_shape = scale_shape([int(size) for size in varying], self.block)
-        rows = () if spec.rows is None else (spec.rows.count,)
+        if spec.rows is not None and spec.rows.count < 1:
+            raise ValueError(
+                f"an observer needs a number of rows, found {spec.rows} at {name}; give "
+                "ByPosition(count)"
+            )
+        self.groups: Tensor | None = None  # which range each row has; None: its own
+        self._allocate(() if spec.rows is None else (spec.rows.count,))
+
+    def _allocate(self, rows: tuple[int, ...]) -> None:
+        """Begin with a state for each of some rows, or with one."""
         self.register_buffer("n_values", torch.zeros(rows, dtype=torch.int64))
         self.register_buffer("low", torch.full((*rows, *self.scale_shape), torch.inf))
         self.register_buffer("high", torch.full((*rows, *self.scale_shape), -torch.inf))
@@ -94,11 +103,32 @@ class RangeObserver(nn.Module):
         # What searching a range gave, and for how many values it did.
         self.searched: tuple[int, Tensor, Tensor] | None = None
         self.bits = 0  # mantissa bits of the histogram's grid, 0 without one
-        if isinstance(spec.observer, Percentile | MeanSquaredError | Entropy):
+        if isinstance(self.spec.observer, Percentile | MeanSquaredError | Entropy):
             entries = self.low.numel()
             self.bits = mantissa_bits(entries)
             counts = torch.zeros(entries, n_bins(self.bits), dtype=torch.int64)
             self.register_buffer("histogram", counts)
+
+    def share_rows(self, groups: Tensor) -> None:
+        """Let rows share a range, and forget everything seen.
+
+        Args:
+            groups: number of the range that each row has `[rows]`, int64, from 0 on, none left out.
+        Raises:
+            ValueError: no number for each row, or a number that no row has.
+        """
+        rows = 0 if self.spec.rows is None else self.spec.rows.count
+        numbers = groups.unique()
+        every = torch.arange(len(numbers), device=groups.device)
+        if groups.shape != (rows,) or not torch.equal(numbers, every):
+            raise ValueError(
+                f"groups at {self.name}: expected a number from 0 on for each of {rows} rows, "
+                f"found {groups.tolist()[:8]} of shape {list(groups.shape)}"
+            )
+        device = self.low.device
+        self.groups, self.searched = groups.clone(), None
+        self._allocate((len(numbers),))
+        self.to(device)
 
     @property
     def count(self) -> int:
@@ -107,7 +137,7 @@ class RangeObserver(nn.Module):
 
     @property
     def rows_without_data(self) -> list[int]:
-        """Rows that saw no value. The nearest row that did stands for them."""
+        """Rows, or groups of them, that saw no value. The nearest that did stands for them."""
         if self.spec.rows is None:
             return []
         return (self.n_values.reshape(-1) == 0).nonzero().flatten().tolist()
@@ -137,6 +167,8 @@ class RangeObserver(nn.Module):
         Raises:
             ValueError: `x` is not finite, or needs a scale of another shape.
         """
+        if index is not None and self.groups is not None:
+            index = self.groups.to(index.device)[index]
         with torch.no_grad():
             self._observe(x.detach(), index)
         return x
@@ -262,6 +294,8 @@ class RangeObserver(nn.Module):
         )
         if spec.rows is not None:
             nearest = self._nearest_rows_with_data()
+            if self.groups is not None:
+                nearest = nearest[self.groups.to(nearest.device)]
             scale, zero_point = scale[nearest], zero_point[nearest]
         scale = scale if self.trained_scale is None else self.trained_scale
         trained = self.trained_zero_point
@@ -280,9 +314,11 @@ class RangeObserver(nn.Module):
             ValueError: the two observe differently.
             UnsupportedError: both are `MovingAverage` and have seen data, or a scale was trained.
         """
-        if self.spec != other.spec or self.scale_shape != other.scale_shape:
+        same = self.spec == other.spec and self.scale_shape == other.scale_shape
+        shared = [None if o.groups is None else o.groups.tolist() for o in (self, other)]
+        if not same or shared[0] != shared[1]:
             raise ValueError(
-                "observers merge if they have the same spec and scale shape, found "
+                "observers merge if they have the same spec, scale shape and shared rows, found "
                 f"{self.spec} {self.scale_shape} at {self.name} and "
                 f"{other.spec} {other.scale_shape} at {other.name}"
             )

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+EVERY = -1  # count of positions: as many as the token axis has when the graph is captured
+
 
 @dataclass(frozen=True)
 class ByTimestep:
@@ -81,8 +83,11 @@ class ByStep:
 class ByPosition:
     """By the position of a token in its sequence: each token has a row.
 
+    Neighbours may share a range (`fxq.passes.common.GroupPositions`): their rows are equal then.
+
     Args:
-        count: number of rows.
+        count: number of rows. `EVERY` is replaced by the number of tokens of each layer; one
+            without a token axis has one row.
         name: of the model's argument that holds positions `[T]` or `[B, T]`, such as
             `cache_position`: prefill and decode then have the same row for the same token. None
             counts along the token axis, the second to last.
@@ -102,5 +107,7 @@ Rows = ByTimestep | ByStep | ByPosition
 
 
 def _check_count(rows: ByStep | ByPosition) -> None:
+    if isinstance(rows, ByPosition) and rows.count == EVERY:
+        return
     if type(rows.count) is not int or rows.count < 1:
         raise ValueError(f"{type(rows).__name__}.count: expected 1 or more, found {rows.count!r}")

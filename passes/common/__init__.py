@@ -7,6 +7,7 @@ from fxq.passes.common.decompose_attention import DecomposeAttention
 from fxq.passes.common.fake_quantize import fake_quantize
 from fxq.passes.common.float_function import check_float_function, float_difference
 from fxq.passes.common.fold_batch_norm import FoldBatchNorm
+from fxq.passes.common.group_positions import GroupPositions
 from fxq.passes.common.insert_observers import InsertObservers
 from fxq.passes.common.layer_choice import DEPTHWISE, FIRST, LAST, first_of
 from fxq.passes.common.observe_activations import ObserveActivations
@@ -27,6 +28,7 @@ __all__ = [
     "Convert",
     "DecomposeAttention",
     "FoldBatchNorm",
+    "GroupPositions",
     "InsertObservers",
     "ObserveActivations",
     "SplitConcatenations",

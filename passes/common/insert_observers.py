@@ -6,8 +6,9 @@ Layers are the operators with a weight: linear and convolution. Each gets the fi
 report shows it. One observer serves all layers that read the same edge the same way.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
@@ -28,7 +29,7 @@ from fxq.passes.common.layer_choice import overridden
 from fxq.pipeline import Pass
 from fxq.rewriting import insert_module
 from fxq.row_choice import assumed, fitting_index, why_not_counted
-from fxq.rows import ByPosition, ByStep
+from fxq.rows import EVERY, ByPosition, ByStep
 from fxq.spec import LayerSpec, PerTensor, PerToken, QuantSpec, block_of, scale_shape
 
 TARGETS = ("linear", "conv")
@@ -165,6 +166,8 @@ def _fitted(layer: Node, spec: LayerSpec) -> tuple[LayerSpec, str]:
         if not activation.dynamic and (len(shape) < 3 or not isinstance(shape[-2], int)):
             remark = f"one scale for all rows: no fixed token axis in {list(shape)}"
             activation = replace(activation, granularity=PerTensor())
+    if isinstance(activation.rows, ByPosition) and activation.rows.count == EVERY:
+        activation, remark = _counted(activation, activation.rows, shape)
     block = block_of(activation.granularity, len(shape), dynamic=activation.dynamic)
     sizes = scale_shape(shape, block)
     if not activation.dynamic and any(not isinstance(size, int) for size in sizes):
@@ -176,6 +179,18 @@ def _fitted(layer: Node, spec: LayerSpec) -> tuple[LayerSpec, str]:
     if isinstance(activation.rows, ByPosition) and kind_of(layer) == "conv":
         raise UnsupportedError("rows by position need [..., token, channel], found a convolution")
     return replace(spec, activation=activation), remark
+
+
+def _counted(spec: QuantSpec, rows: ByPosition, shape: Sequence[Any]) -> tuple[QuantSpec, str]:
+    """Return a spec with a row for every position of an edge, and what to know about it."""
+    if len(shape) < 3:
+        return replace(spec, rows=None), f"one scale for all rows: no token axis in {list(shape)}"
+    if not isinstance(shape[-2], int):
+        raise UnsupportedError(
+            f"rows {rows} need to know how many positions there are, found a free number of tokens "
+            f"in {list(shape)}; give ByPosition(count)"
+        )
+    return replace(spec, rows=replace(rows, count=shape[-2])), ""
 
 
 def _observe(

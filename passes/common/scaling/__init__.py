@@ -13,7 +13,10 @@ What is where:
 from fxq.passes.common.scaling.equivalent_scaling import (
     Candidate,
     EquivalentScaling,
+    Operands,
+    admissible,
     apply_scalings,
+    operands,
     wanted,
 )
 from fxq.passes.common.scaling.fold import Scaling, fold_scaling
@@ -25,12 +28,15 @@ __all__ = [
     "Candidate",
     "Consumer",
     "EquivalentScaling",
+    "Operands",
     "ScaleSite",
     "ScaleSites",
     "Scaling",
     "Statistics",
+    "admissible",
     "apply_scalings",
     "fold_scaling",
+    "operands",
     "plant_imbalance",
     "scale_sites",
     "wanted",

@@ -204,6 +204,34 @@ def quantization_loss(
 def _consumer_loss(
     fitted: Consumer, judged: Consumer, candidate: Candidate, layer: LayerSpec
 ) -> float:
+    under = operands(fitted, judged, candidate, layer)
+    exact = _product(under.rows, under.weight)
+    error = _product(under.quantized_rows, under.quantized_weight) - exact
+    size = _product(judged.rows, judged.weight).square().sum()
+    return float(error.square().sum() / size.clamp(min=torch.finfo(torch.float32).tiny))
+
+
+class Operands(NamedTuple):
+    """What a consumer multiplies under a candidate, and what quantization makes of it: rows
+    `[R, K]` and the weight `[N, K, ...]`, fp32."""
+
+    rows: Tensor
+    quantized_rows: Tensor
+    weight: Tensor
+    quantized_weight: Tensor
+
+
+def operands(
+    fitted: Consumer, judged: Consumer, candidate: Candidate, layer: LayerSpec
+) -> Operands:
+    """Return a consumer's input and weight under a candidate.
+
+    Args:
+        fitted: statistics that quantizers have their range from.
+        judged: of the same consumer, with the rows.
+        candidate: scale and shift.
+        layer: how activations and weights are quantized.
+    """
     device, original = judged.rows.device, judged.weight
     scale = fitted.part.spread(candidate.scale, 1.0).float().to(device)
     shift: Tensor | float = 0.0
@@ -217,9 +245,7 @@ def _consumer_loss(
         quantized = _fake_quantize_rows(rows, seen, layer.activation)
     codes, step, zero = quantize_weight(weight, layer.weight)
     approximate = numerics.dequantize(codes, step, zero, torch.float32)
-    error = _product(quantized, approximate) - _product(rows, weight)
-    size = _product(judged.rows, original).square().sum()
-    return float(error.square().sum() / size.clamp(min=torch.finfo(torch.float32).tiny))
+    return Operands(rows, quantized, weight, approximate)
 
 
 def _product(rows: Tensor, weight: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ processes, and the statistics of two sets of rows merge.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -65,12 +65,12 @@ class Statistics:
     @cached_property
     def low(self) -> Tensor:
         """Smallest activation per channel `[n_channels]`, fp32."""
-        return self._reduce([c.low for c in self.consumers], "amin")
+        return self.reduce([c.low for c in self.consumers], "amin")
 
     @cached_property
     def high(self) -> Tensor:
         """Largest activation per channel `[n_channels]`, fp32."""
-        return self._reduce([c.high for c in self.consumers], "amax")
+        return self.reduce([c.high for c in self.consumers], "amax")
 
     @property
     def amax(self) -> Tensor:
@@ -80,11 +80,19 @@ class Statistics:
     @cached_property
     def weight_amax(self) -> Tensor:
         """Largest magnitude of a weight per channel, over all consumers `[n_channels]`, fp32."""
-        return self._reduce([_column_amax(c.weight) for c in self.consumers], "amax")
+        return self.reduce([_column_amax(c.weight) for c in self.consumers], "amax")
 
-    def _reduce(self, values: Sequence[Tensor], how: str) -> Tensor:
-        start = torch.inf if how == "amin" else -torch.inf
-        total = torch.full((self.site.n_channels,), start)
+    def reduce(self, values: Sequence[Tensor], how: Literal["amin", "amax", "sum"]) -> Tensor:
+        """Return what the consumers have for each channel of the site, put together.
+
+        Args:
+            values: of each consumer, per input channel `[K]`.
+            how: what becomes of several of one channel; a sum stacks the consumers.
+        Returns:
+            `[n_channels]`, in the dtype of the values.
+        """
+        start = {"amin": torch.inf, "amax": -torch.inf, "sum": 0.0}[how]
+        total = torch.full((self.site.n_channels,), start, dtype=values[0].dtype)
         for consumer, value in zip(self.consumers, values, strict=True):
             mine = consumer.part.channels >= 0
             channels = consumer.part.channels[mine]
