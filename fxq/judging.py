@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxq.account import kind_of
@@ -28,8 +28,22 @@ from fxq.teacher_forcing import Call, compare_layer
 # -3 dB, no weight at all 0, a quarter of the rows wrong 3.
 MIN_LAYER_DB = 5.0
 MIN_OUTPUT_DB = 0.0  # below, returning zeros would be closer
+FAR_DB = 10.0  # below, `fxq.compress` warns
 N_SHOWN = 5
 WITH_WEIGHT = ("linear", "conv", "transposed conv")
+
+
+class Recorder(Interpreter):
+    """Runs a graph and keeps the value of every node."""
+
+    def __init__(self, gm: GraphModule) -> None:
+        super().__init__(gm, garbage_collect_values=False)
+        self.values: dict[str, Any] = {}
+
+    def run_node(self, n: Node) -> Any:
+        """Run a node and keep what it gives."""
+        self.values[n.name] = super().run_node(n)
+        return self.values[n.name]
 
 
 @dataclass(frozen=True)
@@ -110,7 +124,7 @@ class Judgement:
 def judge(
     gm: GraphModule,
     recorded: Mapping[str, Any],
-    results: Sequence[Any],
+    results: Sequence[Any] | None,
     model: nn.Module | ExportedProgram,
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
@@ -120,7 +134,7 @@ def judge(
     Args:
         gm: the graph of a program.
         recorded: the value of each of its nodes, by name, from a run on the arguments.
-        results: what it returned, the model's results only.
+        results: what it returned, the model's results only; None compares layers alone.
         model: the float model, or what torch.export made of it; left as it is, buffers too.
         args: positional arguments of the call.
         kwargs: keyword arguments.
@@ -144,8 +158,46 @@ def judge(
             for path, nodes in by_module.items()
             for check in _compare(nodes, modules[path], calls[path], recorded)
         }
-    pooled, worst = outputs_sqnr_db(expected, results)
+    pooled = worst = torch.nan
+    if results is not None:
+        pooled, worst = outputs_sqnr_db(expected, results)
     return Judgement(pooled, worst, tuple(found[node.name] for node in layers))
+
+
+def far_from_float(
+    sqnr_db: float,
+    gm: GraphModule,
+    leaves: Sequence[Any],
+    model: nn.Module | ExportedProgram,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> str:
+    """Return what to know where outputs are less than `FAR_DB` from the float model's, "" where
+    they are nearer. Only then all values of the graph are held at once.
+
+    Args:
+        sqnr_db: of the outputs.
+        gm: the graph of the program.
+        leaves: its inputs.
+        model: the float model.
+        args: positional arguments of the same call.
+        kwargs: keyword arguments.
+    """
+    if sqnr_db >= FAR_DB:
+        return ""
+    recorder = Recorder(gm)
+    with torch.no_grad():
+        recorder.run(*leaves)
+    worst = judge(gm, recorder.values, None, model, args, kwargs).worst[:N_SHOWN]
+    listing = ", ".join(f"{layer.module} {layer.alone_db:.1f} dB" for layer in worst)
+    return (
+        f"outputs on the example are {sqnr_db:.1f} dB from the float model's, below {FAR_DB:.0f} "
+        "dB: a tenth of their power is error, or more. "
+        + (f"Of layers given exact inputs, the farthest: {listing}. " if worst else "")
+        + "Leave such layers float or give them 8 bits (overrides), take a range per token, scale "
+        "channels first (smoothquant, repq_vit, outlier_suppression), or reconstruct; "
+        "fxq.verify(program, inputs, model=model) compares all layers"
+    )
 
 
 def _module(model: nn.Module, path: str) -> nn.Module | None:

@@ -8,6 +8,7 @@ is the order; nothing else decides it. `repr(recipe)` is the whole record of an 
 
 import importlib.metadata
 import time
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,12 +26,13 @@ from fxq.batches import CheckedBatches, device_of
 from fxq.capturing import capture
 from fxq.checkpoint import Checkpoint
 from fxq.dialect import Dialect
-from fxq.errors import SkippedError, did_you_mean
+from fxq.errors import FxqWarning, SkippedError, did_you_mean
 from fxq.history import Stage, stage
-from fxq.judging import outputs_sqnr_db
+from fxq.judging import far_from_float, outputs_sqnr_db
 from fxq.program import Program
 from fxq.progress import Progress, Reported, reporting
 from fxq.rewriting import propagate
+from fxq.signature import split_inputs
 from fxq.sparsity import check_masks
 
 Batches = Iterable[Sequence[Any]]  # each batch: the graph's inputs in order
@@ -268,6 +270,9 @@ def compress(
         found = captured.signature.results(program.graph_module(*example))
         program.sqnr_db, _ = outputs_sqnr_db(captured.signature.results(expected), found)
         report(f"outputs on the example: {program.sqnr_db:.1f} dB against float")
+        call = split_inputs(example_inputs)
+        if far := far_from_float(program.sqnr_db, program.graph_module, example, model, *call):
+            warnings.warn(f"recipe {recipe.name!r}: {far}", FxqWarning, stacklevel=2)
         kept.remove()
         return program
 

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.export import ExportedProgram
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
 from fxq.graph import owner_name, tensor_of
-from fxq.judging import Judgement, judge
+from fxq.judging import Judgement, Recorder, judge
 from fxq.lowering.lower import lower
 from fxq.lowering.rule import REPLACED, Replaced
 from fxq.numerics import sqnr_db
@@ -114,7 +114,7 @@ def verify(
     sizes = program.signature.sizes_of(leaves)
     lowered, _ = lower(program.graph_module, program.device, sizes)
     with torch.no_grad():
-        simulated = _Recorder(program.graph_module)
+        simulated = Recorder(program.graph_module)
         results = program.signature.results(simulated.run(*leaves))
         replay = _Replay(lowered, simulated.values)
         checks = [replay.check(node) for node in lowered.graph.nodes if REPLACED in node.meta]
@@ -122,18 +122,6 @@ def verify(
             return Verification(tuple(checks))
         judgement = judge(program.graph_module, simulated.values, results, model, args, kwargs)
     return Verification(tuple(checks), judgement)
-
-
-class _Recorder(Interpreter):
-    """Runs a graph and keeps the value of every node."""
-
-    def __init__(self, gm: GraphModule) -> None:
-        super().__init__(gm, garbage_collect_values=False)
-        self.values: dict[str, Any] = {}
-
-    def run_node(self, n: Node) -> Any:
-        self.values[n.name] = super().run_node(n)
-        return self.values[n.name]
 
 
 class _Replay:

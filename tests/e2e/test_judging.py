@@ -8,8 +8,12 @@ from models import Block, Twice
 from torch import Tensor, nn
 
 import fxq
+from fxq.errors import FxqWarning
 from fxq.judging import Judgement, LayerCheck
 from fxq.passes import smoothquant, w8a8, weight_only
+from fxq.passes.common import Calibrate, Convert, InsertObservers
+from fxq.pipeline import Recipe
+from fxq.spec import LayerSpec, PerChannel, QuantSpec
 
 LAYERS = ("q", "k", "v", "proj", "up", "down")
 
@@ -281,3 +285,34 @@ def test_an_exact_program_has_no_error_and_is_saved(tmp_path: Path) -> None:
     fxq.save(program, tmp_path / "program.safetensors")
 
     assert fxq.load(tmp_path / "program.safetensors").sqnr_db == float("inf")
+
+
+def w8a8_but(name: str, bits: int) -> Recipe:
+    """Quantize to 8 bits, but one layer to fewer."""
+    wide, narrow = (
+        LayerSpec(QuantSpec(n, symmetric=False), QuantSpec(n, granularity=PerChannel(0)))
+        for n in (8, bits)
+    )
+    observe = InsertObservers(wide, overrides=((name, narrow),))
+    return Recipe("but", (observe, Calibrate(), Convert()))
+
+
+def test_a_collapse_is_told_and_so_is_where_it_comes_from() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 64), nn.Linear(64, 8)).eval()
+    x = torch.randn(16, 32)
+    told = r"'but': outputs on the example are -?\d\.\d dB .* below 10 dB.*the farthest: 2 "
+    with pytest.warns(FxqWarning, match=told):
+        program = fxq.compress(model, x, w8a8_but("2", 2), data=[x])
+    assert program.sqnr_db < 10
+    fxq.compress(model, x, w8a8_but("2", 6), data=[x])  # no warning
+
+
+def test_a_collapse_is_told_of_keyword_arguments_and_exported_programs() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 8)).eval(), torch.randn(16, 32)
+    exported = torch.export.export(model, (x,))
+    with pytest.warns(FxqWarning, match=r"below 10 dB.*the farthest: (0|1) "):
+        fxq.compress(model, {"input": x}, w8a8_but("*", 2), data=[{"input": x}])
+    with pytest.warns(FxqWarning, match="below 10 dB"):
+        fxq.compress(exported, x, w8a8_but("*", 2), data=[x], dynamic_shapes=None)
