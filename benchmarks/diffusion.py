@@ -25,7 +25,7 @@ from torch import nn
 import fxq
 from fxq.passes import dilatequant, eda_dm
 from fxq.passes.common import Calibrate, Convert, InsertObservers
-from fxq.passes.common.reconstruction import BlockLoss, Rounding
+from fxq.passes.common.reconstruction import BlockLoss, Reconstruct, Rounding
 from fxq.pipeline import Recipe
 from fxq.spec import LayerSpec, MeanSquaredError, PerChannel, PerTensor, QuantSpec
 
@@ -63,7 +63,7 @@ class Study:
 
 
 Select = Callable[[nn.Module, fxq.Recorded, int, int], Sequence[Any]]  # ..., samples, seed
-Compress = Callable[[nn.Module, Any, Sequence[Any]], nn.Module]  # model, example, calibration data
+Method = tuple[str, Recipe, tuple[str, ...]]  # its name, and which selections it is measured with
 
 SELECTIONS: Mapping[str, Select] = {
     "uniform": lambda model, calls, n, seed: eda_dm.select_evenly(model, calls, n, seed=seed),
@@ -81,23 +81,26 @@ def plain(weight_bits: int, activation_bits: int) -> Recipe:
     return Recipe(f"plain_w{weight_bits}a{activation_bits}", (observe, Calibrate(), Convert()))
 
 
-def by(recipe: Recipe) -> Compress:
-    """Return what compresses by a recipe."""
-    return lambda model, example, data: fxq.compress(model, example, recipe, data=data)
+def with_steps(recipe: Recipe, steps: int | None) -> Recipe:
+    """Return a recipe whose blocks train for so many steps; None for as many as it has."""
+    passes = (
+        replace(each, steps=steps) if steps and isinstance(each, Reconstruct) else each
+        for each in recipe.passes
+    )
+    return replace(recipe, passes=tuple(passes))
 
 
 # Steps as in the recipes; the block's error alone, and no activations that stay float.
 PLAIN = replace(eda_dm.FINE_GRAINED, loss=BlockLoss(), inputs_share=1.0)
-# A method is a line: its name, what it makes of a model, and which selections it is measured with.
-METHODS: tuple[tuple[str, Compress, tuple[str, ...]], ...] = (
-    ("plain W8A8", by(plain(8, 8)), ("uniform", "selected")),
-    ("plain W4A8", by(plain(4, 8)), ("uniform", "selected")),
-    ("plain W4A4", by(plain(4, 4)), ("uniform", "selected")),
-    ("EDA-DM quantizers W8A8", by(eda_dm.NEAREST_W8A8), ("uniform", "selected")),
-    ("EDA-DM quantizers W4A8", by(eda_dm.NEAREST_W4A8), ("uniform", "selected")),
-    ("EDA-DM quantizers W4A4", by(eda_dm.NEAREST_W4A4), ("uniform", "selected")),
+METHODS: tuple[Method, ...] = (
+    ("plain W8A8", plain(8, 8), ("uniform", "selected")),
+    ("plain W4A8", plain(4, 8), ("uniform", "selected")),
+    ("plain W4A4", plain(4, 4), ("uniform", "selected")),
+    ("EDA-DM quantizers W8A8", eda_dm.NEAREST_W8A8, ("uniform", "selected")),
+    ("EDA-DM quantizers W4A8", eda_dm.NEAREST_W4A8, ("uniform", "selected")),
+    ("EDA-DM quantizers W4A4", eda_dm.NEAREST_W4A4, ("uniform", "selected")),
     *(
-        (f"{name} W4A{bits}", by(eda_dm.reconstructed(f"{name}_{bits}", 4, bits, reconstruct=how)),
+        (f"{name} W4A{bits}", eda_dm.reconstructed(f"{name}_{bits}", 4, bits, reconstruct=how),
          ("selected",))
         for bits in (8, 4)
         for name, how in {
@@ -107,7 +110,7 @@ METHODS: tuple[tuple[str, Compress, tuple[str, ...]], ...] = (
     ),
     *(
         (f"DilateQuant {name} W{bits[0]}A{bits[1]}",
-         by(dilatequant.dilated(name, *bits, dilation=dilation, rows=rows, reconstruct=None)),
+         dilatequant.dilated(name, *bits, dilation=dilation, rows=rows, reconstruct=None),
          ("uniform",))
         for bits in ((6, 6), (4, 8), (4, 4))
         for name, dilation, rows in (
@@ -116,12 +119,12 @@ METHODS: tuple[tuple[str, Compress, tuple[str, ...]], ...] = (
             ("quantizers, dilated,", dilatequant.GuardedDilation, dilatequant.ROWS),
         )
     ),
-    ("DilateQuant W6A6", by(dilatequant.W6A6), ("uniform",)),
-    ("DilateQuant W4A8", by(dilatequant.W4A8), ("uniform",)),
-    ("DilateQuant W4A4", by(dilatequant.W4A4), ("uniform",)),
-    ("EDA-DM W8A8", by(eda_dm.W8A8), ("selected",)),
-    ("EDA-DM W4A8", by(eda_dm.W4A8), ("uniform", "selected")),
-    ("EDA-DM W4A4", by(eda_dm.W4A4), ("uniform", "selected")),
+    ("DilateQuant W6A6", dilatequant.W6A6, ("uniform",)),
+    ("DilateQuant W4A8", dilatequant.W4A8, ("uniform",)),
+    ("DilateQuant W4A4", dilatequant.W4A4, ("uniform",)),
+    ("EDA-DM W8A8", eda_dm.W8A8, ("selected",)),
+    ("EDA-DM W4A8", eda_dm.W4A8, ("uniform", "selected")),
+    ("EDA-DM W4A4", eda_dm.W4A4, ("uniform", "selected")),
 )  # fmt: skip
 
 
@@ -153,7 +156,7 @@ def judge_of(study: Study, setting: Setting, seed: int) -> Judge:
 
 
 def study_rows(
-    study: Study, setting: Setting, methods: Sequence[tuple[str, Compress, tuple[str, ...]]]
+    study: Study, setting: Setting, methods: Sequence[Method]
 ) -> Iterator[dict[str, Cell]]:
     """Measure one model: every method with every selection it names, all seeds paired."""
     found: dict[tuple[str, str], list[float]] = {}
@@ -164,10 +167,10 @@ def study_rows(
             name: SELECTIONS[name](study.model, calls, setting.n_samples, seed)
             for name in dict.fromkeys(name for _, _, names in methods for name in names)
         }
-        for method, compress, names in methods:
+        for method, recipe, names in methods:
             for name in names:
                 began = time.perf_counter()
-                program = compress(study.model, calls[0], data[name])
+                program = fxq.compress(study.model, calls[0], recipe, data=data[name])
                 minutes.setdefault((method, name), []).append((time.perf_counter() - began) / 60)
                 found.setdefault((method, name), []).append(judge.error(program))
                 print(f"{study.name} {method} {name} seed {seed}: {found[method, name][-1]:.3e}",
@@ -204,6 +207,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["unet", "dit"], choices=("unet", "dit"))
     parser.add_argument("--methods", nargs="+", default=[], help="parts of names; all unless given")
     parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--block-steps", type=int, help="of each block's training")
     parser.add_argument("--images", type=int, default=32, help="trajectories of each seed")
     parser.add_argument("--samples", type=int, default=256, help="to calibrate with")
     parser.add_argument("--seeds", type=int, default=3)
@@ -215,9 +219,9 @@ def main() -> None:
     if args.smoke:
         setting = Setting(n_steps=4, n_images=4, n_samples=8, seeds=1)
     methods = [
-        method
-        for method in METHODS
-        if not args.methods or any(part in method[0] for part in args.methods)
+        (name, with_steps(recipe, args.block_steps), samples)
+        for name, recipe, samples in METHODS
+        if not args.methods or any(part in name for part in args.methods)
     ]
     machine = Machine.here()
     rows = [row for study in studies(args.data, args.models)
@@ -230,6 +234,7 @@ def main() -> None:
             "sampler": f"DDIM, {setting.n_steps} steps, eta 0, no guidance",
             "trajectories": setting.n_images,
             "calibration samples": setting.n_samples,
+            "steps per block": args.block_steps or "as in the recipes",
         },
         machine=machine,
         columns=("model", "method", "samples", "error", "worst", "over uniform",

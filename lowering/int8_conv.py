@@ -6,17 +6,19 @@
 `reference` is the definition. On x86 the op is oneDNN (`fxq.lowering.cpu.int8_conv`), elsewhere the
 reference itself.
 
-x `[B, C, *size]` int8 or uint8, with one to three spatial axes; x_zero_point int32, one element, on
-the grid of the codes; weight `[N, C / groups, *kernel]` int8; w_scale fp32, N elements or one; bias
-`[N]`; stride and dilation one number per axis, padding two, before and after, in the order of the
-axes; out `[B, N, *size]` fp32, channels last in memory, as kernels write it.
+x `[B, C, *size]` int8 or uint8, with one to three spatial axes; x_zero_point int32, one element or
+one per sample `[B, 1, ...]`, on the grid of the codes; weight `[N, C / groups, *kernel]` int8;
+w_scale fp32, N elements or one; bias `[N]`; stride and dilation one number per axis, padding two,
+before and after, in the order of the axes; out `[B, N, *size]` fp32, channels last in memory, as
+kernels write it.
 
-x_scale fp32 is one element; or, where it is guarded against NaN and Inf, one per row of x
-(`[B, C, ..., 1]`): the same number, but NaN in a row that holds one of them. An output that reads
-such a row is NaN, as that of a convolution of the dequantized values is.
+x_scale fp32 is one element or one per sample; or, where it is guarded against NaN and Inf, one per
+row of x (`[B, C, ..., 1]`): the same number in all rows of a sample, but NaN in a row that holds
+one of them. An output that reads such a row is NaN, as that of a convolution of the dequantized
+values is. Kernels take one scale and zero-point: samples with others are another call of theirs.
 """
 
-import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,16 +49,23 @@ def accumulate(
 
     Computed in float64, whose 53 bits hold every sum of up to 2^37 products of codes.
     """
-    centred = x.double() if x_zero_point is None else x.double() - x_zero_point.double().reshape(())
+    centred = x.double()
+    if x_zero_point is not None:
+        centred = centred - x_zero_point.double().reshape(-1, *[1] * (x.ndim - 1))
     convolve = CONVOLVE[x.ndim - 2]
     around = padded(centred, padding)
     return convolve(around, weight.double(), None, stride, 0, dilation, groups).to(torch.int32)
 
 
-def one_scale(x_scale: Tensor) -> float:
-    """Return the one number that a guarded scale is where it is not NaN, 1 where it is NaN only."""
-    numbers = x_scale[~x_scale.isnan()]
-    return float(numbers[0]) if numbers.numel() else 1.0
+def sample_scales(x_scale: Tensor) -> Tensor:
+    """Return the number that a scale is in each sample where it is not NaN: `[B]`, or `[1]` where
+    there is one element. Where it is NaN only, that of another sample, or 1."""
+    if not x_scale.numel():
+        return x_scale.new_ones(1)
+    rows = x_scale.flatten(1) if x_scale.ndim > 1 else x_scale.reshape(-1, 1)
+    numbers = torch.where(rows.isnan(), -torch.inf, rows).amax(1)
+    numbers = torch.where(numbers.isinf(), numbers.amax(), numbers)
+    return torch.where(numbers.isinf(), 1.0, numbers)
 
 
 def reads_nan(
@@ -91,7 +100,8 @@ def reference(
     geometry = (stride, padding, dilation, groups)
     channels = (-1, *[1] * (x.ndim - 2))
     y = accumulate(x, x_zero_point, weight, *geometry).float()
-    y = y * (one_scale(x_scale) * w_scale.reshape(-1)).reshape(channels)
+    per_sample = sample_scales(x_scale).reshape(-1, *[1] * (x.ndim - 1))
+    y = y * (per_sample * w_scale.reshape(channels))
     y = y if bias is None else y + bias.float().reshape(channels)
     y = y.masked_fill(reads_nan(x, x_scale, weight, *geometry), torch.nan)
     return _channels_last(y)
@@ -113,17 +123,61 @@ def int8_conv(
     geometry = (stride, padding, dilation, groups)
     if not can_launch(x, weight):
         return reference(x, x_scale, x_zero_point, weight, w_scale, bias, *geometry)
-    scale = float(x_scale.min())  # NaN where one of them is
-    spoiled = math.isnan(scale)
-    zero = 0 if x_zero_point is None else int(x_zero_point)
-    codes, sides = x, padding[::2]
-    if sides != padding[1::2]:  # the kernel pads both sides alike
-        codes, sides = padded(x, padding, zero), [0] * len(sides)
-    scale = one_scale(x_scale) if spoiled else scale
-    y = cpu_launch(codes, scale, zero, weight, w_scale, bias, stride, sides, dilation, groups)
-    if spoiled:
+    others = (weight, w_scale, bias, *geometry)
+    smallest, largest = (float(bound) for bound in x_scale.aminmax())  # NaN where one of them is
+    one_zero = x_zero_point is None or bool((x_zero_point == x_zero_point.flatten()[0]).all())
+    if smallest == largest and one_zero:
+        return _channels_last(_launch(x, smallest, _first(x_zero_point), *others))
+    y = _by_sample(x, sample_scales(x_scale), x_zero_point, *others)
+    if x_scale.isnan().any():
         y = y.masked_fill(reads_nan(x, x_scale, weight, *geometry), torch.nan)
     return _channels_last(y)
+
+
+def _by_sample(x: Tensor, scales: Tensor, x_zero_point: Tensor | None, *others: Any) -> Tensor:
+    """Compute samples together that have the same scale and zero-point.
+
+    Args:
+        x: as everywhere.
+        scales: of each sample `[B]`, or of all `[1]`.
+        x_zero_point: likewise.
+        others: weight and all that follows.
+    """
+    zeros = torch.zeros(1) if x_zero_point is None else x_zero_point.flatten()
+    pairs = torch.stack([part.double().expand(len(x)) for part in (scales, zeros)], 1)
+    rows, row_of = pairs.unique(dim=0, return_inverse=True)
+    parts, order = [], []
+    for number, (scale, zero) in enumerate(rows.tolist()):
+        mine = (row_of == number).nonzero().flatten()
+        order.append(mine)
+        parts.append(_launch(x[mine], scale, int(zero), *others))
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat(parts)[torch.cat(order).argsort()]
+
+
+def _first(zero_point: Tensor | None) -> int:
+    return 0 if zero_point is None else int(zero_point.flatten()[0])
+
+
+def _launch(
+    x: Tensor,
+    x_scale: float,
+    x_zero_point: int,
+    weight: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    codes, sides = x, padding[::2]
+    if sides != padding[1::2]:  # the kernel pads both sides alike
+        codes, sides = padded(x, padding, x_zero_point), [0] * len(sides)
+    return cpu_launch(
+        codes, x_scale, x_zero_point, weight, w_scale, bias, stride, sides, dilation, groups
+    )
 
 
 def _channels_last(y: Tensor) -> Tensor:

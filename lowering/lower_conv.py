@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from fxq.graph import args_of, is_op, shape_of
 from fxq.lowering.int8_conv import accumulate
-from fxq.lowering.lower_linear import Int8Layer, Operands, is_single, operands_of
+from fxq.lowering.lower_linear import Int8Layer, Operands, operands_of
 from fxq.operators import operand
 
 ops = torch.ops.fxq
@@ -68,8 +68,10 @@ def match(layer: Node) -> ConvOperands | str:
     if any(size != 1 for size in shape_of(found.w_scale)[1:]):
         return "no int8 kernel for a weight scale per input channel; use PerChannel(0)"
     scale = args_of(found.scale)[1] if is_op(found.scale, ops.guard_scale.default) else found.scale
-    if not is_single(scale) or not (found.zero_point is None or is_single(found.zero_point)):
-        return "no int8 kernel for more than one activation scale; use PerTensor()"
+    if not is_per_sample(scale) or not (
+        found.zero_point is None or is_per_sample(found.zero_point)
+    ):
+        return "no int8 kernel for an activation scale within a sample; use PerTensor()"
     n_axes = len(kernel)
     stride, dilation = (_per_axis(operand(layer, name), n_axes) for name in ("stride", "dilation"))
     padding = _padding(operand(layer, "padding"), kernel, dilation)
@@ -78,6 +80,11 @@ def match(layer: Node) -> ConvOperands | str:
         return "no int8 kernel for a stride, padding or dilation computed at run time"
     parts = (found.codes, found.scale, found.zero_point, found.weight, found.w_scale, found.bias)
     return ConvOperands(*parts, stride, padding, dilation, groups)
+
+
+def is_per_sample(scale: Node) -> bool:
+    """Tell whether a scale is one number, or one for each sample, `[B, 1, ...]`."""
+    return all(isinstance(size, int) and size == 1 for size in shape_of(scale)[1:])
 
 
 def _per_axis(value: Any, n_axes: int) -> list[Any]:

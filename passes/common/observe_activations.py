@@ -18,7 +18,7 @@ from fxq.account import kind_of
 from fxq.dialect import OBSERVED, Dialect
 from fxq.errors import FxqWarning
 from fxq.graph import args_of, dtype_of, is_constant, is_op, owner_name, shape_of
-from fxq.layer import layer_of, treat
+from fxq.layer import Skip, layer_of, treat
 from fxq.observers import RangeObserver
 from fxq.operators import (
     ADD,
@@ -118,7 +118,9 @@ class ObserveActivations(Pass):
             user.replace_input_with(edge, observed)
             if only_products:
                 did = f"{edge.name} is quantized to {self.spec.format}"
-                treat(user, type(self).__name__, did, "operands quantized, product in float")
+                treat(user, type(self).__name__, did)
+                why = "its operands are quantized, the product is in float"
+                treat(user, type(self).__name__, Skip(why, intended=True))
         return ""
 
 

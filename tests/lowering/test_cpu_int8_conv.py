@@ -178,6 +178,19 @@ SAMPLES: dict[str, dict[str, Any]] = {
     "bias": {"bias": torch.randn(8)},
     "no zero-point": {"x_zero_point": None},
     "guarded": {"x_scale": torch.full((2, 6, 5, 1), 0.5)},
+    "a scale per sample": {
+        "x_scale": torch.tensor([0.5, 0.25]).reshape(2, 1, 1, 1),
+        "bias": torch.randn(8),
+    },
+    "a zero-point per sample": {
+        "x_scale": torch.tensor([0.5, 0.25]).reshape(2, 1, 1, 1),
+        "x_zero_point": torch.tensor([3, 17], dtype=torch.int32).reshape(2, 1, 1, 1),
+        "bias": torch.randn(8),
+    },
+    "equal ones per sample": {
+        "x_scale": torch.full((2, 1, 1, 1), 0.5),
+        "x_zero_point": torch.full((2, 1, 1, 1), 9, dtype=torch.int32),
+    },
     "scale per tensor": {"w_scale": torch.rand(1, 1, 1, 1)},
     "groups": {"weight": torch.randint(-64, 65, (8, 3, 3, 2)).to(torch.int8), "groups": 2},
 }
@@ -218,6 +231,31 @@ def test_op_equals_reference(changes: str, dtype: torch.dtype) -> None:
 )
 def test_op_passes_opcheck(changes: str, dtype: torch.dtype) -> None:
     opcheck(torch.ops.fxq.int8_conv, sample(dtype, **SAMPLES[changes]))
+
+
+@pytest.mark.parametrize("spoiled", [False, True])
+@pytest.mark.parametrize("rows", [[0, 0, 0], [0, 1, 0], [2, 1, 0]])
+def test_each_sample_has_its_scale_and_zero_point(rows: list[int], spoiled: bool) -> None:
+    scales, zeros = torch.tensor([0.5, 0.03, 2.0]), torch.tensor([0, 137, 255], dtype=torch.int32)
+    scale = scales[rows].reshape(3, 1, 1, 1)
+    zero = zeros[rows].reshape(3, 1, 1, 1)
+    values = torch.randn(3, 6, 9, 7)
+    if spoiled:
+        values[1, 2, 3, 3] = torch.nan
+    codes = torch.randint(0, 256, values.shape, dtype=torch.uint8)
+    weight, w_scale = torch.randint(-64, 65, (4, 6, 3, 3)).to(torch.int8), torch.rand(4, 1, 1, 1)
+    guarded = torch.ops.fxq.guard_scale(values, scale)
+    geometry = ([2, 1], [1, 1, 0, 1], [1, 1], 1)
+
+    found = torch.ops.fxq.int8_conv(codes, guarded, zero, weight, w_scale, None, *geometry)
+
+    x = (codes.double() - zero) * torch.where(guarded.isnan(), torch.nan, scale.double())
+    around = torch.nn.functional.pad(x, (0, 1, 1, 1))
+    expected = torch.conv2d(around, weight.double() * w_scale.double(), None, (2, 1))
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert bool(found.isnan().any()) is spoiled
+    exact, got = (y.nan_to_num(0) for y in (expected, found.double()))
+    torch.testing.assert_close(got, exact, rtol=1e-5, atol=1e-5 * float(exact.abs().max()))
 
 
 @pytest.mark.parametrize(("groups", "width"), [(1, 3), (2, 3), (1, 1)])

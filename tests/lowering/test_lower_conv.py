@@ -184,7 +184,7 @@ DECLINED = {
     "a scale per channel": (
         LayerSpec(QuantSpec(granularity=PerChannel(1)), w8a8.WEIGHT),
         (2, 8, 9, 9),
-        r"more than one activation scale; use PerTensor\(\)",
+        r"an activation scale within a sample; use PerTensor\(\)",
     ),
     "affine weight": (
         LayerSpec(DYNAMIC_TENSOR, QuantSpec(symmetric=False, granularity=PerChannel(0))),
