@@ -162,7 +162,7 @@ def test_operands_of_products_are_observed_and_for_the_products_alone() -> None:
     (addition,) = [user for user in q.users if user.op != "call_module"]
     assert addition.target is torch.ops.aten.add.Tensor  # q itself goes on in float
     products = [n for n in gm.graph.nodes if is_op(n, *MATMUL)]
-    assert all("operands quantized" in layer_of(n).remarks for n in products)
+    assert all("operands are quantized" in str(layer_of(n).skip) for n in products)
 
 
 def test_attention_written_out_is_observed_and_nothing_twice() -> None:
