@@ -37,7 +37,7 @@ from fxq.passes.common.reconstruction.frontier import Frontier, Place
 from fxq.passes.common.reconstruction.losses import BlockLoss
 from fxq.passes.common.reconstruction.methods import Learned, Method, StraightThrough
 from fxq.passes.common.reconstruction.sensitivity import sensitivities
-from fxq.passes.common.reconstruction.training import BlockTraining, Course, Outcome
+from fxq.passes.common.reconstruction.training import BlockTraining, Course, Outcome, divided
 from fxq.passes.common.student import set_parameter, student_of, without_observers
 from fxq.pipeline import Batches, DataPass
 from fxq.progress import Reported, Reporter, Task
@@ -139,7 +139,7 @@ class _Walk:
             settings.inputs_share,
             settings.rows_per_step,
             self._sensitivities() if settings.loss.fisher else {},
-            *_divided(self.rows, settings.held_out),
+            *divided(self.rows, settings.held_out),
         )
         self.tensors: Tensors = {}  # what blocks have learned, for the checkpoint
         self.errors: dict[int, tuple[float, float]] = {}  # before and after, by block
@@ -274,22 +274,6 @@ class _Walk:
 def _observers(gm: GraphModule) -> set[str]:
     """Return the names of the observers that a graph has."""
     return {str(node.target) for node in gm.graph.nodes if node.op == "call_module"}
-
-
-def _divided(rows: Sequence[set[tuple[int, int]]], held_out: float) -> tuple[list[int], list[int]]:
-    """Return the numbers of the batches that judge and of those that are learned from: the former
-    evenly spread, because data are often in the order of time-steps. Where only those that judge
-    use a row, they are learned from too: else it would not be learned."""
-    count = len(rows)
-    everything = list(range(count))
-    if count < 4 or not held_out:
-        return everything, everything
-    n_judges = max(1, round(count * held_out))
-    judges = [int((k + 0.5) * count / n_judges) for k in range(n_judges)]
-    others = [k for k in everything if k not in judges]
-    learned = set[tuple[int, int]]().union(*(rows[k] for k in others))
-    pupils = [k for k in everything if k in others or not rows[k] <= learned]
-    return judges, pupils or everything
 
 
 WeightKey = tuple[TensorKey, QuantSpec]

@@ -197,3 +197,19 @@ def _averaged(gradients: Sequence[Tensor]) -> Sequence[Tensor]:
     return [
         all_reduce(gradient, "SUM").to(gradient.device) / n_processes() for gradient in gradients
     ]
+
+
+def divided(rows: Sequence[set[tuple[int, int]]], held_out: float) -> tuple[list[int], list[int]]:
+    """Return the numbers of the batches that judge and of those that are learned from: the former
+    evenly spread, because data are often in the order of time-steps. Where only those that judge
+    use a row, they are learned from too: else it would not be learned."""
+    count = len(rows)
+    everything = list(range(count))
+    if count < 4 or not held_out:
+        return everything, everything
+    n_judges = max(1, round(count * held_out))
+    judges = [int((k + 0.5) * count / n_judges) for k in range(n_judges)]
+    others = [k for k in everything if k not in judges]
+    learned = set[tuple[int, int]]().union(*(rows[k] for k in others))
+    pupils = [k for k in everything if k in others or not rows[k] <= learned]
+    return judges, pupils or everything
