@@ -39,6 +39,7 @@ from fxq.passes.common.scaling.equivalent_scaling import EXACT_KINDS, Target
 from fxq.passes.common.scaling.sites import Kind
 from fxq.pipeline import Pass
 
+LEAST_GAIN = 0.1  # what many channels gain by a few factors near 1 is within chance
 CAP = 2.0**8  # of a factor: where weights are next to nothing, nothing else bounds it
 
 
@@ -157,6 +158,7 @@ class GuardedDilation(EquivalentScaling):
     """
 
     targets: tuple[Target, ...] = ("linear", "conv")
+    least_gain: float = LEAST_GAIN
     powers: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
 
     def __post_init__(self) -> None:
@@ -183,6 +185,7 @@ class OptimalDilation(EquivalentScaling):
     """
 
     targets: tuple[Target, ...] = ("linear", "conv")
+    least_gain: float = LEAST_GAIN
     ranges: int = 8
 
     def __post_init__(self) -> None:

@@ -45,7 +45,12 @@ def counted_by_torch(model: nn.Module, example: Any) -> int:
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("name", ZOO)
+LARGE = ("hunyuan_video", "unet_condition", "wan", "flux")  # to capture
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LARGE)) for n in ZOO]
+)
 def test_total_of_a_family_is_what_torch_counts(name: str) -> None:
     model, example = seeded(ZOO[name])
 

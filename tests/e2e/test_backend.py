@@ -71,7 +71,9 @@ def data(*shape: int) -> list[Tensor]:
 @pytest.mark.parametrize(
     "recipe", [w8a8.STATIC, w8a8.STATIC_PER_TOKEN, w8a8.DYNAMIC], ids=lambda r: r.name
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str
+)
 def test_compiled_program_equals_the_simulated_one(
     recipe: Recipe, dtype: torch.dtype, decisions: Decisions
 ) -> None:

@@ -275,7 +275,9 @@ CACHES = {
 }
 
 
-@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize(
+    "cache", [pytest.param(c, marks=[pytest.mark.slow] * (c != "static")) for c in CACHES]
+)
 def test_generate_agrees_with_eager_token_by_token(cache: str) -> None:
     kind, config = CACHES[cache]
     torch.manual_seed(0)

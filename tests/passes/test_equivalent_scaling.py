@@ -52,7 +52,9 @@ def trained() -> tuple[nn.Module, Tensor, Tensor]:
     return train_vit(images, labels, epochs=5), images[:256], test_images
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))]
+)
 @pytest.mark.parametrize(
     ("plain", "smooth"),
     [(w8a8.STATIC, smoothquant.W8A8), (w6a6.STATIC, smoothquant.W6A6)],

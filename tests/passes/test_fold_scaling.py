@@ -27,7 +27,9 @@ def sites_of(model: nn.Module, *inputs: Tensor) -> tuple[torch.fx.GraphModule, S
 
 
 @pytest.mark.parametrize("name", ZOO)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.float64], ids=str
+)
 def test_random_scales_and_shifts_keep_the_float_function(name: str, dtype: torch.dtype) -> None:
     gm, inputs = family(name, dtype)
     before = copy_graph(gm)

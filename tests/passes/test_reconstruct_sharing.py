@@ -104,7 +104,6 @@ def test_what_a_block_runs_with_no_later_block_changes(monkeypatch: pytest.Monke
         assert torch.equal(program(*x), expected)
 
 
-@pytest.mark.filterwarnings("ignore:recipe 'r'. outputs on the example are")
 def test_pruned_weights_stay_zero() -> None:
     mask = torch.arange(32) % 2 == 0
 

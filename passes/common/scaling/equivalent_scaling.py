@@ -57,12 +57,15 @@ class EquivalentScaling(DataPass):
             front of its layers, which the quantizer takes in.
         targets: kinds of layers that will be quantized; a site without any is left alone.
         n_rows: rows of each activation that candidates are judged on.
+        least_gain: how much the error of doing nothing must be above that of a candidate, relative
+            to the latter: what gains less may gain by chance.
     """
 
     layer: LayerSpec
     kinds: tuple[Kind, ...] = (*EXACT_KINDS, "quantizer")
     targets: tuple[Target, ...] = ("linear",)
     n_rows: int = 512
+    least_gain: float = 0.0
 
     reads: ClassVar[Dialect] = ATEN
     writes: ClassVar[Dialect] = ATEN
@@ -95,14 +98,13 @@ class EquivalentScaling(DataPass):
             # One row can be shifted to zero: exact for that row, and wrong for every other.
             return "saw too few rows to judge a factor; give it more data"
         proposed = self._proposed(site, statistics)
+        losses = torch.zeros(len(proposed), dtype=torch.float64)
         folds = statistics.folds
-        losses = torch.zeros(len(proposed), len(folds), dtype=torch.float64)
-        for fold, (fitted, judged) in enumerate(zip(folds, reversed(folds), strict=True)):
+        for fitted, judged in zip(folds, reversed(folds), strict=True):
             for index, candidate in enumerate(self._proposed(site, fitted)):
-                losses[index, fold] = quantization_loss(fitted, judged, candidate, self.layer)
-        # What one half of the rows gains and the other loses may be chance.
-        helps = (losses <= losses[0]).all(1)
-        best = int(torch.where(helps, losses.sum(1), torch.inf).argmin())
+                losses[index] += quantization_loss(fitted, judged, candidate, self.layer)
+        losses[1:] *= 1 + self.least_gain
+        best = int(losses.argmin())
         return Scaling(site, *proposed[best]) if best else "found no gain"
 
     def _proposed(self, site: ScaleSite, statistics: Statistics) -> list[Candidate]:
