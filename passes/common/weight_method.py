@@ -19,9 +19,10 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
 from fxq.calibrate import NO_DATA, sweep
-from fxq.graph import args_of, owner_name, weight_of
+from fxq.graph import args_of, constant_of, owner_name, weight_of
 from fxq.identity import TensorKey
 from fxq.layer import layer_of, treat
+from fxq.operators import operand, set_operand
 from fxq.passes.common.convert import Convert
 from fxq.passes.common.reconstruction.blocks import Block, cut
 from fxq.passes.common.reconstruction.frontier import Frontier, Place
@@ -44,12 +45,33 @@ class Treated:
         remark: for the report.
         weight: what takes the weight's place, in its shape; None where it stays.
         facts: fields of the record that are known now.
+        shift: what is added to the bias `[N]`; None for nothing. A layer without a bias gets one.
     """
 
     did: str
     remark: str = ""
     weight: Tensor | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
+    shift: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Job(Generic[Plan]):
+    """A weight that is to be treated.
+
+    Args:
+        name: of the first layer that has it.
+        weight: `[N, K]`, fp32, finite.
+        moments: of the inputs of all its layers, as the method's `moments` gives them, fp64.
+        plan: what is to be done.
+        mask: which weights an earlier pass has kept `[N, K]`, None for all.
+    """
+
+    name: str
+    weight: Tensor
+    moments: Tensor
+    plan: Plan
+    mask: Tensor | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,14 +99,17 @@ class WeightMethod(DataPass, Generic[Plan]):
 
     @abstractmethod
     def treat(self, weight: Tensor, moments: Tensor, plan: Plan, mask: Tensor | None) -> Treated:
-        """Choose a weight.
+        """Choose a weight; arguments as for `Job`. A `ValueError` is told with the layer's name."""
 
-        Args:
-            weight: `[N, K]`, fp32, finite.
-            moments: of the input, as `self.moments` gives them, fp64.
-            plan: what is to be done.
-            mask: which weights an earlier pass has kept `[N, K]`, None for all.
-        """
+    def treat_block(self, jobs: Sequence[Job[Plan]]) -> list[Treated]:
+        """Choose the weights of a block, unless a subclass knows better each by itself."""
+        results = []
+        for job in jobs:
+            try:
+                results.append(self.treat(job.weight, job.moments, job.plan, job.mask))
+            except ValueError as error:
+                raise ValueError(f"weight of {job.name}: {error}") from error
+        return results
 
     def run(self, gm: GraphModule, data: Batches) -> PassResult:
         """Treat all weights. Under `torch.distributed` each process gives its own batches, and all
@@ -92,9 +117,13 @@ class WeightMethod(DataPass, Generic[Plan]):
         plans = self.plans(gm)
         if plans:
             report = data.report if isinstance(data, Reported) else Reporter(None)
-            _Walk(self, gm, data, plans).run(report)
+            results = _Walk(self, gm, data, plans).run(report)
+            self.finish(gm, data, results)
             erase_dead(gm)
         return PassResult(gm, modified=bool(plans))
+
+    def finish(self, gm: GraphModule, data: Batches, results: Sequence[Treated]) -> None:
+        """Do what is left when all weights are treated; nothing unless a subclass says so."""
 
 
 class _Walk(Generic[Plan]):
@@ -124,20 +153,21 @@ class _Walk(Generic[Plan]):
         ]
         self.key_of = {node.name: key for key, nodes in self.sharing.items() for node in nodes}
 
-    def run(self, report: Reporter) -> None:
-        """Treat block by block."""
-        total = len(self.blocks)
+    def run(self, report: Reporter) -> list[Treated]:
+        """Treat block by block, and return what was done to each weight."""
+        total, results = len(self.blocks), list[Treated]()
         with report.task(type(self.method).__name__, "blocks", total) as task:
             for k, block in enumerate(self.blocks):
                 if todo := [name for name in block.layers if self.key_of[name] in self.sharing]:
-                    self._treat(block, todo)
+                    results += self._treat(block, todo)
                 if k + 1 < total:
                     treated = Convert().run(copy_graph(block.graph_module)).graph_module
                     self.frontier.run("found", block, treated)
                     self.frontier.forget(k)
                 task.advance()
+        return results
 
-    def _treat(self, block: Block, todo: Sequence[str]) -> None:
+    def _treat(self, block: Block, todo: Sequence[str]) -> list[Treated]:
         """Treat the weights that no block before has."""
         exact = without_observers(block.graph_module)
         inputs: dict[str, Node] = {n.name: args_of(n)[0] for n in exact.graph.nodes if n.args}
@@ -150,22 +180,23 @@ class _Walk(Generic[Plan]):
         for name in todo:
             key, mine = self.key_of[name], found[inputs[name]]
             sums[key] = sums[key] + mine if key in sums else mine
-        for key, moments in sums.items():
-            self._choose(self.sharing.pop(key), key[1], moments)
+        layers = [self.sharing.pop(key) for key in sums]
+        jobs = [self._job(*each) for each in zip(layers, sums, sums.values(), strict=True)]
+        results = self.method.treat_block(jobs)
+        for nodes, treated in zip(layers, results, strict=True):
+            for owner, copies in self.copies:
+                if mine := [copies[node.name] for node in nodes if node.name in copies]:
+                    install(owner, type(self.method).__name__, mine, treated)
+        return results
 
-    def _choose(self, nodes: Sequence[Node], plan: Plan, moments: Tensor) -> None:
-        """Treat one weight, for all layers that have it."""
-        weight, name = weight_of(nodes[0]), owner_name(nodes[0])
+    def _job(
+        self, nodes: Sequence[Node], key: tuple[TensorKey, Plan], moments: Tensor
+    ) -> Job[Plan]:
+        name = owner_name(nodes[0])
         if not bool(moments.isfinite().all()):
             raise ValueError(f"input of {name}: expected finite values, found NaN or Inf in data=")
-        layer = layer_of(nodes[0])
-        try:
-            treated = self.method.treat(weight.detach().float(), moments, plan, layer.mask)
-        except ValueError as error:
-            raise ValueError(f"weight of {name}: {error}") from error
-        for owner, copies in self.copies:
-            if mine := [copies[node.name] for node in nodes if node.name in copies]:
-                install(owner, type(self.method).__name__, mine, treated)
+        weight = weight_of(nodes[0]).detach().float()
+        return Job(name, weight, moments, key[1], layer_of(nodes[0]).mask)
 
 
 def sharing(plans: Mapping[Node, Plan]) -> dict[tuple[TensorKey, Plan], list[Node]]:
@@ -192,4 +223,20 @@ def install(gm: GraphModule, by: str, nodes: Sequence[Node], treated: Treated) -
         for node in nodes:
             node.update_arg(1, buffer)
     for node in nodes:
+        if treated.shift is not None:
+            add_to_bias(gm, node, treated.shift)
         treat(node, by, treated.did, treated.remark, **treated.facts)
+
+
+def add_to_bias(gm: GraphModule, node: Node, shift: Tensor) -> None:
+    """Add to a linear's bias, or give it one.
+
+    Args:
+        gm: its graph.
+        node: a linear whose bias is constant, or that has none.
+        shift: `[N]`.
+    """
+    old = operand(node, "bias", None)
+    before = torch.zeros_like(shift) if old is None else constant_of(old)
+    value = (before.double() + shift).to(weight_of(node).dtype)
+    set_operand(node, "bias", add_buffer(gm, f"{owner_name(node)}.bias_treated", value, like=node))
