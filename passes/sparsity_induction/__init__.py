@@ -27,6 +27,7 @@ The paper's equations contradict each other, and no code is published. Departure
 """
 
 from fxq.passes.pruning import Group, Magnitude, SparseGPT, Unstructured, Wanda
+from fxq.passes.pruning.prune import Pruner
 from fxq.passes.sparsity_induction.induce import InduceSparsity
 from fxq.passes.sparsity_induction.learning import Learning, SpectralNorm
 from fxq.pipeline import Recipe
@@ -38,10 +39,11 @@ AS_PRINTED = Learning(
 )
 
 _LAYER = Unstructured(0.5, "layer")
+_MANY, _FEW = Learning(), Learning(steps=20)  # each step of SparseGPT is a sweep over columns
 
 
-def _recipe(name: str, pruner: Magnitude | Wanda | SparseGPT) -> Recipe:
-    return Recipe(f"sparsity_induction_{name}", (InduceSparsity(pruner),))
+def _recipe(name: str, pruner: Pruner, how: Learning = _MANY) -> Recipe:
+    return Recipe(f"sparsity_induction_{name}", (InduceSparsity(pruner, how),))
 
 
 MAGNITUDE_50 = _recipe("magnitude_50", Magnitude(_LAYER))
@@ -50,6 +52,6 @@ MAGNITUDE_4_8 = _recipe("magnitude_4_8", Magnitude(Group(4, 8)))
 WANDA_50 = _recipe("wanda_50", Wanda())
 WANDA_2_4 = _recipe("wanda_2_4", Wanda(Group(2, 4)))
 WANDA_4_8 = _recipe("wanda_4_8", Wanda(Group(4, 8)))
-SPARSEGPT_50 = _recipe("sparsegpt_50", SparseGPT(_LAYER))
-SPARSEGPT_2_4 = _recipe("sparsegpt_2_4", SparseGPT(Group(2, 4)))
-SPARSEGPT_4_8 = _recipe("sparsegpt_4_8", SparseGPT(Group(4, 8)))
+SPARSEGPT_50 = _recipe("sparsegpt_50", SparseGPT(_LAYER), _FEW)
+SPARSEGPT_2_4 = _recipe("sparsegpt_2_4", SparseGPT(Group(2, 4)), _FEW)
+SPARSEGPT_4_8 = _recipe("sparsegpt_4_8", SparseGPT(Group(4, 8)), _FEW)

@@ -69,7 +69,7 @@ class Learning:
         spectral: the spectral-norm loss.
     """
 
-    steps: int = 100
+    steps: int = 60
     learning_rate: float = 3e-2
     temperature: float = 8.0
     bound: float = 8.0

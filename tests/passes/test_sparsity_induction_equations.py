@@ -10,8 +10,8 @@ from torch import Tensor
 from fxq.passes.common.second_moments import gram
 from fxq.passes.sparsity_induction.equations import (
     absorbed_shift,
-    bounded,
     boundary,
+    bounded,
     centred,
     gini,
     hoyer,
