@@ -6,12 +6,13 @@ from typing import Any
 import pytest
 import torch
 from optimal_brain import correlated
+from pruned import linears
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxq
-from fxq.graph import is_op, weight_of
+from fxq.graph import weight_of
 from fxq.layer import layer_of
 from fxq.passes import sparsity_induction
 from fxq.passes.common.scaling import Scaling, fold_scaling, scale_sites
@@ -19,7 +20,6 @@ from fxq.passes.pruning import RIA, Group, Magnitude, SparseGPT, Unstructured, W
 from fxq.passes.sparsity_induction import AS_PRINTED, InduceSparsity, Learning
 from fxq.pipeline import Recipe
 
-LINEAR = torch.ops.aten.linear.default
 BRIEF = Learning(steps=12)
 SHIFT_ALONE = Learning(steps=0, starts=("ones",))
 LAYER = Unstructured(0.5, "layer")
@@ -42,10 +42,6 @@ class Net(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
         return self.head(x + self.out(torch.relu(self.a(h)) * self.b(h)))
-
-
-def linears(gm: GraphModule) -> list[Node]:
-    return [node for node in gm.graph.nodes if is_op(node, LINEAR)]
 
 
 def calls(gm: GraphModule) -> list[str]:
