@@ -10,7 +10,7 @@ One block's moments are held at a time. A method answers one question, `treat`.
 
 from abc import abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
+from fxq import numerics
 from fxq.calibrate import NO_DATA, sweep
 from fxq.graph import args_of, constant_of, owner_name, weight_of
 from fxq.identity import TensorKey
@@ -84,10 +85,13 @@ class WeightMethod(DataPass, Generic[Plan]):
     Args:
         blocks: qualified names of modules with shell wildcards; found from the graph unless given.
         place: where the values between blocks are kept: "device", "cpu" or "disk".
+        sequential: within a block too, each layer on what the treated ones before it give, in
+            float; otherwise on what those give as they were. One run of the block for each.
     """
 
     blocks: tuple[str, ...] = ()
     place: Place = "device"
+    sequential: bool = False
 
     @abstractmethod
     def plans(self, gm: GraphModule) -> Mapping[Node, Plan]:
@@ -170,16 +174,38 @@ class _Walk(Generic[Plan]):
     def _treat(self, block: Block, todo: Sequence[str]) -> list[Treated]:
         """Treat the weights that no block before has."""
         exact = without_observers(block.graph_module)
+        stages = self._stages(exact, todo) if self.method.sequential else [todo]
+        return [result for stage in stages for result in self._treat_stage(block, exact, stage)]
+
+    def _stages(self, gm: GraphModule, todo: Sequence[str]) -> list[list[str]]:
+        """Return layers by how many others come one after another before them; those that share a
+        weight come with the first of them."""
+        depth: dict[Node, int] = {}
+        for node in gm.graph.nodes:
+            before = (depth[n] + (n.name in todo) for n in node.all_input_nodes)
+            depth[node] = max(before, default=0)
+        levels: dict[tuple[TensorKey, Plan], int] = {}
+        named = {node.name: level for node, level in depth.items()}
+        for name in todo:
+            key = self.key_of[name]
+            levels[key] = min(named[name], levels.get(key, named[name]))
+        found: dict[int, list[str]] = {}
+        for name in todo:
+            found.setdefault(levels[self.key_of[name]], []).append(name)
+        return [found[level] for level in sorted(found)]
+
+    def _treat_stage(self, block: Block, exact: GraphModule, stage: Sequence[str]) -> list[Treated]:
+        """Treat layers on what a block gives them, and have its float function know of it."""
         inputs: dict[str, Node] = {n.name: args_of(n)[0] for n in exact.graph.nodes if n.args}
         batches = (
             self.frontier.read("found", batch, block.inputs) for batch in range(len(self.frontier))
         )
-        edges = list(dict.fromkeys(inputs[name] for name in todo))
+        edges = list(dict.fromkeys(inputs[name] for name in stage))
         found = sweep(exact, batches, edges, self.method.moments, torch.add)
         sums: dict[tuple[TensorKey, Plan], Tensor] = {}
-        for name in todo:
-            key, mine = self.key_of[name], found[inputs[name]]
-            sums[key] = sums[key] + mine if key in sums else mine
+        for name in stage:
+            key = self.key_of[name]
+            sums[key] = sums[key] + found[inputs[name]] if key in sums else found[inputs[name]]
         layers = [self.sharing.pop(key) for key in sums]
         jobs = [self._job(*each) for each in zip(layers, sums, sums.values(), strict=True)]
         results = self.method.treat_block(jobs)
@@ -187,6 +213,9 @@ class _Walk(Generic[Plan]):
             for owner, copies in self.copies:
                 if mine := [copies[node.name] for node in nodes if node.name in copies]:
                     install(owner, type(self.method).__name__, mine, treated)
+            names = {node.name for node in nodes}
+            if mine := [node for node in exact.graph.nodes if node.name in names]:
+                install(exact, type(self.method).__name__, mine, in_float(treated))
         return results
 
     def _job(
@@ -205,6 +234,15 @@ def sharing(plans: Mapping[Node, Plan]) -> dict[tuple[TensorKey, Plan], list[Nod
     for node, plan in plans.items():
         found.setdefault((TensorKey.of(weight_of(node)), plan), []).append(node)
     return found
+
+
+def in_float(treated: Treated) -> Treated:
+    """Return the same with a weight of what its codes stand for, where a method fixed these."""
+    fixed = treated.facts.get("weight")
+    if fixed is None:
+        return treated
+    value = numerics.dequantize(fixed.codes, fixed.scale, fixed.zero_point, torch.float32)
+    return replace(treated, weight=value, facts={})
 
 
 def install(gm: GraphModule, by: str, nodes: Sequence[Node], treated: Treated) -> None:

@@ -97,7 +97,7 @@ class InduceSparsity(WeightMethod[Plan]):
         by_weight: dict[TensorKey, list[Node]] = {}
         for node in patterns:
             by_weight.setdefault(TensorKey.of(weight_of(node)), []).append(node)
-        plans = {}
+        plans: dict[Node, Plan] = {}
         for nodes in by_weight.values():
             plan = Plan(patterns[nodes[0]], *_of_weight(nodes, links, reasons))
             plans |= dict.fromkeys(nodes, plan)
@@ -129,7 +129,7 @@ class InduceSparsity(WeightMethod[Plan]):
                 raise ValueError(f"weight of {names}: {error}") from error
         return [results[k] for k in range(len(jobs))]
 
-    def _treat_together(self, jobs: Sequence[Job[Plan]]) -> list[Treated]:
+    def _treat_together(self, jobs: Sequence[Job[Plan]]) -> list[Induced]:
         sites = list(dict.fromkeys(site for job in jobs for site, _ in job.plan.links))
         sizes = [site.n_channels for site in sites]
         starts = {site: sum(sizes[:k]) for k, site in enumerate(sites)}

@@ -72,7 +72,7 @@ class Learning:
     steps: int = 60
     learning_rate: float = 3e-2
     temperature: float = 8.0
-    bound: float = 8.0
+    bound: float = 64.0  # norms of the inputs of a gated layer differ by more than 8
     starts: tuple[Start, ...] = ("ones", "norm")
     spectral: SpectralNorm = SpectralNorm()
 

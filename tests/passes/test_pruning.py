@@ -121,3 +121,40 @@ def test_half_precision_stays_and_counts_are_exact() -> None:
     observed = Recipe("q", (InsertObservers(w8a8.STATIC_LAYER), Calibrate(), Convert()))
     set_facts(node, mask=layer_of(node).mask)
     assert fxq.compress(model, x, Recipe("b", (Wanda(), *observed.passes)), [x]).sqnr_db > 3
+
+
+class Block(nn.Module):
+    """Two layers in one block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+        self.out = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(x + self.inner(x))
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+@torch.no_grad()
+def test_within_a_block_a_layer_is_pruned_on_what_treated_ones_give_if_asked(
+    sequential: bool,
+) -> None:
+    model, x = Block().eval(), correlated(64, 16)
+    first, second = model.inner[0], model.inner[2]
+
+    pruner = Wanda(blocks=("inner",), sequential=sequential)
+    program = fxq.compress(model, x, Recipe("w", (pruner,)), [x[:32], x[32:]])
+
+    _, mask = Wanda().prune(first.weight, energy(x), Unstructured(0.5))
+    hidden = {
+        False: torch.relu(first(x)),
+        True: torch.relu(nn.functional.linear(x, first.weight * mask, first.bias)),
+    }
+    masks = {
+        kind: Wanda().prune(second.weight, energy(given), Unstructured(0.5))[1]
+        for kind, given in hidden.items()
+    }
+    found = layer_of(linears(program.graph_module)[1]).mask
+    assert not torch.equal(masks[True], masks[False])
+    assert torch.equal(found, masks[sequential])  # type: ignore[arg-type]
