@@ -10,10 +10,12 @@ from story import Story, assert_writes
 from fxq.passes.common import LAST, Convert, InsertObservers
 from fxq.passes.gptq import BY_ACTIVATION, W4_LAYER
 from fxq.passes.pruning import Group, Magnitude, SparseGPT, Unstructured, Wanda
+from fxq.passes.sparsity_induction import InduceSparsity
 from fxq.spec import LayerSpec, PerGroup
 
 # 172 columns are no multiple of 32.
 DOWN = LayerSpec(None, replace(W4_LAYER.weight, granularity=PerGroup(43)))
+PATTERNS = [Group(2, 4)]
 OBSERVE = InsertObservers(W4_LAYER, overrides=((LAST, None), ("*down_proj", DOWN)))
 
 
@@ -50,3 +52,14 @@ def test_better_pruners_lose_less(story: Story, pattern: Any) -> None:
 
     assert perplexities[0] > 1.2 * perplexities[1] > 1.2 * 1.2 * perplexities[2]
     assert_writes(story.model, programs[2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_induction_halves_what_magnitude_loses(story: Story, pattern: Any) -> None:
+    exact = story.perplexity(story.model)
+
+    base = story.perplexity(story.compressed(Magnitude(pattern)))
+    found = story.perplexity(story.compressed(InduceSparsity(Magnitude(pattern))))
+
+    assert found - exact < 0.5 * (base - exact)
