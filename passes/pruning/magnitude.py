@@ -1,29 +1,25 @@
 """Magnitude pruning: the smallest weights go (arXiv:1506.02626). Needs no data."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
+from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
-from fxq.dialect import ATEN, Dialect
 from fxq.graph import weight_of
 from fxq.passes.common.weight_method import install, sharing
-from fxq.passes.pruning.patterns import Pattern
-from fxq.passes.pruning.prune import HALF, OUTPUT, Overrides, prunable, pruned
+from fxq.passes.pruning.prune import Pruner, prunable, pruned
 from fxq.pipeline import Pass
 from fxq.rewriting import erase_dead
 
 
 @dataclass(frozen=True)
-class Magnitude(Pass):
-    """Prune by `|W|`; fields as for `Prune`."""
+class Magnitude(Pruner, Pass):
+    """Prune by `|W|`; fields as for `Pruner`."""
 
-    pattern: Pattern = HALF
-    overrides: Overrides = OUTPUT
-
-    reads: ClassVar[Dialect] = ATEN
-    writes: ClassVar[Dialect] = ATEN
+    def scores(self, weight: Tensor, moments: Tensor) -> Tensor:
+        """Return `|W|`, whatever the input."""
+        return weight.abs()
 
     def run(self, gm: GraphModule) -> PassResult:
         """Prune every layer."""

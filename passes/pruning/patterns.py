@@ -38,9 +38,13 @@ class Unstructured:
         Args:
             scores: importance `[N, K]`, no NaN; of equal ones the first go.
         """
-        rows = scores if self.per == "row" else scores.flatten()[None]
+        rows = self.compared(scores, 0.0)
         count = self.removed(rows.shape[1])
         return keep_all_but(rows, count).reshape(scores.shape)
+
+    def compared(self, values: Tensor, padding: float) -> Tensor:
+        """Return a weight's values by what is compared with one another `[..., size]`."""
+        return values if self.per == "row" else values.flatten()[None]
 
     def removed(self, size: int) -> int:
         """Return how many of `size` weights that are compared go."""
@@ -48,7 +52,7 @@ class Unstructured:
 
     def check(self, mask: Tensor) -> None:
         """Raise `PassError` where other numbers of weights are gone than the pattern says."""
-        rows = mask if self.per == "row" else mask.flatten()[None]
+        rows = self.compared(mask, False)
         gone, expected = (~rows).sum(1), self.removed(rows.shape[1])
         if bool((gone != expected).any()):
             raise PassError(
@@ -77,20 +81,21 @@ class Group:
 
     def keep(self, scores: Tensor) -> Tensor:
         """Return True for the weights that stay; arguments as for `Unstructured.keep`."""
-        groups = self._grouped(scores, -torch.inf)
+        groups = self.compared(scores, -torch.inf)
         return keep_all_but(groups, self.size - self.kept).flatten(1)[:, : scores.shape[1]]
 
     def check(self, mask: Tensor) -> None:
         """Raise `PassError` where other numbers of weights are left than the pattern says."""
-        left = self._grouped(mask.int(), 0).sum(-1)
-        expected = self._grouped(torch.ones_like(mask[:1], dtype=torch.int), 0).sum(-1)
+        left = self.compared(mask.int(), 0).sum(-1)
+        expected = self.compared(torch.ones_like(mask[:1], dtype=torch.int), 0).sum(-1)
         if bool((left != expected.clamp(max=self.kept)).any()):
             raise PassError(
                 f"expected {self.kept} of every {self.size} neighbours to stay, found "
                 f"{int(left.min())} to {int(left.max())}"
             )
 
-    def _grouped(self, values: Tensor, padding: float) -> Tensor:
+    def compared(self, values: Tensor, padding: float) -> Tensor:
+        """Return a weight's values by what is compared with one another `[N, groups, size]`."""
         rest = -values.shape[1] % self.size
         return F.pad(values, (0, rest), value=padding).unflatten(1, (-1, self.size))
 

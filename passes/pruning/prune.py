@@ -1,6 +1,6 @@
 """What every pruner shares: which linears it is for, and how the result is recorded."""
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -26,8 +26,8 @@ OUTPUT: Overrides = ((LAST, None),)  # output layers stay dense, as in the paper
 
 
 @dataclass(frozen=True)
-class Prune(WeightMethod[Pattern]):
-    """Prune linears block by block, before anything is quantized. Subclass as a frozen dataclass.
+class Pruner(ABC):
+    """What a pruner is asked for a single weight.
 
     Args:
         pattern: which weights may go, unless an override says otherwise.
@@ -41,6 +41,36 @@ class Prune(WeightMethod[Pattern]):
     reads: ClassVar[Dialect] = ATEN
     writes: ClassVar[Dialect] = ATEN
 
+    def of_gram(self, moments: Tensor) -> Tensor:
+        """Return what the pruner needs, given the sum of `x x^T` `[K, K]`."""
+        return moments
+
+    @abstractmethod
+    def scores(self, weight: Tensor, moments: Tensor) -> Tensor:
+        """Return how important each weight is as the layer is now `[N, K]`, >= 0; arguments as for
+        `prune`."""
+
+    def prune(
+        self, weight: Tensor, moments: Tensor, pattern: Pattern, factor: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return a weight for the kept elements `[N, K]` and which these are `[N, K]`, bool.
+
+        Args:
+            weight: `[N, K]`.
+            moments: of the input, as the pruner needs them.
+            pattern: which weights may go.
+            factor: what the importance of each input's weights is multiplied by `[K]`, > 0; None
+                for 1.
+        """
+        scores = self.scores(weight, moments)
+        return weight, pattern.keep(scores if factor is None else scores * factor)
+
+
+@dataclass(frozen=True)
+class Prune(Pruner, WeightMethod[Pattern]):
+    """Prune linears block by block, before anything is quantized. Subclass as a frozen dataclass;
+    fields as for `Pruner` and `WeightMethod`."""
+
     def plans(self, gm: GraphModule) -> Mapping[Node, Pattern]:
         """Return the pattern of each linear to prune."""
         return prunable(gm, type(self).__name__, self.pattern, self.overrides)
@@ -48,11 +78,6 @@ class Prune(WeightMethod[Pattern]):
     def treat(self, weight: Tensor, moments: Tensor, plan: Pattern, mask: Tensor | None) -> Treated:
         """Prune a weight."""
         return pruned(*self.prune(weight, moments, plan), plan)
-
-    @abstractmethod
-    def prune(self, weight: Tensor, moments: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
-        """Return a weight for the kept elements `[N, K]` and which these are `[N, K]`, bool;
-        arguments as for `treat`."""
 
 
 def pruned(weight: Tensor, mask: Tensor, pattern: Pattern) -> Treated:
@@ -72,7 +97,7 @@ def prunable(
         gm: in the dialect ATEN.
         by: the pass that asks.
         pattern: of layers that no override matches.
-        overrides: as for `Prune`.
+        overrides: as for `Pruner`.
     Raises:
         ValueError: a layer is pruned already.
     """

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fxq.passes.common.second_moments import energy
-from fxq.passes.pruning.patterns import Pattern
 from fxq.passes.pruning.prune import Prune
 
 
@@ -26,11 +25,15 @@ class RIA(Prune):
         """Return what is summed over batches."""
         return energy(x)
 
-    def prune(self, weight: Tensor, moments: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
-        """Prune a weight; `moments` are `||X_j||^2` `[K]`."""
+    def of_gram(self, moments: Tensor) -> Tensor:
+        """Return `||X_j||^2` `[K]`."""
+        return moments.diagonal()
+
+    def scores(self, weight: Tensor, moments: Tensor) -> Tensor:
+        """Return the importance of each weight; `moments` are `||X_j||^2` `[K]`."""
         size = weight.double().abs()
-        shares = sum(size / _or_one(size.sum(dim, keepdim=True)) for dim in (0, 1))  # eq. (3)
-        return weight, pattern.keep(shares * moments.sqrt() ** self.power)  # eq. (4)
+        columns, rows = (size / _or_one(size.sum(dim, keepdim=True)) for dim in (0, 1))
+        return (columns + rows) * moments.sqrt() ** self.power  # eq. (3), (4)
 
 
 def _or_one(total: Tensor) -> Tensor:

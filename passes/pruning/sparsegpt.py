@@ -34,10 +34,18 @@ class SparseGPT(Prune):
     damping: float = 0.01  # as the paper's code
     columns: int = 128  # the paper's mask-selection block size
 
-    def prune(self, weight: Tensor, moments: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
-        """Prune a weight; `moments` are the sum of `x x^T` `[K, K]`."""
-        factor, dead = inverse_factor(moments, self.damping)
-        price = torch.where(dead, 0.0, factor.diagonal() ** -2)  # eq. (5)
+    def scores(self, weight: Tensor, moments: Tensor) -> Tensor:
+        """Return the root of what it costs to prune each weight alone, later columns making up for
+        it; `moments` are the sum of `x x^T` `[K, K]`."""
+        return weight.abs() * _price(*inverse_factor(moments, self.damping)).sqrt()
+
+    def prune(
+        self, weight: Tensor, moments: Tensor, pattern: Pattern, factor: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Prune a weight; `moments` are the sum of `x x^T` `[K, K]`. Costs are multiplied by the
+        square of `factor`."""
+        inverse, dead = inverse_factor(moments, self.damping)
+        price = _price(inverse, dead) * (1.0 if factor is None else factor**2)
         mask = torch.ones_like(weight, dtype=torch.bool)
         size = pattern.size if isinstance(pattern, Group) else self.columns
         block = -(-self.columns // size) * size
@@ -48,7 +56,11 @@ class SparseGPT(Prune):
                 mask[:, some] = _keep(work[:, some] ** 2 * price[some], pattern, column, weight)
             return torch.where(mask[:, column], work[:, column], 0.0)
 
-        return sweep_columns(weight.double(), factor, block, fix).float(), mask
+        return sweep_columns(weight.double(), inverse, block, fix).float(), mask
+
+
+def _price(inverse: Tensor, dead: Tensor) -> Tensor:
+    return torch.where(dead, 0.0, inverse.diagonal() ** -2)  # eq. (5)
 
 
 def _keep(cost: Tensor, pattern: Pattern, start: int, weight: Tensor) -> Tensor:

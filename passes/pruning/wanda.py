@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fxq.passes.common.second_moments import energy
-from fxq.passes.pruning.patterns import Pattern
 from fxq.passes.pruning.prune import Prune
 
 
@@ -17,6 +16,10 @@ class Wanda(Prune):
         """Return what is summed over batches."""
         return energy(x)
 
-    def prune(self, weight: Tensor, moments: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
-        """Prune a weight; `moments` are `||X_j||^2` `[K]`."""
-        return weight, pattern.keep(weight.abs() * moments.sqrt())  # eq. (1)
+    def of_gram(self, moments: Tensor) -> Tensor:
+        """Return `||X_j||^2` `[K]`."""
+        return moments.diagonal()
+
+    def scores(self, weight: Tensor, moments: Tensor) -> Tensor:
+        """Return the importance of each weight; `moments` are `||X_j||^2` `[K]`."""
+        return weight.abs() * moments.sqrt()  # eq. (1)

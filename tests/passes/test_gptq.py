@@ -243,3 +243,23 @@ def test_data_that_is_not_finite_names_the_layer() -> None:
 def test_settings_that_mean_nothing_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="GPTQ: expected damping >= 0"):
         GPTQ(**wrong)  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def test_within_a_block_codes_of_a_layer_are_found_on_what_rounded_ones_give() -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8))).eval()
+    x, spec = correlated(64, 16), QuantSpec(4, granularity=PerChannel(0))
+    observe = InsertObservers(LayerSpec(None, spec))
+    method = GPTQ(blocks=("0",), sequential=True)
+
+    program = fxq.compress(model, x, Recipe("r", (observe, method, Convert())), [x])
+
+    first = round_columns(model[0][0].weight, gram(x), spec, method)
+    hidden = torch.relu(nn.functional.linear(x, first.codes * first.scale, model[0][0].bias))
+    expected = round_columns(model[0][2].weight, gram(hidden), spec, method)
+    found = [n for n in program.graph_module.graph.nodes if is_op(n, LINEAR)]
+    codes = layer_of(found[1]).weight
+    assert codes is not None
+    assert torch.equal(codes.codes, expected.codes)
+    before = round_columns(model[0][2].weight, gram(torch.relu(model[0][0](x))), spec, method)
+    assert not torch.equal(codes.codes, before.codes)
