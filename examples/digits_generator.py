@@ -1,5 +1,5 @@
-"""A small autoregressive generator of handwritten digits: scikit-learn's 8 x 8 pixels as 64 tokens of
-16 levels, one after the other, by class. Norms are modulated per token, as RAR's are."""
+"""A small autoregressive generator of handwritten digits: scikit-learn's 8 x 8 pixels as 64 tokens
+of 16 levels, one after the other, by class. Norms are modulated per token, as RAR's are."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 LEVELS, LENGTH, CLASSES = 16, 64, 10
-BATCH, PEAK_LR = 64, 3e-3
+BATCH, PEAK_LR = 32, 3e-3
 
 
 def tokens() -> tuple[Tensor, Tensor, Tensor, Tensor]:
