@@ -50,7 +50,7 @@ class Setting:
     width: int = 64
     depth: int = 2
     steps: int = 500
-    calibration: int = 64
+    calibration: int = 48
     judged: int = 360
     drawn: int = 20
     bits: int = 6

@@ -121,7 +121,7 @@ def test_positions_that_a_sample_lacks_cost_nothing() -> None:
             top = cut * float(torch.cat([bounds[:j], bounds[j + 1 :]]).max())
             for value in bounds[j].tolist():
                 if value != -torch.inf:
-                    cost += 64 * (2 * top / 255) ** 2 / 12 + 2 * max(0.0, value - top) ** 2
+                    cost += 64 * (2 * top / 255) ** 2 / 12 + (2 * max(0.0, value - top)) ** 2
         total.append(cost)
     assert found == pytest.approx(min(total))
 
