@@ -6,14 +6,13 @@ is thirty times larger than the rest, or the scales of a next-scale model. But a
 samples is too narrow for the next one. Positions that share a range have more samples for it, so
 the question is which of them to put together:
 
-    error(sample j, position p) = C step^2 / 12 + max(0, high - top)^2 + max(0, bottom - low)^2
+    error(sample j, position p) = C step^2 / 12 + (max(0, high - top) + max(0, bottom - low))^2
 
 with bottom and top (and so the step) the range of the group in all samples but j, or the part of it
 that costs least. The sum over samples, each position in units of its own range, is what a group
-costs. Starting with one position
-in each, the two neighbouring groups that gain most are put together, until none gain. What is left
-is the first tokens that stand out, the scales, and the rest, whatever a model has of them; one
-group where one sample is all there is.
+costs. Starting with one position in each, the two neighbouring groups that gain most are put
+together, until none gain. What is left is the first tokens that stand out, the scales, and the
+rest, whatever a model has of them; one group where one sample is all there is.
 
 The rows of the table stay as many as the positions are: the index and the gather are the same for
 all layers, however each is grouped.
@@ -171,7 +170,7 @@ def shared_range_cost(
     top, bottom = cuts * top, cuts * bottom  # [K, S]
     steps = (top.clamp(min=0) - bottom.clamp(max=0)) / levels
     over = (high - top[..., None]).clamp(min=0) + (bottom[..., None] - low).clamp(min=0)
-    clipped = (torch.where(present, over, 0.0).square() @ weight).sum(1)
+    clipped = (over.square() @ weight).sum(1)  # 0 where a sample has none: no value lies outside
     rounded = steps.square() @ (present.to(weight.dtype) @ weight) * n_channels / 12
     return float((clipped + rounded).min())
 

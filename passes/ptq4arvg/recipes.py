@@ -16,7 +16,6 @@ from dataclasses import replace
 
 from fxq.passes import w8a8
 from fxq.passes.common import Calibrate, Convert, GroupPositions, InsertObservers
-from fxq.passes.common.scaling.equivalent_scaling import EXACT_KINDS
 from fxq.passes.ptq4arvg.gain_projected import GainProjected
 from fxq.pipeline import Recipe
 from fxq.rows import EVERY, ByPosition
@@ -28,8 +27,8 @@ def token_wise(
 ) -> Recipe:
     """Return a recipe with static token-wise activations.
 
-    Sites whose factor would have to become a product at run time are left out of the scaling: a
-    token-wise quantizer does not take it in.
+    A factor that no layer or norm in front takes in is a product at run time: a token-wise
+    quantizer would have to hold one number for each channel and position to take it in.
 
     Args:
         name: of the recipe.
@@ -50,7 +49,7 @@ def token_wise(
     return Recipe(
         name,
         (
-            GainProjected(judged, kinds=EXACT_KINDS),
+            GainProjected(judged),
             InsertObservers(layer),
             GroupPositions(),
             Calibrate(),

@@ -30,16 +30,16 @@ class Trial:
 
 TRIALS = (
     Trial("diffusers", "Wan", "`pipe.transformer`"),
-    Trial("diffusers", "HunyuanVideo", "`pipe.transformer`", compiled=NOT_TRIED),
-    Trial("diffusers", "Flux", "`pipe.transformer`", compiled=NOT_TRIED),
-    Trial("diffusers", "CogVideoX", "`pipe.transformer`", compiled=NOT_TRIED),
-    Trial("diffusers", "LTX-Video", "`pipe.transformer`", compressed=NOT_TRIED, compiled=NOT_TRIED),
+    Trial("diffusers", "HunyuanVideo", "`pipe.transformer`"),
+    Trial("diffusers", "Flux", "`pipe.transformer`"),
+    Trial("diffusers", "CogVideoX", "`pipe.transformer`"),
+    Trial("diffusers", "LTX-Video", "`pipe.transformer`"),
     Trial("diffusers", "Stable Diffusion 3", "`pipe.transformer`"),
-    Trial("diffusers", "Qwen-Image", "`pipe.transformer`", compiled=NOT_TRIED),
-    Trial("diffusers", "PixArt", "`pipe.transformer`", compiled=NOT_TRIED),
+    Trial("diffusers", "Qwen-Image", "`pipe.transformer`"),
+    Trial("diffusers", "PixArt", "`pipe.transformer`"),
     Trial("diffusers", "Mochi", "`pipe.transformer`"),
-    Trial("diffusers", "Stable Diffusion (UNet)", "`pipe.unet`", compiled=NOT_TRIED),
-    Trial("diffusers", "DiT", "`pipe.transformer`", compiled=NOT_TRIED),
+    Trial("diffusers", "Stable Diffusion (UNet)", "`pipe.unet`"),
+    Trial("diffusers", "DiT", "`pipe.transformer`"),
     Trial(
         "transformers", "`pipeline`, image classification, ViT", "`pipe.model`", compiled=NOT_TRIED
     ),

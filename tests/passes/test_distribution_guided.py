@@ -67,6 +67,14 @@ def test_the_most_distant_half_is_kept() -> None:
     assert float(distance[chosen].min()) > float(distance[others].max())
 
 
+def test_of_samples_equally_far_the_order_does_not_decide() -> None:
+    x = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+
+    kept = [y[choose(y, 1)].tolist() for y in (x, x.flip(0), x.roll(1, 0))]
+
+    assert kept[0] == kept[1] == kept[2]
+
+
 def test_strata_give_their_shares_and_their_own_most_distant() -> None:
     x = features(30, 5)
     strata = ["a"] * 18 + ["b"] * 9 + ["c"] * 3
@@ -111,6 +119,7 @@ def test_identical_samples_are_all_alike() -> None:
     assert mahalanobis(x).tolist() == [0.0] * 6
     assert choose(x) == [0, 1, 2]
     assert mahalanobis(x[:1]).tolist() == [0.0]
+    assert shrinkage(torch.zeros(6, 4, dtype=torch.float64)) == 1.0
     assert bool(mahalanobis(features(2, 3)).isfinite().all())
 
 

@@ -1,6 +1,7 @@
 """Gain-projected scaling: its equations by hand, and what it gains on layers with outliers."""
 
 import itertools
+from typing import Literal
 
 import pytest
 import torch
@@ -148,6 +149,35 @@ def test_layers_of_one_edge_are_stacked() -> None:
     assert len(one) == len(other) == 8  # smoothed, centred, three steps within bounds and not
     for mine, theirs in zip(one, other, strict=True):
         torch.testing.assert_close(mine.scale, theirs.scale)
+
+
+@pytest.mark.parametrize("equation", ["optimum", "printed"])
+def test_steps_are_the_closed_form_of_the_last_ones_errors(
+    equation: Literal["optimum", "printed"],
+) -> None:
+    statistics = statistics_of(Layer(0))
+    layer = w6a6.STATIC_LAYER
+    found = [*GainProjected(layer, equation=equation).candidates(statistics.site, statistics)]
+    width = statistics.high - statistics.low
+
+    for last, next in ((found[1], found[5]), (found[5], found[6])):  # not bounded
+        costs = []
+        for c in statistics.consumers:
+            x, qx, w, qw = (v.double() for v in operands(c, c, last, layer))
+            dx, dw = x - qx, w - qw
+            p = 2 if equation == "optimum" else 1
+            costs.append(
+                torch.stack([
+                    torch.einsum("tk,ok->k", dx.abs() ** p, qw.abs() ** p),
+                    torch.einsum("tk,ok->k", x.abs() ** p, dw.abs() ** p),
+                ])
+            )  # fmt: skip
+        a, b = sum(costs[1:], costs[0])
+        pivot = int((width / last.scale).argmax())
+        expected = (b / a).sqrt() if equation == "printed" else (b / a) ** 0.25
+        expected[pivot] = 1.0
+        ratio = next.scale / last.scale
+        torch.testing.assert_close((ratio / ratio[pivot]).double(), expected, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("factor", [1 / 64, 4.0, 64.0])

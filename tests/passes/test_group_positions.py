@@ -70,6 +70,9 @@ def test_one_sample_supports_one_range_and_identical_ones_several() -> None:
 
 def test_zeros_stay_finite() -> None:
     assert sizes(torch.zeros(4, 8, 16)) == [8]
+    x = tokens(torch.ones(16), 12)
+    x[:, 3] = 0.0  # says nothing, and stands for no range of its own
+    assert sizes(x) == [16]
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -100,6 +103,27 @@ def test_the_cost_by_hand(symmetric: bool) -> None:
                 total += float(weight[p]) * (5 * ((top - bottom) / 15) ** 2 / 12 + clipped)
         costs.append(total)
     assert found == pytest.approx(min(costs))
+
+
+def test_positions_that_a_sample_lacks_cost_nothing() -> None:
+    x = tokens(torch.ones(4), 6).double()
+    low, high = x.amin(2), x.amax(2)
+    weight = torch.ones(4, dtype=torch.float64)
+    low[2, 1:], high[2, 1:] = torch.inf, -torch.inf
+
+    found = shared_range_cost(low, high, weight, 64, 255, symmetric=True)
+
+    bounds = torch.maximum(high, -low)
+    total = []
+    for cut in (1.0, 0.9, 0.8, 0.7, 0.6):
+        cost = 0.0
+        for j in range(6):
+            top = cut * float(torch.cat([bounds[:j], bounds[j + 1 :]]).max())
+            for value in bounds[j].tolist():
+                if value != -torch.inf:
+                    cost += 64 * (2 * top / 255) ** 2 / 12 + (2 * max(0.0, value - top)) ** 2
+        total.append(cost)
+    assert found == pytest.approx(min(total))
 
 
 def test_a_range_that_one_sample_alone_has_costs_infinitely() -> None:
