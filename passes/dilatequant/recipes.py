@@ -13,16 +13,13 @@ where the published code averages those of batches in their order.
 from collections.abc import Callable
 
 from fxq.passes.common import (
-    LAST,
     Calibrate,
     Convert,
     DecomposeAttention,
-    InsertObservers,
-    ObserveActivations,
     SplitConcatenations,
     TimestepRows,
-    first_of,
 )
+from fxq.passes.common.observe_products import observe_products
 from fxq.passes.common.reconstruction import Reconstruct, StraightThrough
 from fxq.passes.dilatequant.dilation import GuardedDilation
 from fxq.pipeline import DataPass, Pass, Recipe
@@ -70,16 +67,11 @@ def dilated(
         LayerSpec(of_input, QuantSpec(bits, granularity=PerChannel(0)))
         for of_input, bits in ((activation, weight_bits), (eight, 8))
     )
-    observe = InsertObservers(
-        layer, targets=("linear", "conv"), overrides=((first_of(), wide), (LAST, wide))
-    )
     passes = (
         DecomposeAttention(),
         SplitConcatenations(),
         None if dilation is None else dilation(layer),
-        observe,
-        ObserveActivations(activation, ("operand",)),
-        ObserveActivations(eight, ("probabilities",)),
+        *observe_products(layer, wide),
         rows,
         Calibrate(),
         reconstruct,

@@ -13,16 +13,8 @@ code counts quantizers in the order of registration, and so takes a layer of the
 first; activations are affine on the whole range of codes; the last layer's input is quantized.
 """
 
-from fxq.passes.common import (
-    LAST,
-    Calibrate,
-    Convert,
-    DecomposeAttention,
-    InsertObservers,
-    ObserveActivations,
-    SplitConcatenations,
-    first_of,
-)
+from fxq.passes.common import Calibrate, Convert, DecomposeAttention, SplitConcatenations
+from fxq.passes.common.observe_products import observe_products
 from fxq.passes.common.reconstruction import BlockLoss, Reconstruct, Rounding
 from fxq.pipeline import Recipe
 from fxq.spec import LayerSpec, MeanSquaredError, MinMax, PerChannel, PerTensor, QuantSpec
@@ -63,25 +55,10 @@ def reconstructed(
         QuantSpec(bits, granularity=PerChannel(0), observer=rule, pair_safe=pair_safe)
         for bits in (weight_bits, 8)
     )
-    wide = LayerSpec(eight, wide_weight)
-    layers = InsertObservers(
-        LayerSpec(activation, weight),
-        targets=("linear", "conv"),
-        overrides=((first_of(), wide), (LAST, wide)),
-    )
-    return Recipe(
-        name,
-        (
-            DecomposeAttention(),
-            SplitConcatenations(),
-            layers,
-            ObserveActivations(activation, ("operand",)),
-            ObserveActivations(eight, ("probabilities",)),
-            Calibrate(),
-            *([] if reconstruct is None else [reconstruct]),
-            Convert(),
-        ),
-    )
+    observe = observe_products(LayerSpec(activation, weight), LayerSpec(eight, wide_weight))
+    learn = () if reconstruct is None else (reconstruct,)
+    passes = (DecomposeAttention(), SplitConcatenations(), *observe, Calibrate(), *learn, Convert())
+    return Recipe(name, passes)
 
 
 W8A8 = reconstructed("eda_dm_w8a8", 8, 8)
