@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fxq
 from fxq import backend
 from fxq.lowering.devices import x86
+from fxq.passes.pruning.prune import Pruner
 from fxq.pipeline import FLOAT, Recipe
 
 ROOT = str(Path(fxq.__file__).resolve().parent)
@@ -223,10 +224,11 @@ def _vector_flops(matrix: Sequence[int], *rest: Any, **kwargs: Any) -> int:
 
 VECTOR_PRODUCTS = {torch.ops.aten.mv: _vector_flops, torch.ops.aten.dot: _vector_flops}
 PRODUCTS_OF_PARAMETERS = {"h @ (square @ square)"}
-DATA_FREE = sorted(
-    point.name
-    for point in importlib.metadata.entry_points(group="fxq.recipes")
-    if not point.load().needs_data
+RECIPES = {p.name: p.load() for p in importlib.metadata.entry_points(group="fxq.recipes")}
+DATA_FREE = sorted(  # that are to keep the function: pruned weights are another one
+    name
+    for name, recipe in RECIPES.items()
+    if not recipe.needs_data and not any(isinstance(p, Pruner) for p in recipe.passes)
 )
 CHECKS: dict[str, Check] = {
     "float": check_float,

@@ -162,7 +162,14 @@ def buffer(gm: torch.fx.GraphModule, name: str) -> Tensor:
     return next(b for key, b in gm.named_buffers() if name in key)
 
 
-@pytest.mark.parametrize("how", [WeightDilation(), GuardedDilation(W4A4), OptimalDilation(W4A4)])
+@pytest.mark.parametrize(
+    "how",
+    [
+        WeightDilation(),
+        GuardedDilation(W4A4, least_gain=0.0),
+        OptimalDilation(W4A4, least_gain=0.0),
+    ],
+)
 def test_the_function_and_the_ranges_stay(how: Any) -> None:
     model, data = Residual().eval(), rows(3, 0)
     program = fxq.compress(model, data[0], Recipe("r", (how,)), data)
