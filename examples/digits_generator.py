@@ -23,7 +23,7 @@ def tokens() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 class Block(nn.Module):
-    """Causal attention and an MLP, both behind norms that the condition of each token modulates."""
+    """Causal attention and an MLP, each after a norm that the condition of the token modulates."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

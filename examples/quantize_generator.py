@@ -58,7 +58,7 @@ class Setting:
     compiles: bool = False
 
 
-QUICK = Setting(32, 1, 30, 12, 24, 10)
+QUICK = Setting(32, 1, 30, 24, 24, 10)  # 24 digits have all classes, and scaling needs them
 
 
 @dataclass(frozen=True)

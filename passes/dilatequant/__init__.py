@@ -15,8 +15,9 @@ Departures from the paper, whose code is not published:
   those factors that could move its ends, and what nothing bounds is at most 2^8.
 - Dilation is judged: `GuardedDilation` takes the best power of the paper's factor at each site, or
   leaves it. The paper's own is `WeightDilation`.
-- Factors that no norm or linear in front takes become part of the quantizer of the input. The
-  paper folds them into the layer in front, which is not exact through SiLU.
+- Factors that no norm or linear in front takes become a product in front of the quantizer of the
+  input, and part of that where it has one range. The paper folds them into the layer in front,
+  which is not exact through SiLU.
 - A row holds for its time-step's value, not for a count of calls; neighbouring time-steps may share
   one, and others than the calibrated have the nearest.
 - Logarithms of scales are learned, each row by an Adam of its own, so that a step moves no row but

@@ -245,6 +245,56 @@ def test_the_weight_method_chooses_the_codes() -> None:
     torch.testing.assert_close(program(x), expected, rtol=1e-6, atol=1e-6)
 
 
+class Small(nn.Module):
+    """A layer, an MLP and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(32, 32), nn.Linear(32, 4)
+        self.mlp = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.mlp(self.first(x).relu()))
+
+
+def test_weights_are_pruned_and_rounded_by_data_as_the_page_says() -> None:
+    scope: dict[str, Any] = {}
+    exec(block("Wanda(Group(2, 4)", "docs/quantization.md"), scope)
+    exec(block("InduceSparsity(Magnitude", "docs/quantization.md"), scope)
+    model, data = Small().eval(), [torch.randn(16, 32) for _ in range(4)]
+
+    found = {}
+    for name in ("chosen", "induced"):
+        program = fxq.compress(model, data[0], scope[name], data)
+        found[name] = {row.row.module: row for row in fxq.report(program).rows}
+
+    # 60 % of 32 are 19, of 64 are 38
+    shares = {name: row.sparsity for name, row in found["chosen"].items()}
+    assert shares == {"first": 0.5, "mlp.0": 19 / 32, "mlp.2": 38 / 64, "head": None}
+    formats = {name: row.row.format for name, row in found["chosen"].items()}
+    assert formats.pop("head") is None
+    assert set(formats.values()) == {"float32 x int4"}
+    assert {row.sparsity for row in found["induced"].values()} <= {0.5, None}
+    assert found["induced"]["first"].sparsity == 0.5
+
+
+def test_samples_are_chosen_as_the_page_on_generators_says() -> None:
+    model = nn.Sequential()
+    model.add_module("blocks", nn.Sequential(*(nn.Linear(8, 8) for _ in range(12))))
+    labels = [k % 2 for k in range(256)]
+    samples = [torch.randn(1, 5, 8) for _ in labels]
+    scope: dict[str, Any] = {
+        "model": model.eval(), "samples": samples, "labels": labels, "example": samples[0],
+    }  # fmt: skip
+
+    exec(block("pooled_features", "docs/generators.md"), scope)
+
+    chosen = scope["chosen"]
+    assert len(set(chosen)) == 128
+    assert sum(labels[k] for k in chosen) == 64
+    assert isinstance(scope["program"], fxq.Program)
+
+
 def test_the_rule_takes_the_weight_only_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     module = module_of("class W8Linear", "documented_rule")
     device = Device("foo", lambda device: True, (module.FOO_LINEAR,))
