@@ -64,7 +64,7 @@ class Setting:
         }
 
 
-QUICK = Setting((40, 40), 16, 6, 40, 8, 24)
+QUICK = Setting((40, 40), 16, 6, 40, 8, 30)
 ROUNDS = 50  # of timing
 
 

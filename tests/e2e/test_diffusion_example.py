@@ -11,6 +11,7 @@ pytest.importorskip("matplotlib")
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:eda_dm.select")  # of a model that hardly learned
 def test_the_diffusion_example_measures_and_draws(tmp_path: Path) -> None:
     from quantize_diffusion import QUICK, main
 
