@@ -28,6 +28,7 @@ from fxq.lowering.cpu.onednn import cpu_int8
 from fxq.lowering.devices.other import TorchAttention
 from fxq.lowering.lower_conv import ConvOperands, Int8Conv
 from fxq.lowering.lower_linear import Int8Linear, Operands, is_single
+from fxq.lowering.lower_weight_only import WeightOnlyLinear
 from fxq.lowering.rule import Decision, Device, Lowering
 from fxq.numerics import EXACT_IN_FP32, is_pair_safe, largest_sum
 from fxq.rewriting import add_buffer, insert_call
@@ -233,5 +234,5 @@ def _per_row(
 X86 = Device(
     "x86",
     lambda device: device.type == "cpu" and cpu_int8().available,
-    (OneDnnInt8Linear(), OneDnnInt8Conv(), TorchAttention()),
+    (WeightOnlyLinear(), OneDnnInt8Linear(), OneDnnInt8Conv(), TorchAttention()),
 )

@@ -1,0 +1,34 @@
+"""weight_only_linear on x86: `native.cpp` streams the codes and dequantizes them in registers.
+
+Few rows wait for memory, so a weight of a quarter or an eighth of the bytes is read so much sooner.
+Up to `FEW` rows the codes are converted and used at once; for more, blocks of the weight are
+dequantized into the first-level cache and multiplied as MKL would. Every sum is in fp32: a result
+differs from the definition by the order of its sums and by fused multiply-adds, nothing else.
+"""
+
+import torch
+from torch import Tensor
+
+from fxq.lowering.cpu.native import address, native
+from fxq.lowering.kernels import buffers
+
+# Rows up to which codes are converted anew for every four rows. Beyond, blocks are
+# faster (benchmarks/results/cpu_weight_only_linear_native.md).
+FEW = 8
+
+
+def launch(
+    x: Tensor, codes: Tensor, factors: Tensor, bias: Tensor | None, n_out: int, bits: int
+) -> Tensor:
+    """Return `x @ weight.T + bias` `[M, N]`, fp32, for x `[M, K]`; the rest as in
+    `fxq.lowering.weight_only_linear`."""
+    library = native()
+    assert not isinstance(library, str)
+    x, (rows, n_in), n_groups = x.contiguous(), x.shape, factors.shape[1]
+    out = buffers.allocate((rows, n_out), torch.float32, x.device)
+    bias = None if bias is None else bias.contiguous()
+    library.fxq_weight_only_linear(
+        address(x), rows, n_in, address(codes), bits, address(factors), n_in // n_groups,
+        factors.shape[2], address(bias), address(out), n_out, FEW, torch.get_num_threads(),
+    )  # fmt: skip
+    return out
