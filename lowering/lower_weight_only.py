@@ -55,7 +55,7 @@ class WeightOnlyLinear(Rule):
         x, weight, *bias = args_of(node)
         if why := _why_not(x, weight, lowering):
             return Decision(None, why)
-        if isinstance(unavailable := native(), str):
+        if isinstance(unavailable := native("weight_only_linear"), str):
             return Decision(None, unavailable)
         codes, factors = _packed(weight, lowering)
         bits = bits_of(tensor_of(lowering.gm, codes))

@@ -1,4 +1,4 @@
-"""weight_only_linear on x86: `native.cpp` streams the codes and dequantizes them in registers.
+"""weight_only_linear on x86: `weight_only_linear.cpp` streams the codes and dequantizes them in registers.
 
 Few rows wait for memory, so a weight of a quarter or an eighth of the bytes is read so much sooner.
 Up to `FEW` rows the codes are converted and used at once; for more, blocks of the weight are
@@ -22,12 +22,12 @@ def launch(
 ) -> Tensor:
     """Return `x @ weight.T + bias` `[M, N]`, fp32, for x `[M, K]`; the rest as in
     `fxq.lowering.weight_only_linear`."""
-    library = native()
-    assert not isinstance(library, str)
+    kernel = native("weight_only_linear")
+    assert not isinstance(kernel, str)
     x, (rows, n_in), n_groups = x.contiguous(), x.shape, factors.shape[1]
     out = buffers.allocate((rows, n_out), torch.float32, x.device)
     bias = None if bias is None else bias.contiguous()
-    library.fxq_weight_only_linear(
+    kernel(
         address(x), rows, n_in, address(codes), bits, address(factors), n_in // n_groups,
         factors.shape[2], address(bias), address(out), n_out, FEW, torch.get_num_threads(),
     )  # fmt: skip

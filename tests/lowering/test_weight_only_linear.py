@@ -26,7 +26,7 @@ from fxq.pipeline import Recipe
 from fxq.spec import LayerSpec, PerGroup, PerTensor, QuantSpec
 
 CPU = torch.device("cpu")
-needs_native = pytest.mark.skipif(isinstance(native(), str), reason=str(native()))
+needs_native = pytest.mark.skipif(isinstance(native("weight_only_linear"), str), reason=str(native("weight_only_linear")))
 # N, K and groups along K. No panel of 16 and no step of 8 divides the first ones; 1000 input
 # channels are summed in blocks, of which the last is short.
 SHAPES = [(1, 1, 1), (3, 7, 1), (33, 65, 1), (16, 8, 1), (40, 1000, 1), (17, 96, 3), (48, 1024, 32)]
@@ -216,8 +216,8 @@ class Logits(nn.Module):
 
 
 @needs_native
-def test_a_compiled_llama_is_the_simulated_one_for_any_number_of_tokens(any_size: None) -> None:
-    model, tokens = Logits().eval(), torch.randint(100, (2, 6))
+def test_a_compiled_llama_is_the_simulated_one_for_any_number_of_rows(any_size: None) -> None:
+    model, tokens = Logits().eval(), torch.randint(100, (2, 3))
     program = fxq.compress(model, tokens, weight_only.W8)
 
     found = {row.kernel for row in fxq.report(program, tokens).rows if row.status == "lowered"}
@@ -226,7 +226,7 @@ def test_a_compiled_llama_is_the_simulated_one_for_any_number_of_tokens(any_size
     assert found == {"weight_only_linear (AVX2, int8)"}
     assert fxq.verify(program, tokens, model=model).ok
     with torch.no_grad():
-        for sample in (tokens, torch.randint(100, (2, 17))):
+        for sample in (tokens, torch.randint(100, (7, 3))):
             assert sqnr_db(program(sample), compiled(sample)) > 110
 
 

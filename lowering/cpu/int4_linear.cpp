@@ -1,0 +1,167 @@
+// int8_linear for weights of 4 bits on x86-64 with AVX2, exact without VNNI
+// (`fxq.lowering.cpu.int4_linear`).
+//
+// `vpmaddubsw` multiplies unsigned with signed bytes and adds pairs of products in int16. Where
+// |w| <= 8 a product is at most 255 * 8 = 2040 in magnitude and a pair 4080, so the instruction
+// cannot saturate, and eight pairs sum to at most 8 * 4080 = 32640 < 2^15: eight results are added
+// in int16 before they are widened. With weights of 8 bits not even one pair is safe, and widening
+// every pair costs three instructions where this costs one and an eighth.
+//
+// A panel is 16 output channels, two vectors; a step is 4 input channels, whose bytes lie together
+// for each output channel, so that one broadcast of 4 activations meets 8 output channels. 8 steps
+// (`RUN`) are summed in int16, the rest in int32. Input channels are padded with zero weights to a
+// multiple of a run, and activations are packed likewise: tiles of 6 rows, step by step.
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+
+namespace {
+
+constexpr int64_t PANEL = 16;      // output channels
+constexpr int64_t STEP = 4;        // input channels of one instruction
+constexpr int64_t STEPS = 8;       // whose sums int16 holds
+constexpr int64_t RUN = STEP * STEPS;
+constexpr int64_t TILE = 6;        // rows: times 2 vectors, 12 accumulators of 16 registers
+constexpr int64_t MOST_ROWS = 96;  // of one piece of work
+
+// What becomes of the sums of a panel: less zero_point * row_sums, whole numbers or scaled.
+struct Epilogue {
+  const float* x_scale;   // one, or one a row
+  const int32_t* x_zero;  // likewise
+  int64_t scale_step, zero_step;
+  const float* w_scale;      // [16], as all below
+  const int32_t* row_sums;
+  const float* bias;  // or none
+  float* scaled;      // where results go: here, or
+  int32_t* whole;     // there
+  int64_t n_out, n;   // channels of a row of the result, and of this panel
+};
+
+// Finish one vector of sums of one row, of the channels from `first` on.
+inline void finish(const Epilogue& e, int64_t row, int64_t first, __m256i sums) {
+  const int64_t n = std::clamp<int64_t>(e.n - first, 0, 8);
+  const auto at = [&](const void* values) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values));
+  };
+  const __m256i zero = _mm256_set1_epi32(e.x_zero[row * e.zero_step]);
+  sums = _mm256_sub_epi32(sums, _mm256_mullo_epi32(zero, at(e.row_sums + first)));
+  char* out = reinterpret_cast<char*>(e.whole + row * e.n_out + first);
+  if (e.scaled != nullptr) {
+    // In the order of the definition, each step rounded: bit-equal to it.
+    const __m256 scale = _mm256_mul_ps(_mm256_set1_ps(e.x_scale[row * e.scale_step]),
+                                       _mm256_loadu_ps(e.w_scale + first));
+    __m256 y = _mm256_mul_ps(_mm256_cvtepi32_ps(sums), scale);
+    if (e.bias != nullptr) y = _mm256_add_ps(y, _mm256_loadu_ps(e.bias + first));
+    sums = _mm256_castps_si256(y);
+    out = reinterpret_cast<char*>(e.scaled + row * e.n_out + first);
+  }
+  if (n == 8) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), sums);
+    return;
+  }
+  alignas(32) int32_t values[8];
+  _mm256_store_si256(reinterpret_cast<__m256i*>(values), sums);
+  std::memcpy(out, values, n * sizeof(int32_t));
+}
+
+// A sum in the order that is written. Compilers know that integers can be summed in any, and keep
+// all terms of a run until its end, in memory.
+inline __m256i in_order(__m256i sum) {
+  asm("" : "+x"(sum));
+  return sum;
+}
+
+template <int ROWS>
+void tile(const uint8_t* x, const int8_t* weight, int64_t n_in, const Epilogue& e, int64_t row) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  alignas(32) __m256i sums[ROWS][2] = {};
+  for (int64_t k = 0; k < n_in; k += RUN) {
+    __m256i acc[ROWS][2];
+#pragma GCC unroll 8
+    for (int s = 0; s < STEPS; ++s, x += TILE * STEP, weight += PANEL * STEP) {
+      const __m256i* w = reinterpret_cast<const __m256i*>(weight);
+      const __m256i low = _mm256_loadu_si256(w), high = _mm256_loadu_si256(w + 1);
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; ++r) {
+        int32_t four;
+        std::memcpy(&four, x + r * STEP, STEP);
+        const __m256i value = _mm256_set1_epi32(four);
+        const __m256i a = _mm256_maddubs_epi16(value, low), b = _mm256_maddubs_epi16(value, high);
+        acc[r][0] = s == 0 ? a : in_order(_mm256_add_epi16(acc[r][0], a));
+        acc[r][1] = s == 0 ? b : in_order(_mm256_add_epi16(acc[r][1], b));
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) {
+      sums[r][0] = _mm256_add_epi32(sums[r][0], _mm256_madd_epi16(acc[r][0], ones));
+      sums[r][1] = _mm256_add_epi32(sums[r][1], _mm256_madd_epi16(acc[r][1], ones));
+    }
+  }
+  for (int r = 0; r < ROWS; ++r)
+    for (int i = 0; i < 2; ++i) finish(e, row + r, 8 * i, sums[r][i]);
+}
+
+// Rows `from` to `to` of packed activations, with one panel.
+void panel(const uint8_t* x, const int8_t* weight, int64_t n_in, const Epilogue& e, int64_t from,
+           int64_t to) {
+  for (int64_t row = from; row < to; row += TILE) {
+    const uint8_t* rows = x + row * n_in;
+    switch (std::min(TILE, to - row)) {
+      case 6: tile<6>(rows, weight, n_in, e, row); break;
+      case 5: tile<5>(rows, weight, n_in, e, row); break;
+      case 4: tile<4>(rows, weight, n_in, e, row); break;
+      case 3: tile<3>(rows, weight, n_in, e, row); break;
+      case 2: tile<2>(rows, weight, n_in, e, row); break;
+      case 1: tile<1>(rows, weight, n_in, e, row); break;
+    }
+  }
+}
+
+// One row of activations to its place in its tile; `flip` makes int8 codes unsigned.
+void pack(const uint8_t* x, int64_t n_in, uint32_t flip, uint8_t* packed) {
+  int64_t k = 0;
+  for (; k + STEP <= n_in; k += STEP, packed += TILE * STEP) {
+    uint32_t four;
+    std::memcpy(&four, x + k, STEP);
+    four ^= flip;
+    std::memcpy(packed, &four, STEP);
+  }
+  for (int64_t i = 0; k < n_in; ++k, ++i) packed[i] = x[k] ^ (flip & 0xFF);
+}
+
+}  // namespace
+
+// `x` [rows, n_in], codes; `weight` [panels, padded / 4, 16, 4]; `row_sums`, `w_scale` and `bias`
+// padded to panels. Results go to `scaled` [rows, n_out], or to `whole` where that is null.
+extern "C" void fxq_int4_linear(const uint8_t* x, int64_t rows, int64_t n_in, int is_signed,
+                                const int8_t* weight, const int32_t* row_sums,
+                                const float* x_scale, int64_t scale_step, const int32_t* x_zero,
+                                int64_t zero_step, const float* w_scale, const float* bias,
+                                float* scaled, int32_t* whole, int64_t n_out, int threads) {
+  const int64_t padded = (n_in + RUN - 1) / RUN * RUN, panels = (n_out + PANEL - 1) / PANEL;
+  const int64_t tiles = (rows + TILE - 1) / TILE, pieces = (rows + MOST_ROWS - 1) / MOST_ROWS;
+  const std::unique_ptr<uint8_t[]> packed(new uint8_t[tiles * TILE * padded]());
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < rows; ++r)
+      pack(x + r * n_in, n_in, is_signed ? 0x80808080u : 0,
+           packed.get() + r / TILE * TILE * padded + r % TILE * STEP);
+#pragma omp for collapse(2) schedule(dynamic, 1)
+    for (int64_t p = 0; p < panels; ++p)
+      for (int64_t piece = 0; piece < pieces; ++piece) {
+        const int64_t first = p * PANEL, from = piece * MOST_ROWS;
+        const Epilogue e{x_scale, x_zero, scale_step, zero_step, w_scale + first, row_sums + first,
+                         bias == nullptr ? nullptr : bias + first,
+                         scaled == nullptr ? nullptr : scaled + first,
+                         whole == nullptr ? nullptr : whole + first, n_out,
+                         std::min(PANEL, n_out - first)};
+        panel(packed.get(), weight + first * padded, padded, e, from,
+              std::min(from + MOST_ROWS, rows));
+      }
+  }
+}
