@@ -22,21 +22,21 @@ RUN = 32  # input channels that are summed before sums are widened, twice 16
 SIGN = 128  # int8 codes become uint8 by adding this to the codes and to their zero-point
 
 
-def why_not(weight: Tensor) -> str | None:
-    """Return why the kernel does not multiply with `weight` `[N, K]` here, None where it does."""
-    if not cpu_int8().saturates:
-        return "with VNNI oneDNN multiplies any 8-bit codes exactly"
-    if weight.dtype != torch.int8 or not weight.numel():
-        return "no signed codes"
-    if int(weight.max()) > LARGEST or int(weight.min()) < -LARGEST:
-        return f"codes beyond {LARGEST}"
-    kernel = native("int4_linear")
-    return kernel if isinstance(kernel, str) else None
+def fits(weight: Tensor) -> bool:
+    """Tell whether the kernel is for `weight` `[N, K]` on this processor. With VNNI it is for none:
+    oneDNN multiplies any codes exactly there, and faster."""
+    if not cpu_int8().saturates or weight.dtype != torch.int8 or not weight.numel():
+        return False
+    return bool((weight >= -LARGEST).all() and (weight <= LARGEST).all())
 
 
 def takes(weight: Tensor) -> bool:
     """Tell whether the kernel multiplies with `weight` here; found out once for each."""
-    return derived.get(weight, "int4_linear takes it", lambda w: why_not(w) is None)
+    return derived.get(
+        weight,
+        "int4_linear takes it",
+        lambda w: fits(w) and not isinstance(native("int4_linear"), str),
+    )
 
 
 class Packed:

@@ -1,4 +1,4 @@
-"""weight_only_linear on x86: `weight_only_linear.cpp` streams the codes and dequantizes them in registers.
+"""weight_only_linear on x86: `weight_only_linear.cpp` dequantizes codes in registers.
 
 Few rows wait for memory, so a weight of a quarter or an eighth of the bytes is read so much sooner.
 Up to `FEW` rows the codes are converted and used at once; for more, blocks of the weight are
@@ -12,8 +12,8 @@ from torch import Tensor
 from fxq.lowering.cpu.native import address, native
 from fxq.lowering.kernels import buffers
 
-# Rows up to which codes are converted anew for every four rows. Beyond, blocks are
-# faster (benchmarks/results/cpu_weight_only_linear_native.md).
+# Rows up to which codes are converted anew for every four rows. For 9 rows and more, converting
+# them once is faster.
 FEW = 8
 
 

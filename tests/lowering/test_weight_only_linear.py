@@ -26,7 +26,9 @@ from fxq.pipeline import Recipe
 from fxq.spec import LayerSpec, PerGroup, PerTensor, QuantSpec
 
 CPU = torch.device("cpu")
-needs_native = pytest.mark.skipif(isinstance(native("weight_only_linear"), str), reason=str(native("weight_only_linear")))
+needs_native = pytest.mark.skipif(
+    isinstance(native("weight_only_linear"), str), reason=str(native("weight_only_linear"))
+)
 # N, K and groups along K. No panel of 16 and no step of 8 divides the first ones; 1000 input
 # channels are summed in blocks, of which the last is short.
 SHAPES = [(1, 1, 1), (3, 7, 1), (33, 65, 1), (16, 8, 1), (40, 1000, 1), (17, 96, 3), (48, 1024, 32)]
