@@ -5,10 +5,12 @@
 The limits in `lowering/lower_weight_only.py` and `FEW` in `lowering/cpu/weight_only_linear.py` are
 read off its lines. Three weights per shape: 8 bits and 4 bits with a scale per output channel, and
 4 bits, affine, with a scale for each 32 input channels. Activations are Gaussian. Weights are
-cycled through copies that the cache does not hold, each variant's own.
+cycled through copies that the cache does not hold, each variant's own. With one thread its CPU time
+is what counts, so that other processes do not; with more it is the time on the wall.
 """
 
 import argparse
+import time
 from collections.abc import Sequence
 
 import torch
@@ -35,8 +37,8 @@ from fxq.numerics import sqnr_db
 from fxq.passes.common.convert import quantize_weight
 from fxq.spec import PerChannel, PerGroup, QuantSpec
 
-N_ROWS = (1, 2, 4, 5, 6, 8, 16, 65, 197, 512)
-WEIGHTS = ((64, 192), (192, 768), (768, 768), (768, 3072), (2048, 2048), (4096, 4096))  # (K, N)
+N_ROWS = (1, 2, 4, 8, 16, 65, 197, 512)
+WEIGHTS = ((192, 768), (768, 768), (768, 3072), (2048, 2048), (4096, 4096))  # (K, N)
 SPECS = {
     "int8": QuantSpec(granularity=PerChannel(0)),
     "int4": QuantSpec(4, granularity=PerChannel(0)),
@@ -63,7 +65,7 @@ def packed_variant(name: str, x: Tensor, weight: Tensor, bias: Tensor) -> Varian
 
 
 def time_shape(
-    n_rows: int, n_in: int, n_out: int, rounds: int, smoke: bool
+    n_rows: int, n_in: int, n_out: int, args: argparse.Namespace
 ) -> dict[str, Timing | str]:
     """Time fp32 and every way of quantizing on one shape."""
     x, weight, bias = torch.randn(n_rows, n_in), torch.randn(n_out, n_in), torch.randn(n_out)
@@ -76,7 +78,10 @@ def time_shape(
     copies = copies_beyond_cache(weight)
     variants = [Variant("fp32", cycled(lambda w: F.linear(x, w, bias), copies), check)]
     variants += [packed_variant(name, x, weight, bias) for name in SPECS]
-    return measure(variants, {"x": x, "weight": weight, "bias": bias}, rounds, smoke=smoke)
+    inputs = {"x": x, "weight": weight, "bias": bias}
+    clock = time.process_time if args.threads == 1 else time.perf_counter
+    rounds = 2 if args.smoke else args.rounds
+    return measure(variants, inputs, rounds, smoke=args.smoke, clock=clock)
 
 
 def row_of(n_rows: int, n_in: int, n_out: int, found: dict[str, Timing | str]) -> dict[str, Cell]:
@@ -103,7 +108,11 @@ def table_of(rows: Sequence[dict[str, Cell]], machine: Machine, args: argparse.N
     return Table(
         name=f"cpu_weight_only_linear_{args.isa}_{args.threads}_threads",
         title=f"fxq::weight_only_linear against fp32 F.linear, {args.isa}, {args.threads} threads",
-        settings={"rounds": 2 if args.smoke else args.rounds, "weight": "Gaussian"},
+        settings={
+            "rounds": 2 if args.smoke else args.rounds,
+            "weight": "Gaussian",
+            "clock": "CPU time" if args.threads == 1 else "wall time",
+        },
         machine=machine,
         columns=("K", "N", "M", "fp32 ms", *(f"{name} {part}" for name in SPECS for part in parts)),
         rows=tuple(rows),
@@ -126,10 +135,7 @@ def main() -> None:
     weights, n_rows = (WEIGHTS[:1], N_ROWS[:3]) if args.smoke else (WEIGHTS, N_ROWS)
     shapes = [(m, k, n) for k, n in weights for m in n_rows]
     with torch.no_grad():
-        rows = [
-            row_of(*shape, time_shape(*shape, 2 if args.smoke else args.rounds, args.smoke))
-            for shape in track(shapes, "timing")
-        ]
+        rows = [row_of(*shape, time_shape(*shape, args)) for shape in track(shapes, "timing")]
     publish(table_of(rows, machine, args), smoke=args.smoke)
 
 

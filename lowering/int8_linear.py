@@ -132,9 +132,10 @@ def int8_linear(
     product = (x, x_scale, x_zero_point, weight, w_scale, bias)
     epilogue = (activation, residual, out_scale, out_zero_point, quant_min, quant_max)
     on_x86 = x.device.type == "cpu" and cpu_int8().available
-    if on_x86 and int4_linear.takes(weight):
+    if on_x86 and (packed := int4_linear.packed(weight)) is not None:
         whole = out_dtype == torch.int32
-        y = int4_linear.launch(*product, torch.int32 if whole else torch.float32)
+        dtype = torch.int32 if whole else torch.float32
+        y = int4_linear.launch(*product[:3], packed, w_scale, bias, len(weight), dtype)
         return y if whole else finish(y, out_dtype, *epilogue)
     if out_dtype == torch.int32:
         exact = cpu_accumulators if on_x86 else accumulate

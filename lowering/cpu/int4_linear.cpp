@@ -28,41 +28,54 @@ constexpr int64_t RUN = STEP * STEPS;
 constexpr int64_t TILE = 6;        // rows: times 2 vectors, 12 accumulators of 16 registers
 constexpr int64_t MOST_ROWS = 96;  // of one piece of work
 
-// What becomes of the sums of a panel: less zero_point * row_sums, whole numbers or scaled.
-struct Epilogue {
-  const float* x_scale;   // one, or one a row
-  const int32_t* x_zero;  // likewise
-  int64_t scale_step, zero_step;
-  const float* w_scale;      // [16], as all below
-  const int32_t* row_sums;
-  const float* bias;  // or none
-  float* scaled;      // where results go: here, or
-  int32_t* whole;     // there
-  int64_t n_out, n;   // channels of a row of the result, and of this panel
+// What the caller gives beside codes, and where results go.
+struct Call {
+  int32_t shift;          // added to zero-points, as to codes
+  const int32_t* x_zero;  // none, one, or one a row
+  int64_t zero_step;
+  const float* x_scale;  // one, or one a row
+  int64_t scale_step;
+  const float* w_scale;  // one, or one a channel
+  int64_t channel_step;
+  const float* bias;         // none, or one a channel
+  const int32_t* row_sums;   // of the weight, padded to panels
+  float* scaled;             // results go here, or
+  int32_t* whole;            // there
+  int64_t n_out;
 };
 
-// Finish one vector of sums of one row, of the channels from `first` on.
-inline void finish(const Epilogue& e, int64_t row, int64_t first, __m256i sums) {
-  const int64_t n = std::clamp<int64_t>(e.n - first, 0, 8);
-  const auto at = [&](const void* values) {
-    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values));
-  };
-  const __m256i zero = _mm256_set1_epi32(e.x_zero[row * e.zero_step]);
-  sums = _mm256_sub_epi32(sums, _mm256_mullo_epi32(zero, at(e.row_sums + first)));
-  char* out = reinterpret_cast<char*>(e.whole + row * e.n_out + first);
-  if (e.scaled != nullptr) {
+// What becomes of the sums of a panel: less zero_point * row_sums, whole numbers or scaled.
+struct Epilogue {
+  const Call& call;
+  int64_t first, n;  // channels
+  alignas(32) float w_scale[PANEL] = {}, bias[PANEL] = {};
+  Epilogue(const Call& c, int64_t first)
+      : call(c), first(first), n(std::min(PANEL, c.n_out - first)) {
+    for (int64_t i = 0; i < n; ++i) {
+      w_scale[i] = c.w_scale[(first + i) * c.channel_step];
+      if (c.bias != nullptr) bias[i] = c.bias[first + i];
+    }
+  }
+};
+
+// Finish one vector of sums of one row, of the channels of the panel from `i` on.
+inline void finish(const Epilogue& e, int64_t row, int64_t i, __m256i sums) {
+  const Call& c = e.call;
+  const int64_t n = std::clamp<int64_t>(e.n - i, 0, 8), at = row * c.n_out + e.first + i;
+  const int32_t zero = c.shift + (c.x_zero == nullptr ? 0 : c.x_zero[row * c.zero_step]);
+  const __m256i row_sums =
+      _mm256_loadu_si256(reinterpret_cast<const __m256i*>(c.row_sums + e.first + i));
+  sums = _mm256_sub_epi32(sums, _mm256_mullo_epi32(_mm256_set1_epi32(zero), row_sums));
+  if (c.scaled != nullptr) {
     // In the order of the definition, each step rounded: bit-equal to it.
-    const __m256 scale = _mm256_mul_ps(_mm256_set1_ps(e.x_scale[row * e.scale_step]),
-                                       _mm256_loadu_ps(e.w_scale + first));
+    const __m256 scale = _mm256_mul_ps(_mm256_set1_ps(c.x_scale[row * c.scale_step]),
+                                       _mm256_load_ps(e.w_scale + i));
     __m256 y = _mm256_mul_ps(_mm256_cvtepi32_ps(sums), scale);
-    if (e.bias != nullptr) y = _mm256_add_ps(y, _mm256_loadu_ps(e.bias + first));
+    if (c.bias != nullptr) y = _mm256_add_ps(y, _mm256_load_ps(e.bias + i));
     sums = _mm256_castps_si256(y);
-    out = reinterpret_cast<char*>(e.scaled + row * e.n_out + first);
   }
-  if (n == 8) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), sums);
-    return;
-  }
+  void* out = c.scaled != nullptr ? static_cast<void*>(c.scaled + at) : c.whole + at;
+  if (n == 8) return _mm256_storeu_si256(static_cast<__m256i*>(out), sums);
   alignas(32) int32_t values[8];
   _mm256_store_si256(reinterpret_cast<__m256i*>(values), sums);
   std::memcpy(out, values, n * sizeof(int32_t));
@@ -135,33 +148,28 @@ void pack(const uint8_t* x, int64_t n_in, uint32_t flip, uint8_t* packed) {
 
 }  // namespace
 
-// `x` [rows, n_in], codes; `weight` [panels, padded / 4, 16, 4]; `row_sums`, `w_scale` and `bias`
-// padded to panels. Results go to `scaled` [rows, n_out], or to `whole` where that is null.
-extern "C" void fxq_int4_linear(const uint8_t* x, int64_t rows, int64_t n_in, int is_signed,
-                                const int8_t* weight, const int32_t* row_sums,
-                                const float* x_scale, int64_t scale_step, const int32_t* x_zero,
-                                int64_t zero_step, const float* w_scale, const float* bias,
+// `x` [rows, n_in], codes, signed where `shift` is 128 and unsigned where it is 0; `weight`
+// [panels, padded / 4, 16, 4]; results [rows, n_out].
+extern "C" void fxq_int4_linear(const uint8_t* x, int64_t rows, int64_t n_in, int shift,
+                                const int32_t* x_zero, int64_t zero_step, const float* x_scale,
+                                int64_t scale_step, const int8_t* weight, const int32_t* row_sums,
+                                const float* w_scale, int64_t channel_step, const float* bias,
                                 float* scaled, int32_t* whole, int64_t n_out, int threads) {
   const int64_t padded = (n_in + RUN - 1) / RUN * RUN, panels = (n_out + PANEL - 1) / PANEL;
   const int64_t tiles = (rows + TILE - 1) / TILE, pieces = (rows + MOST_ROWS - 1) / MOST_ROWS;
+  const Call call{shift,        x_zero, zero_step, x_scale, scale_step, w_scale,
+                  channel_step, bias,   row_sums,  scaled,  whole,      n_out};
   const std::unique_ptr<uint8_t[]> packed(new uint8_t[tiles * TILE * padded]());
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(static)
     for (int64_t r = 0; r < rows; ++r)
-      pack(x + r * n_in, n_in, is_signed ? 0x80808080u : 0,
+      pack(x + r * n_in, n_in, shift ? 0x80808080u : 0,
            packed.get() + r / TILE * TILE * padded + r % TILE * STEP);
 #pragma omp for collapse(2) schedule(dynamic, 1)
     for (int64_t p = 0; p < panels; ++p)
-      for (int64_t piece = 0; piece < pieces; ++piece) {
-        const int64_t first = p * PANEL, from = piece * MOST_ROWS;
-        const Epilogue e{x_scale, x_zero, scale_step, zero_step, w_scale + first, row_sums + first,
-                         bias == nullptr ? nullptr : bias + first,
-                         scaled == nullptr ? nullptr : scaled + first,
-                         whole == nullptr ? nullptr : whole + first, n_out,
-                         std::min(PANEL, n_out - first)};
-        panel(packed.get(), weight + first * padded, padded, e, from,
-              std::min(from + MOST_ROWS, rows));
-      }
+      for (int64_t piece = 0; piece < pieces; ++piece)
+        panel(packed.get(), weight + p * PANEL * padded, padded, Epilogue(call, p * PANEL),
+              piece * MOST_ROWS, std::min((piece + 1) * MOST_ROWS, rows));
   }
 }

@@ -30,53 +30,53 @@ def fits(weight: Tensor) -> bool:
     return bool((weight >= -LARGEST).all() and (weight <= LARGEST).all())
 
 
-def takes(weight: Tensor) -> bool:
-    """Tell whether the kernel multiplies with `weight` here; found out once for each."""
-    return derived.get(
-        weight,
-        "int4_linear takes it",
-        lambda w: fits(w) and not isinstance(native("int4_linear"), str),
-    )
-
-
 class Packed:
     """A weight in panels: `[P, K / 4, 16, 4]`, and the sums of its rows `[P * 16]`, int32."""
 
     def __init__(self, weight: Tensor) -> None:
-        n_out, n_in = weight.shape
-        padded = F.pad(weight, (0, -n_in % RUN, 0, -n_out % PANEL))
+        n_in = weight.shape[1]
+        padded = F.pad(weight, (0, -n_in % RUN, 0, -len(weight) % PANEL))
         panels = padded.unflatten(0, (-1, PANEL)).unflatten(2, (-1, STEP))
         self.codes = panels.transpose(1, 2).contiguous()
         self.row_sums = padded.sum(1, dtype=torch.int32)
+
+
+def packed(weight: Tensor) -> Packed | None:
+    """Return a weight for `launch`, packed once; None where the kernel does not multiply with it
+    here."""
+    return derived.get(weight, "int4_linear", _packed)
+
+
+def _packed(weight: Tensor) -> Packed | None:
+    if not fits(weight) or isinstance(native("int4_linear"), str):
+        return None
+    return Packed(weight)
 
 
 def launch(
     x: Tensor,
     x_scale: Tensor,
     x_zero_point: Tensor | None,
-    weight: Tensor,
+    weight: Packed,
     w_scale: Tensor,
     bias: Tensor | None,
+    n_out: int,
     out_dtype: torch.dtype,
 ) -> Tensor:
     """Return `(x - x_zero_point) @ weight.T * (x_scale * w_scale) + bias` `[..., N]` as fp32, or
-    the sums alone, as int32.
-
-    Shapes as in `fxq.lowering.int8_linear`; `weight` is one that `takes` accepts.
-    """
-    kernel, n_out = native("int4_linear"), weight.shape[0]
-    packed = derived.get(weight, "int4_linear", Packed)
+    the sums alone, as int32. Shapes as in `fxq.lowering.int8_linear`."""
+    kernel = native("int4_linear")
+    assert not isinstance(kernel, str)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    shift = SIGN if x.dtype == torch.int8 else 0
-    zero = torch.zeros(1, dtype=torch.int32) if x_zero_point is None else x_zero_point
-    zero, scale = _per_row(zero + shift, x), _per_row(x_scale, x)
-    w_scales = _padded(w_scale.reshape(-1).expand(n_out))
-    bias = None if bias is None else _padded(bias.float())
+    scale, w_scale = _per_row(x_scale, x), w_scale.reshape(-1).contiguous()
+    zero = None if x_zero_point is None else _per_row(x_zero_point, x)
+    bias = None if bias is None else bias.float().contiguous()
     out = buffers.allocate((*x.shape[:-1], n_out), out_dtype, x.device)
     whole = out_dtype == torch.int32
     kernel(
-        address(rows), *rows.shape, shift != 0, address(packed.codes), address(packed.row_sums),
-        address(scale), scale.numel() > 1, address(zero), zero.numel() > 1, address(w_scales),
+        address(rows), *rows.shape, SIGN if x.dtype == torch.int8 else 0,
+        address(zero), zero is not None and zero.numel() > 1, address(scale), scale.numel() > 1,
+        address(weight.codes), address(weight.row_sums), address(w_scale), w_scale.numel() > 1,
         address(bias), None if whole else address(out), address(out) if whole else None, n_out,
         torch.get_num_threads(),
     )  # fmt: skip
@@ -88,8 +88,3 @@ def _per_row(param: Tensor, x: Tensor) -> Tensor:
     if param.numel() == 1:
         return param.reshape(1)
     return param.expand(*x.shape[:-1], 1).reshape(-1).contiguous()
-
-
-def _padded(channels: Tensor) -> Tensor:
-    """Return one number per output channel with zeros for what is missing in the last panel."""
-    return F.pad(channels, (0, -len(channels) % PANEL)).contiguous()

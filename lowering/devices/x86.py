@@ -132,7 +132,8 @@ class Int4Linear(Int8Linear):
             return Decision(None)
         if isinstance(unavailable := native("int4_linear"), str):
             return Decision(None, unavailable)
-        if why := too_small(_n_rows(operands, lowering), *weight.shape, INT4):
+        n_out, n_in = weight.shape
+        if why := too_small(_n_rows(operands, lowering), n_out, n_in, INT4):
             return Decision(None, why)
         codes, zero = _to_unsigned(operands, lowering)
         o = operands

@@ -122,9 +122,9 @@ def test_the_kernel_is_for_codes_up_to_8() -> None:
     beyond = w.clone()
     beyond[3, 5] = -9
 
-    assert int4_linear.takes(w)
-    assert not int4_linear.takes(beyond)
-    assert not int4_linear.takes(w.to(torch.uint8))
+    assert int4_linear.packed(w) is not None
+    assert int4_linear.packed(beyond) is None
+    assert int4_linear.packed(w.to(torch.uint8)) is None
 
 
 @pytest.fixture
