@@ -12,10 +12,12 @@ reference itself.
 
 x `[..., K]` int8 or uint8; x_scale fp32 and x_zero_point int32 `[..., 1]`, broadcast against x,
 one element in any number of axes;
-weight `[N, K]` int8; w_scale `[N, 1]` or `[1, 1]` fp32; bias `[N]`; residual and out `[..., N]`;
+weight `[N, K]` int8; w_scale `[N, 1]` or `[1, 1]` fp32, or `[N, G]` for G groups of neighbouring
+input channels, whose sums are scaled before they are added; bias `[N]`; residual and out `[..., N]`;
 out_scale one element or `[1, ..., N]`, out_zero_point one element.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -65,6 +67,11 @@ def scaled(
     bias: Tensor | None,
 ) -> Tensor:
     """Return the product in real units, before the epilogue, as fp32 `[..., N]`."""
+    if (n_groups := w_scale.shape[-1]) > 1:
+        parts = zip(x.chunk(n_groups, -1), weight.chunk(n_groups, 1), w_scale.mT, strict=True)
+        sums = (accumulate(xg, x_zero_point, wg).float() * scale for xg, wg, scale in parts)
+        y = functools.reduce(torch.add, sums) * x_scale
+        return y if bias is None else y + bias.float()
     y = accumulate(x, x_zero_point, weight).float()
     y = (y * (x_scale * w_scale.mT)).reshape(y.shape)
     return y if bias is None else y + bias.float()
@@ -132,7 +139,7 @@ def int8_linear(
     product = (x, x_scale, x_zero_point, weight, w_scale, bias)
     epilogue = (activation, residual, out_scale, out_zero_point, quant_min, quant_max)
     on_x86 = x.device.type == "cpu" and cpu_int8().available
-    if on_x86 and (packed := int4_linear.packed(weight)) is not None:
+    if on_x86 and (packed := int4_linear.packed(weight, w_scale.shape[-1])):
         whole = out_dtype == torch.int32
         dtype = torch.int32 if whole else torch.float32
         y = int4_linear.launch(*product[:3], packed, w_scale, bias, len(weight), dtype)
@@ -142,7 +149,7 @@ def int8_linear(
         return exact(x, x_zero_point, weight).to(torch.int32)
     if x.device.type == "cuda":
         return _on_cuda(*product, out_dtype, *epilogue)
-    y = cpu_launch(*product) if on_x86 else scaled(*product)
+    y = cpu_launch(*product) if on_x86 and w_scale.shape[-1] == 1 else scaled(*product)
     return finish(y, out_dtype, *epilogue)
 
 

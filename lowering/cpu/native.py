@@ -32,7 +32,7 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     ),
     "int4_linear": (
         *(ADDRESS, SIZE, SIZE, NUMBER, ADDRESS, SIZE, ADDRESS, SIZE, ADDRESS, ADDRESS),
-        *(ADDRESS, SIZE, ADDRESS, ADDRESS, ADDRESS, SIZE, NUMBER),
+        *(ADDRESS, SIZE, SIZE, ADDRESS, ADDRESS, ADDRESS, SIZE, NUMBER),
     ),
 }
 

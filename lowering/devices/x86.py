@@ -30,7 +30,7 @@ from fxq.lowering.cpu.native import native
 from fxq.lowering.cpu.onednn import cpu_int8
 from fxq.lowering.devices.other import TorchAttention
 from fxq.lowering.lower_conv import ConvOperands, Int8Conv
-from fxq.lowering.lower_linear import Int8Linear, Operands, is_single
+from fxq.lowering.lower_linear import Int8Linear, Operands, is_single, match
 from fxq.lowering.lower_weight_only import WeightOnlyLinear
 from fxq.lowering.rule import Decision, Device, Lowering
 from fxq.numerics import EXACT_IN_FP32, is_pair_safe, largest_sum
@@ -126,9 +126,12 @@ class OneDnnInt8Linear(Int8Linear):
 class Int4Linear(Int8Linear):
     """`fxq.lowering.cpu.int4_linear`."""
 
+    def match(self, layer: Node) -> Operands | str:
+        return match(layer, group_step=int4_linear.RUN)
+
     def rewrite(self, layer: Node, operands: Operands, lowering: Lowering) -> Decision:
         weight = tensor_of(lowering.gm, operands.weight)
-        if not int4_linear.fits(weight):
+        if not int4_linear.fits(weight, hint(shape_of(operands.w_scale)[-1])):
             return Decision(None)
         if isinstance(unavailable := native("int4_linear"), str):
             return Decision(None, unavailable)

@@ -18,6 +18,9 @@ from fxq.lowering.kernels import buffers
 from fxq.lowering.lower import lower
 from fxq.numerics import sqnr_db
 from fxq.passes import eda_dm, gptq, psaq_vit
+from fxq.passes.common import Convert, InsertObservers
+from fxq.pipeline import Recipe
+from fxq.spec import LayerSpec, PerGroup, PerToken, QuantSpec
 
 CPU = torch.device("cpu")
 needs_kernel = pytest.mark.skipif(
@@ -86,6 +89,25 @@ def test_scaled_results_are_bit_equal_to_the_definition(
 
 
 @needs_kernel
+@pytest.mark.parametrize("groups", [2, 5, 20])  # of 320, 128 and 32 input channels
+def test_groups_have_scales_of_their_own(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(buffers, "allocate", poisoned)
+    w, bias = weight(40, 640, None), torch.randn(40)
+    w_scale, one = torch.rand(40, groups) + 0.1, torch.ones(1, 1)
+    values = w.double() * w_scale.double().repeat_interleave(640 // groups, 1)
+
+    for n_rows in ROWS:
+        x, x_scale = activations(n_rows, 640, torch.uint8), torch.rand(n_rows, 1) + 0.1
+        zero = torch.randint(0, 256, (n_rows, 1), dtype=torch.int32)
+        expected = (x.double() - zero) @ values.T * x_scale.double() + bias
+        args = (x, x_scale, zero, w, w_scale, bias, torch.float32)
+        for compute in (torch.ops.fxq.int8_linear, reference):
+            assert sqnr_db(expected, compute(*args)) > 130, (n_rows, compute)
+        whole = torch.ops.fxq.int8_linear(x, one, zero, w, w_scale, None, torch.int32)
+        assert torch.equal(whole.long(), (x.long() - zero) @ w.long().T)
+
+
+@needs_kernel
 def test_strided_misaligned_and_more_axes() -> None:
     w, scale = weight(24, 33, None), torch.rand(24, 1)
     memory = torch.randint(0, 256, (2 * 3 * 33 * 2 + 1,)).to(torch.uint8)
@@ -122,9 +144,9 @@ def test_the_kernel_is_for_codes_up_to_8() -> None:
     beyond = w.clone()
     beyond[3, 5] = -9
 
-    assert int4_linear.packed(w) is not None
-    assert int4_linear.packed(beyond) is None
-    assert int4_linear.packed(w.to(torch.uint8)) is None
+    assert int4_linear.packed(w, 1) is not None
+    assert int4_linear.packed(beyond, 1) is None
+    assert int4_linear.packed(w.to(torch.uint8), 1) is None
 
 
 @pytest.fixture
@@ -135,6 +157,25 @@ def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 40), nn.Linear(40, 8)).eval()
+
+
+def in_groups(size: int) -> Recipe:
+    activation = QuantSpec(symmetric=True, granularity=PerToken(), dynamic=True)
+    layer = LayerSpec(activation, QuantSpec(4, granularity=PerGroup(size)))
+    return Recipe("groups", (InsertObservers(layer), Convert()))
+
+
+@needs_kernel
+def test_groups_of_32_are_lowered_and_smaller_ones_are_not(any_size: None) -> None:
+    model, x = nn.Sequential(nn.Linear(64, 96)).eval(), torch.randn(5, 64)
+    programs = [fxq.compress(model, x, in_groups(size)) for size in (32, 16)]
+
+    found = [next(iter(lower(p.graph_module, CPU)[1].values())) for p in programs]
+
+    assert found[0].kernel == KERNEL
+    assert found[1].kernel is None
+    assert "per-group weight scale" in found[1].reason
+    assert fxq.verify(programs[0], x).ok
 
 
 RECIPES = {
