@@ -2,7 +2,7 @@
 
     python benchmarks/cpu_weight_only_linear.py --threads 1        # about 5 minutes
 
-The limits in `lowering/lower_weight_only.py` and `FEW` in `lowering/cpu/weight_only_linear.py` are
+The limits in `lowering/lower_weight_only.py` and those in `lowering/cpu/weight_only_linear.py` are
 read off its lines. Three weights per shape: 8 bits and 4 bits with a scale per output channel, and
 4 bits, affine, with a scale for each 32 input channels. Activations are Gaussian. Weights are
 cycled through copies that the cache does not hold, each variant's own. With one thread its CPU time

@@ -13,7 +13,8 @@ reference itself.
 x `[..., K]` int8 or uint8; x_scale fp32 and x_zero_point int32 `[..., 1]`, broadcast against x,
 one element in any number of axes;
 weight `[N, K]` int8; w_scale `[N, 1]` or `[1, 1]` fp32, or `[N, G]` for G groups of neighbouring
-input channels, whose sums are scaled before they are added; bias `[N]`; residual and out `[..., N]`;
+input channels, whose sums are scaled before they are added; bias `[N]`;
+residual and out `[..., N]`;
 out_scale one element or `[1, ..., N]`, out_zero_point one element.
 """
 

@@ -1,9 +1,9 @@
 """`fxq::weight_only_linear` for linears whose weight alone is quantized.
 
-When it pays is read off `benchmarks/results/cpu_weight_only_linear_*.md`: from one row to 512 it is
-faster than fp32 for large weights, because memory holds a quarter or an eighth of the bytes, and
-while codes are dequantized in the cache, many rows are multiplied as fast as by MKL. A call costs
-about 30 microseconds more than one of `F.linear`.
+When it pays is read off `benchmarks/results/cpu_weight_only_linear_*.md`. Few rows are up to nine
+times as fast as fp32, because memory holds a quarter or an eighth of the bytes; many are about as
+fast, because a block of codes is dequantized once for all of them. Where the number of rows is
+known and large the layer stays float; where it changes from call to call, the kernel takes all.
 """
 
 import math
@@ -22,8 +22,9 @@ from fxq.rewriting import add_buffer, insert_call
 ops = torch.ops.fxq
 
 MIN_WEIGHT = 1 << 17  # elements; below, a call costs more than fewer bytes gain
-LARGE_WEIGHT = 1 << 20  # elements from which on the kernel is faster at any number of rows
+LARGE_WEIGHT = 1 << 20  # elements from which on more rows gain too
 MANY_ROWS = 128  # with which smaller weights gain nothing
+MOST_ROWS = 512  # with which no weight gains, and the largest lose a seventh
 
 
 def slower_than_float(n_rows: int, n_out: int, n_in: int) -> str | None:
@@ -37,7 +38,7 @@ def slower_than_float(n_rows: int, n_out: int, n_in: int) -> str | None:
     shape = f"[{n_rows}, {n_in}] x [{n_in}, {n_out}]"
     if n_out * n_in < MIN_WEIGHT:
         return f"{shape} is too small for reading codes to pay"
-    if n_out * n_in < LARGE_WEIGHT and n_rows >= MANY_ROWS:
+    if n_rows >= (MOST_ROWS if n_out * n_in >= LARGE_WEIGHT else MANY_ROWS):
         return f"{shape} has so many rows that reading codes gains nothing"
     return None
 

@@ -27,6 +27,7 @@ constexpr int64_t STEPS = 8;       // whose sums int16 holds
 constexpr int64_t RUN = STEP * STEPS;
 constexpr int64_t TILE = 6;        // rows: times 2 vectors, 12 accumulators of 16 registers
 constexpr int64_t MOST_ROWS = 96;  // of one piece of work
+constexpr int64_t WORK = 1 << 21;  // multiply-adds, 20 microseconds, that several threads share
 constexpr int64_t MUCH = 1 << 18;  // bytes of activations that several threads pack
 
 // What the caller gives beside codes, and where results go.
@@ -210,7 +211,8 @@ extern "C" void fxq_int4_linear(const uint8_t* x, int64_t rows, int64_t n_in, in
   for (int64_t r = 0; r < rows; ++r)
     pack(x + r * n_in, n_in, shift ? 0x80808080u : 0,
          packed.get() + r / TILE * TILE * padded + r % TILE * STEP);
-#pragma omp parallel for num_threads(threads) collapse(2) schedule(dynamic, 1)
+#pragma omp parallel for num_threads(threads) collapse(2) \
+    schedule(dynamic, 1) if (rows * padded * n_out > WORK)
   for (int64_t p = 0; p < panels; ++p)
     for (int64_t piece = 0; piece < pieces; ++piece)
       panel(packed.get(), weight + p * PANEL * padded, padded, Epilogue(call, p * PANEL),

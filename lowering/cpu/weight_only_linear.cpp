@@ -18,6 +18,7 @@ namespace {
 constexpr int64_t PANEL = 16;    // output channels
 constexpr int64_t STEP = 8;      // input channels whose 4-bit codes share a 32-bit word
 constexpr int64_t BLOCK = 256;   // input channels summed, and dequantized, at a time: 16 KB of fp32
+constexpr int64_t WORK = 1 << 19;  // codes times rows, 20 microseconds, that several threads share
 constexpr int64_t MOST_ROWS = 96;  // that share a dequantized block
 constexpr int TILE = 6;          // rows times 2 vectors are 12 accumulators of 16 registers
 
@@ -223,7 +224,7 @@ void linear(const float* x, int64_t rows, int64_t n_in, const uint8_t* codes, co
   // Packed: rows a power of two apart would push each other out of the cache.
   const int64_t n_tiles = rows > few ? (rows + TILE - 1) / TILE : 0;
   const std::unique_ptr<float[]> packed(new float[n_tiles * n_in * TILE]);
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(threads) if ((rows + 1) * n_in * n_out > WORK)
   {
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < n_tiles; ++t)
