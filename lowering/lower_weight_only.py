@@ -24,7 +24,7 @@ ops = torch.ops.fxq
 MIN_WEIGHT = 1 << 17  # elements; below, a call costs more than fewer bytes gain
 LARGE_WEIGHT = 1 << 20  # elements from which on more rows gain too
 MANY_ROWS = 128  # with which smaller weights gain nothing
-MOST_ROWS = 512  # with which no weight gains, and the largest lose a seventh
+MOST_ROWS = 512  # with which no weight gains, and the largest lose a quarter
 
 
 def slower_than_float(n_rows: int, n_out: int, n_in: int) -> str | None:

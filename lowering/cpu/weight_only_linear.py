@@ -1,9 +1,10 @@
 """weight_only_linear on x86: `weight_only_linear.cpp` dequantizes codes in registers.
 
 Few rows wait for memory, so a weight of a quarter or an eighth of the bytes is read so much sooner.
-Up to `FEW` or `FEW_SCALED` rows the codes are converted and used at once; for more, blocks of the weight are
-dequantized into the first-level cache and multiplied as MKL would. Every sum is in fp32: a result
-differs from the definition by the order of its sums and by fused multiply-adds, nothing else.
+Up to `FEW` rows (`FEW_SCALED`) the codes are converted and used at once; for more, blocks of the
+weight are dequantized into the first-level cache and multiplied as MKL would. Every sum is in fp32:
+a result differs from the definition by the order of its sums and by fused multiply-adds, nothing
+else.
 """
 
 import torch
