@@ -2,6 +2,7 @@
 
     G = sum over rows of x x^T          `gram`
     diag(G)                             `energy`
+    sum over rows of y (y, x)^T         `cross_gram`
 
 In float64: products of float32 numbers are exact in it, sums to 1e-16, so batches and processes may
 come in any order. Sums, not means: every method here gives the same for a multiple of G.
@@ -21,6 +22,16 @@ def gram(x: Tensor) -> Tensor:
     return rows.T @ rows
 
 
+def cross_gram(x: Tensor) -> Tensor:
+    """Return the sum of `y (y, x)^T` over rows `[K, 2 K]`, fp64.
+
+    Args:
+        x: two inputs of a linear side by side, y and x `[..., 2 K]`, any float dtype.
+    """
+    rows = x.detach().flatten(0, -2).double()
+    return rows[:, : rows.shape[1] // 2].T @ rows
+
+
 def energy(x: Tensor) -> Tensor:
     """Return the sum of squares over rows `[K]`, fp64; arguments as for `gram`."""
     return x.detach().flatten(0, -2).double().square().sum(0)
@@ -37,6 +48,30 @@ def output_error(change: Tensor, moments: Tensor) -> float:
     return float(((change @ moments) * change).sum())
 
 
+def damped(moments: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """Return `G + damping mean(diag G) I`, 1 on the diagonal of dead inputs, and which are dead;
+    arguments as for `inverse_factor`."""
+    diagonal = moments.diagonal()
+    dead = diagonal == 0
+    mean = diagonal.sum() / max(1, int((~dead).sum()))
+    return moments + torch.diag(torch.where(dead, 1.0, damping * mean)), dead
+
+
+def fitted(weight: Tensor, own: Tensor, cross: Tensor, damping: float) -> Tensor:
+    """Return the weight that gives, for inputs y, most nearly what `weight` gives for inputs x
+    `[N, K]`: `W + W E[(x - y) y^T] (E[y y^T] + damping)^-1`, damped towards the weight itself.
+
+    Args:
+        weight: W `[N, K]`.
+        own: sum of `y y^T` `[K, K]`, fp64.
+        cross: sum of `y x^T` `[K, K]`, fp64.
+        damping: as for `inverse_factor`.
+    """
+    factor, _ = inverse_factor(own, damping)
+    change = weight.double() @ (cross - own).T @ factor.T @ factor
+    return (weight + change).to(weight.dtype)
+
+
 def inverse_factor(moments: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     """Return the upper U with `U^T U = (G + damping mean(diag G) I)^-1`, and which inputs are dead.
 
@@ -51,11 +86,8 @@ def inverse_factor(moments: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: the damped matrix is not positive definite.
     """
-    diagonal = moments.diagonal()
-    dead = diagonal == 0
-    mean = diagonal.sum() / max(1, int((~dead).sum()))
-    damped = moments + torch.diag(torch.where(dead, 1.0, damping * mean))
-    factor, info = torch.linalg.cholesky_ex(damped)
+    safe, dead = damped(moments, damping)
+    factor, info = torch.linalg.cholesky_ex(safe)
     if int(info) or not bool(factor.isfinite().all()):
         raise ValueError(
             f"expected positive definite second moments, found singular ones with damping="
