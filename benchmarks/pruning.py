@@ -29,7 +29,7 @@ import fxq
 from fxq.passes.pruning import RIA, Group, Magnitude, SparseGPT, Unstructured, Wanda
 from fxq.passes.pruning.prune import Pruner
 from fxq.passes.sparsity_induction import InduceSparsity, Learning
-from fxq.pipeline import Recipe
+from fxq.pipeline import DataPass, Recipe
 
 CONTEXT, END = 128, 224  # tokens: those between are judged
 N_POOL, N_STORIES = 237, 128  # stories that may calibrate, and those that do
@@ -168,17 +168,31 @@ def scored(study: Study, method: Any, seed: int) -> Score:
 
 
 def rows(study: Study, journal: Journal, seeds: int) -> Iterator[dict[str, Cell]]:
-    """Measure every pruner with every pattern, with and without induction."""
+    """Measure every pruner with every pattern, with and without induction: all of a seed before the
+    next one."""
+    for seed in range(seeds):
+        for kind in study.pruners:
+            for pattern in study.patterns:
+                both(study, journal, kind, pattern, seed)
     for kind in study.pruners:
         for pattern in study.patterns:
-            both: list[list[Score]] = []
-            for name, method in zip(("alone", "induced"), passes(kind, pattern), strict=True):
-                key = f"{study.name} {kind.__name__} {pattern} {name}"
-                both.append([
-                    journal.once(f"{key} {seed}", lambda m=method, s=seed: scored(study, m, s))
-                    for seed in range(seeds)
-                ])  # fmt: skip
-            yield {"pruner": kind.__name__, "pattern": pattern, **summary(study, *both)}
+            runs = [both(study, journal, kind, pattern, seed) for seed in range(seeds)]
+            alone, induced = ([run[k] for run in runs] for k in (0, 1))
+            yield {"pruner": kind.__name__, "pattern": pattern, **summary(study, alone, induced)}
+
+
+def both(
+    study: Study, journal: Journal, kind: type[Pruner], pattern: str, seed: int
+) -> tuple[Score, Score]:
+    """Return the scores of a pruner alone, and with induction."""
+    pruner, induction = passes(kind, pattern)
+    key = f"{study.name} {kind.__name__} {pattern}"
+    needs_data = isinstance(pruner, DataPass)  # otherwise it is the same for every seed
+    alone = journal.once(
+        f"{key} alone {seed if needs_data or study.name == 'vision' else 0}",
+        lambda: scored(study, pruner, seed),
+    )
+    return alone, journal.once(f"{key} induced {seed}", lambda: scored(study, induction, seed))
 
 
 def summary(study: Study, alone: list[Score], induced: list[Score]) -> dict[str, Cell]:

@@ -7,7 +7,8 @@ are then.
 With `target="float"` a layer is fitted to the outputs of the float model, on what the quantized
 layers before it give: `|W x - Q y|^2` over rows, x the float model's input and y the layer's. That
 is least where `|W' y - Q y|^2` is, with `W' = W E[x y^T] E[y y^T]^-1`, so W' is what is rounded
-(the closed form of what GPTAQ, arXiv:2504.02692, does column by column). With `refinements`, each
+(the closed form of what GPTAQ, arXiv:2504.02692, does column by column), or what `fitted` makes of
+it for few rows. With `refinements`, each
 group's scale and then each code takes its best value given all others, over and over (arXiv:
 2309.01885, QuantEase, with the scales in it too): the error never rises.
 
@@ -35,6 +36,7 @@ from fxq.passes.common.code_grid import Grid, refine
 from fxq.passes.common.column_sweep import sweep_columns
 from fxq.passes.common.convert import pending_layers, quantize_weight
 from fxq.passes.common.second_moments import (
+    alike,
     cross_gram,
     damped,
     fitted,
@@ -48,6 +50,7 @@ from fxq.spec import LayerSpec, PerChannel, PerGroup, PerToken, QuantSpec
 
 Order = Literal["given", "activation"]
 Target = Literal["layer", "float"]
+Rows = Literal["as given", "alike"]
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,10 @@ class GPTQ(WeightMethod[QuantSpec]):
         columns: between products; the result does not depend on it.
         target: what codes are fitted to: the outputs of the float layer on the inputs that it gets
             from quantized ones, or those of the float model. The latter wants `sequential`, so that
-            the inputs are those that the layer gets in the end, and many more rows than inputs; it
-            runs the float model too and keeps its values between blocks.
+            the inputs are those that the layer gets in the end; it runs the float model too, and
+            keeps its values between blocks.
+        rows: whether the error of a row counts as it is, or over the mean square of the layer's
+            input, so that few tokens of great size, as vision transformers have, do not decide.
         refinements: rounds over all scales and codes after the sweep.
     """
 
@@ -69,6 +74,7 @@ class GPTQ(WeightMethod[QuantSpec]):
     order: Order = "given"
     columns: int = 128
     target: Target = "layer"
+    rows: Rows = "as given"
     refinements: int = 0
 
     reads: ClassVar[Dialect] = OBSERVED
@@ -76,10 +82,11 @@ class GPTQ(WeightMethod[QuantSpec]):
 
     def __post_init__(self) -> None:
         known = self.order in ("given", "activation") and self.target in ("layer", "float")
+        known = known and self.rows in ("as given", "alike")
         if not self.damping >= 0 or self.columns < 1 or self.refinements < 0 or not known:
             raise ValueError(
                 'GPTQ: expected damping >= 0, columns >= 1, order "given" or "activation", target '
-                f'"layer" or "float" and refinements >= 0, found {self}'
+                f'"layer" or "float", rows "as given" or "alike" and refinements >= 0, found {self}'
             )
 
     @property
@@ -88,8 +95,10 @@ class GPTQ(WeightMethod[QuantSpec]):
         return self.target == "float"
 
     def moments(self, x: Tensor) -> Tensor:
-        """Return the sum of `y y^T` `[K, K]`; where y stands beside x, that of `y (y, x)^T`
-        `[K, 2 K]`."""
+        """Return the sum of `y y^T` `[K, K]`; where y stands beside x, that of `y (y, x)^T` over
+        two halves of the rows `[2, K, 2 K]`."""
+        if self.rows == "alike":
+            x = alike(x, x.shape[-1] // 2 if self.compares else x.shape[-1])
         return cross_gram(x) if self.compares else gram(x)
 
     def plans(self, gm: GraphModule) -> Mapping[Node, QuantSpec]:
@@ -125,8 +134,8 @@ class GPTQ(WeightMethod[QuantSpec]):
         """Return the weight that codes are to come near to, and by which moments."""
         if not self.compares:
             return weight, moments
-        own, cross = moments.split(len(moments), 1)
-        return fitted(weight, own, cross, self.damping), own
+        own = moments.sum(0)[:, : weight.shape[1]]
+        return fitted(weight, moments, self.damping), own
 
 
 def round_columns(

@@ -2,7 +2,7 @@
 
     G = sum over rows of x x^T          `gram`
     diag(G)                             `energy`
-    sum over rows of y (y, x)^T         `cross_gram`
+    sum over half the rows of y (y, x)^T, and over the others    `cross_gram`
 
 In float64: products of float32 numbers are exact in it, sums to 1e-16, so batches and processes may
 come in any order. Sums, not means: every method here gives the same for a multiple of G.
@@ -23,13 +23,23 @@ def gram(x: Tensor) -> Tensor:
 
 
 def cross_gram(x: Tensor) -> Tensor:
-    """Return the sum of `y (y, x)^T` over rows `[K, 2 K]`, fp64.
+    """Return the sum of `y (y, x)^T` over the first half of the rows and the second `[2, K, 2 K]`,
+    fp64.
 
     Args:
         x: two inputs of a linear side by side, y and x `[..., 2 K]`, any float dtype.
     """
     rows = x.detach().flatten(0, -2).double()
-    return rows[:, : rows.shape[1] // 2].T @ rows
+    parts = rows.split([len(rows) // 2, len(rows) - len(rows) // 2])
+    return torch.stack([part[:, : part.shape[1] // 2].T @ part for part in parts])
+
+
+def alike(x: Tensor, width: int) -> Tensor:
+    """Return rows over the root mean square of their first `width` values, fp64; rows of zeros
+    stay. In sums of them no row outweighs others by its size."""
+    rows = x.detach().double()
+    size = rows[..., :width].square().mean(-1, keepdim=True).sqrt()
+    return rows / torch.where(size > 0, size, 1.0)
 
 
 def energy(x: Tensor) -> Tensor:
@@ -57,19 +67,37 @@ def damped(moments: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     return moments + torch.diag(torch.where(dead, 1.0, damping * mean)), dead
 
 
-def fitted(weight: Tensor, own: Tensor, cross: Tensor, damping: float) -> Tensor:
+def fitted(weight: Tensor, halves: Tensor, damping: float) -> Tensor:
     """Return the weight that gives, for inputs y, most nearly what `weight` gives for inputs x
-    `[N, K]`: `W + W E[(x - y) y^T] (E[y y^T] + damping)^-1`, damped towards the weight itself.
+    `[N, K]`, as far as the rows bear it out.
+
+    Least squares say `W + D` with `D = W E[(x - y) y^T] (E[y y^T] + damping)^-1`, which learns the
+    noise of few rows too. So it is `W + share D`, with the share that is best for D of one half of
+    the rows on the other half, 0 to 1.
 
     Args:
         weight: W `[N, K]`.
-        own: sum of `y y^T` `[K, K]`, fp64.
-        cross: sum of `y x^T` `[K, K]`, fp64.
+        halves: as `cross_gram` gives them `[2, K, 2 K]`, fp64.
         damping: as for `inverse_factor`.
     """
+    changes = [_least_squares(weight.double(), half, damping) for half in (*halves, halves.sum(0))]
+    gain, curvature = 0.0, torch.finfo(torch.float64).tiny
+    for change, (own, cross) in zip(changes[1::-1], map(_split, halves), strict=True):
+        gain += float((change * (weight.double() @ (cross - own).T)).sum())
+        curvature += output_error(change, own)
+    share = min(1.0, max(0.0, gain / curvature))
+    return (weight + share * changes[2]).to(weight.dtype)
+
+
+def _least_squares(weight: Tensor, moments: Tensor, damping: float) -> Tensor:
+    own, cross = _split(moments)
     factor, _ = inverse_factor(own, damping)
-    change = weight.double() @ (cross - own).T @ factor.T @ factor
-    return (weight + change).to(weight.dtype)
+    return weight @ (cross - own).T @ factor.T @ factor
+
+
+def _split(moments: Tensor) -> tuple[Tensor, Tensor]:
+    own, cross = moments.split(len(moments), 1)
+    return own, cross
 
 
 def inverse_factor(moments: Tensor, damping: float) -> tuple[Tensor, Tensor]:

@@ -247,6 +247,7 @@ def test_data_that_is_not_finite_names_the_layer() -> None:
         {"order": "random"},
         {"target": "loss"},
         {"refinements": -1},
+        {"rows": "some"},
     ],
 )
 def test_settings_that_mean_nothing_are_refused(wrong: dict[str, object]) -> None:
@@ -281,8 +282,15 @@ def rounded_values(codes: WeightCodes) -> Tensor:
     return (codes.codes.double() - zero) * codes.scale.double().repeat_interleave(width, 1)
 
 
+def ridge_regression(x: Tensor, y: Tensor) -> Tensor:
+    """Return the weight that gives y for x, held back as GPTQ is by default."""
+    ridge = (0.01 * (x.T @ x).diagonal().mean()) ** 0.5 * torch.eye(x.shape[1]).double()
+    rows, goals = torch.cat([x, ridge]), torch.cat([y, torch.zeros(len(ridge), y.shape[1])])
+    return torch.linalg.lstsq(rows, goals).solution.T
+
+
 @torch.no_grad()
-def test_a_float_target_is_the_least_squares_fit_of_the_float_outputs() -> None:
+def test_a_float_target_is_the_fit_of_the_float_outputs_that_other_rows_bear_out() -> None:
     model, x = TwoLayers().eval(), correlated(96, 16, seed=1).reshape(8, 12, 16)
     method = GPTQ(target="float", sequential=True)
 
@@ -292,13 +300,19 @@ def test_a_float_target_is_the_least_squares_fit_of_the_float_outputs() -> None:
     assert found[0] is not None
     assert found[1] is not None
     assert torch.equal(found[0].codes, round_columns(model.a.weight, gram(x), AFFINE, GPTQ()).codes)
-    given = nn.functional.linear(x.double(), rounded_values(found[0]), model.a.bias.double())
-    own = torch.relu(given).flatten(0, 1)
-    exact = torch.relu(model.a(x)).flatten(0, 1).double()
-    ridge = (0.01 * (own.T @ own).diagonal().mean()) ** 0.5 * torch.eye(24).double()
+    own, exact = [], []  # of both halves: 2 of the 4 samples of each batch
+    for rows in (x[[0, 1, 4, 5]], x[[2, 3, 6, 7]]):
+        given = nn.functional.linear(rows.double(), rounded_values(found[0]), model.a.bias.double())
+        own.append(torch.relu(given).flatten(0, 1))
+        exact.append(torch.relu(model.a(rows)).flatten(0, 1).double())
     weight = model.b.weight.double()
-    rows, goals = torch.cat([own, ridge]), torch.cat([exact @ weight.T, ridge @ weight.T])
-    fit = torch.linalg.lstsq(rows, goals).solution.T.float()
+    changes = [ridge_regression(y, (z - y) @ weight.T) for y, z in zip(own, exact, strict=True)]
+    errors = [(z - y) @ weight.T for y, z in zip(own, exact, strict=True)]
+    made = torch.cat([own[0] @ changes[1].T, own[1] @ changes[0].T]).flatten()
+    share = torch.linalg.lstsq(made[:, None], torch.cat(errors).flatten()[:, None]).solution
+    assert 0.1 < share < 0.9
+    own = torch.cat(own)
+    fit = (weight + share * ridge_regression(own, torch.cat(errors))).float()
     expected = round_columns(fit, gram(own), AFFINE, GPTQ())
     assert torch.equal(found[1].codes, expected.codes)
     assert not torch.equal(
@@ -339,3 +353,18 @@ def test_refined_codes_cannot_be_bettered_one_by_one(spec: QuantSpec) -> None:
             other = values.clone()
             other[:, start : start + 16 // refined.scale.shape[1]] *= change
             assert (error(other) >= least * (1 - 1e-6)).all()
+
+
+def test_rows_alike_are_those_of_inputs_divided_by_their_size() -> None:
+    x = correlated(60, 16).reshape(5, 12, 16)
+    x[0, :3] *= 100
+    x[1, 0] = 0
+    rows = x.double().flatten(0, 1)
+    size = rows.square().mean(1, keepdim=True).sqrt()
+    rows = torch.where(size > 0, rows / size, 0.0)
+
+    torch.testing.assert_close(GPTQ(rows="alike").moments(x), rows.T @ rows)
+    both = torch.cat([x, 2 * x], -1)
+    found = GPTQ(rows="alike", target="float").moments(both)
+    expected = torch.stack([part.T @ torch.cat([part, 2 * part], 1) for part in rows.chunk(2)])
+    torch.testing.assert_close(found, expected)
