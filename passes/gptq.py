@@ -182,9 +182,10 @@ W4A8_LAYER = LayerSpec(
     QuantSpec(4, granularity=PerChannel(0)),
 )
 BY_ACTIVATION = GPTQ(order="activation")
+TO_FLOAT = GPTQ(order="activation", target="float", rows="alike", refinements=4, sequential=True)
 OUTPUT = ((LAST, None),)  # the output layer, whose weight is often the embedding's, stays float
 
-W4 = Recipe("gptq_w4", (InsertObservers(W4_LAYER, overrides=OUTPUT), BY_ACTIVATION, Convert()))
+W4 = Recipe("gptq_w4", (InsertObservers(W4_LAYER, overrides=OUTPUT), TO_FLOAT, Convert()))
 W4A8 = Recipe(
     "gptq_w4a8", (InsertObservers(W4A8_LAYER, overrides=OUTPUT), BY_ACTIVATION, Convert())
 )
