@@ -44,7 +44,7 @@ def test_gptq_loses_less_than_rounding(story: Story) -> None:
     program = story.compressed(OBSERVE, TO_FLOAT, Convert())
     found = story.loss(program) - exact
 
-    assert found < 0.6 * rounded
+    assert found < 0.5 * rounded  # 0.43 to 0.45 on three draws of 128 of these stories
     assert_writes(story.model, program)
 
 
