@@ -4,6 +4,14 @@ Columns are rounded one by one; those that are still free are changed so that th
 the data changes least. Groups find their range when the sweep comes to them, in the weights as they
 are then.
 
+With `target="float"` a layer is fitted to the outputs of the float model, on what the quantized
+layers before it give: `|W x - Q y|^2` over rows, x the float model's input and y the layer's. That
+is least where `|W' y - Q y|^2` is, with `W' = W E[x y^T] E[y y^T]^-1`, so W' is what is rounded
+(the closed form of what GPTAQ, arXiv:2504.02692, does column by column), or what `fitted` makes of
+it for few rows. With `refinements`, each
+group's scale and then each code takes its best value given all others, over and over (arXiv:
+2309.01885, QuantEase, with the scales in it too): the error never rises.
+
 Departures: a dead input's weights are rounded to nearest, not set to zero; damping goes by the
 inputs that live; with `order` groups keep the ranges of the float weights, since a file's groups
 are neighbours; a layer whose output error on the data would not fall is rounded to nearest.
@@ -24,14 +32,25 @@ from fxq.dialect import OBSERVED, Dialect
 from fxq.layer import WeightCodes, layer_of, treat
 from fxq.passes import w8a8
 from fxq.passes.common import LAST, Calibrate, Convert, InsertObservers
+from fxq.passes.common.code_grid import Grid, refine
 from fxq.passes.common.column_sweep import sweep_columns
 from fxq.passes.common.convert import pending_layers, quantize_weight
-from fxq.passes.common.second_moments import inverse_factor, output_error
+from fxq.passes.common.second_moments import (
+    alike,
+    cross_gram,
+    damped,
+    fitted,
+    gram,
+    inverse_factor,
+    output_error,
+)
 from fxq.passes.common.weight_method import Treated, WeightMethod
 from fxq.pipeline import Recipe
 from fxq.spec import LayerSpec, PerChannel, PerGroup, PerToken, QuantSpec
 
 Order = Literal["given", "activation"]
+Target = Literal["layer", "float"]
+Rows = Literal["as given", "alike"]
 
 
 @dataclass(frozen=True)
@@ -42,21 +61,45 @@ class GPTQ(WeightMethod[QuantSpec]):
         damping: added to the diagonal, as a share of its mean.
         order: of columns: as given, or those with the largest inputs first.
         columns: between products; the result does not depend on it.
+        target: what codes are fitted to: the outputs of the float layer on the inputs that it gets
+            from quantized ones, or those of the float model. The latter wants `sequential`, so that
+            the inputs are those that the layer gets in the end; it runs the float model too, and
+            keeps its values between blocks.
+        rows: whether the error of a row counts as it is, or over the mean square of the layer's
+            input, so that few tokens of great size, as vision transformers have, do not decide.
+        refinements: rounds over all scales and codes after the sweep.
     """
 
     damping: float = 0.01  # as the paper's code
     order: Order = "given"
     columns: int = 128
+    target: Target = "layer"
+    rows: Rows = "as given"
+    refinements: int = 0
 
     reads: ClassVar[Dialect] = OBSERVED
     writes: ClassVar[Dialect] = OBSERVED
 
     def __post_init__(self) -> None:
-        if not self.damping >= 0 or self.columns < 1 or self.order not in ("given", "activation"):
+        known = self.order in ("given", "activation") and self.target in ("layer", "float")
+        known = known and self.rows in ("as given", "alike")
+        if not self.damping >= 0 or self.columns < 1 or self.refinements < 0 or not known:
             raise ValueError(
-                'GPTQ: expected damping >= 0, columns >= 1 and order "given" or "activation", '
-                f"found {self}"
+                'GPTQ: expected damping >= 0, columns >= 1, order "given" or "activation", target '
+                f'"layer" or "float", rows "as given" or "alike" and refinements >= 0, found {self}'
             )
+
+    @property
+    def compares(self) -> bool:
+        """Whether moments are of a layer's inputs and the float model's."""
+        return self.target == "float"
+
+    def moments(self, x: Tensor) -> Tensor:
+        """Return the sum of `y y^T` `[K, K]`; where y stands beside x, that of `y (y, x)^T` over
+        two halves of the rows `[2, K, 2 K]`."""
+        if self.rows == "alike":
+            x = alike(x, x.shape[-1] // 2 if self.compares else x.shape[-1])
+        return cross_gram(x) if self.compares else gram(x)
 
     def plans(self, gm: GraphModule) -> Mapping[Node, QuantSpec]:
         """Return how each linear is quantized whose codes no method has fixed."""
@@ -76,15 +119,23 @@ class GPTQ(WeightMethod[QuantSpec]):
         self, weight: Tensor, moments: Tensor, plan: QuantSpec, mask: Tensor | None
     ) -> Treated:
         """Round a weight."""
+        goal, moments = self._goal(weight, moments)
         plain = WeightCodes(*quantize_weight(weight, plan))
-        best = round_columns(weight, moments, plan, self, mask)
-        before, after = (output_error(_values(codes) - weight, moments) for codes in (plain, best))
+        best = round_columns(goal, moments, plan, self, mask)
+        before, after = (output_error(_values(codes) - goal, moments) for codes in (plain, best))
         power = max(output_error(weight, moments), torch.finfo(torch.float64).tiny)
         found, nearest = f"{after / power:.3g}", f"{before / power:.3g}"
         did = f"output error {found}, {nearest} rounded to nearest"
         if not after < before:
             best, did = plain, f"rounded to nearest: output error {nearest}, {found} by columns"
         return Treated(did, facts={"weight": best})
+
+    def _goal(self, weight: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the weight that codes are to come near to, and by which moments."""
+        if not self.compares:
+            return weight, moments
+        own = moments.sum(0)[:, : weight.shape[1]]
+        return fitted(weight, moments, self.damping), own
 
 
 def round_columns(
@@ -96,12 +147,13 @@ def round_columns(
         weight: `[N, K]`, fp32.
         moments: sum of `x x^T` `[K, K]`, fp64.
         spec: how it is quantized.
-        settings: damping and order.
+        settings: damping, order and refinements.
         mask: `[N, K]`, False where the code is that of 0; None for all True.
     """
     mask = torch.ones_like(weight, dtype=torch.bool) if mask is None else mask
+    weight = weight * mask
     codes, scale, zero = quantize_weight(weight, spec)
-    grid = _Grid(spec, mask, codes, scale, zero)
+    grid = Grid(spec, mask, codes, scale, zero)
     order, width = torch.arange(weight.shape[1], device=weight.device), 1
     if settings.order == "activation":
         order = moments.diagonal().argsort(descending=True, stable=True)
@@ -116,49 +168,8 @@ def round_columns(
     factor, _ = inverse_factor(moments[order][:, order], settings.damping)
     block = -(-settings.columns // width) * width
     sweep_columns(weight.double()[:, order], factor, block, fix)
+    refine(grid, weight.double(), damped(moments, settings.damping)[0], settings.refinements)
     return WeightCodes(grid.codes, grid.scale, grid.zero)
-
-
-class _Grid:
-    """The codes of a weight, column by column.
-
-    Args:
-        spec: how it is quantized.
-        mask: False where the code is that of 0.
-        codes: in the weight's shape; to be overwritten, like the others.
-        scale: of the weight as it is at first.
-        zero: likewise, None for 0.
-    """
-
-    def __init__(
-        self, spec: QuantSpec, mask: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None
-    ) -> None:
-        self.spec, self.mask, self.codes, self.scale, self.zero = spec, mask, codes, scale, zero
-        self.done = [False] * codes.shape[1]
-
-    def find_range(self, work: Tensor, column: int, width: int) -> None:
-        """Give a group of columns the range of what is in them now."""
-        now = (work * self.mask)[:, column : column + width].float()
-        _, scale, zero = quantize_weight(now, self.spec)
-        place = column // width
-        self.scale[:, place] = scale[:, 0]
-        if self.zero is not None and zero is not None:
-            self.zero[:, place] = zero[:, 0]
-
-    def fix(self, values: Tensor, column: int) -> Tensor:
-        """Set the codes of a column, and return what they stand for `[N]`, fp64."""
-        place = column * self.scale.shape[1] // self.codes.shape[1]
-        scale = self.scale[:, place]
-        zero = None if self.zero is None else self.zero[:, place]
-        kept = torch.where(self.mask[:, column], values, 0.0)
-        codes = numerics.quantize(kept, scale, zero, *self.spec.grid)
-        partner = column ^ 1
-        if self.spec.pair_safe and partner < len(self.done) and self.done[partner]:
-            other = self.codes[:, partner].int()
-            limit = numerics.PAIR_LIMIT
-            codes = codes.int().clamp(-limit - other, limit - other).to(codes.dtype)
-        self.codes[:, column], self.done[column] = codes, True
-        return numerics.dequantize(codes, scale, zero, torch.float64)
 
 
 def _values(fixed: WeightCodes) -> Tensor:
@@ -171,9 +182,10 @@ W4A8_LAYER = LayerSpec(
     QuantSpec(4, granularity=PerChannel(0)),
 )
 BY_ACTIVATION = GPTQ(order="activation")
+TO_FLOAT = GPTQ(order="activation", target="float", rows="alike", refinements=4, sequential=True)
 OUTPUT = ((LAST, None),)  # the output layer, whose weight is often the embedding's, stays float
 
-W4 = Recipe("gptq_w4", (InsertObservers(W4_LAYER, overrides=OUTPUT), BY_ACTIVATION, Convert()))
+W4 = Recipe("gptq_w4", (InsertObservers(W4_LAYER, overrides=OUTPUT), TO_FLOAT, Convert()))
 W4A8 = Recipe(
     "gptq_w4a8", (InsertObservers(W4A8_LAYER, overrides=OUTPUT), BY_ACTIVATION, Convert())
 )

@@ -26,8 +26,9 @@ from fxq.layer import layer_of, treat
 from fxq.operators import operand, set_operand
 from fxq.passes.common.convert import Convert
 from fxq.passes.common.reconstruction.blocks import Block, cut
-from fxq.passes.common.reconstruction.frontier import Frontier, Place
+from fxq.passes.common.reconstruction.frontier import Chain, Frontier, Place
 from fxq.passes.common.second_moments import gram
+from fxq.passes.common.side_by_side import side_by_side
 from fxq.passes.common.student import without_observers
 from fxq.pipeline import Batches, DataPass
 from fxq.progress import Reported, Reporter
@@ -92,6 +93,12 @@ class WeightMethod(DataPass, Generic[Plan]):
     blocks: tuple[str, ...] = ()
     place: Place = "device"
     sequential: bool = False
+
+    @property
+    def compares(self) -> bool:
+        """Whether `moments` is given a layer's input side by side with the one that the float model
+        has there `[..., 2 K]`; False unless a subclass says so."""
+        return False
 
     @abstractmethod
     def plans(self, gm: GraphModule) -> Mapping[Node, Plan]:
@@ -162,20 +169,23 @@ class _Walk(Generic[Plan]):
         total, results = len(self.blocks), list[Treated]()
         with report.task(type(self.method).__name__, "blocks", total) as task:
             for k, block in enumerate(self.blocks):
+                self.exact = without_observers(block.graph_module)
                 if todo := [name for name in block.layers if self.key_of[name] in self.sharing]:
                     results += self._treat(block, todo)
                 if k + 1 < total:
                     treated = Convert().run(copy_graph(block.graph_module)).graph_module
                     self.frontier.run("found", block, treated)
+                    if self.method.compares:
+                        self.frontier.run("exact", block, self.exact)
                     self.frontier.forget(k)
                 task.advance()
         return results
 
     def _treat(self, block: Block, todo: Sequence[str]) -> list[Treated]:
         """Treat the weights that no block before has."""
-        exact = without_observers(block.graph_module)
-        stages = self._stages(exact, todo) if self.method.sequential else [todo]
-        return [result for stage in stages for result in self._treat_stage(block, exact, stage)]
+        now = copy_graph(self.exact)
+        stages = self._stages(now, todo) if self.method.sequential else [todo]
+        return [result for stage in stages for result in self._treat_stage(block, now, stage)]
 
     def _stages(self, gm: GraphModule, todo: Sequence[str]) -> list[list[str]]:
         """Return layers by how many others come one after another before them; those that share a
@@ -194,14 +204,23 @@ class _Walk(Generic[Plan]):
             found.setdefault(levels[self.key_of[name]], []).append(name)
         return [found[level] for level in sorted(found)]
 
-    def _treat_stage(self, block: Block, exact: GraphModule, stage: Sequence[str]) -> list[Treated]:
+    def _sweep(self, block: Block, now: GraphModule, names: Sequence[str]) -> dict[str, Tensor]:
+        """Return the moments of edges of a block, by name."""
+        read, numbers = self.frontier.read, range(len(self.frontier))
+        if self.method.compares:
+            gm, edges = side_by_side(now, self.exact, names)
+            chains: tuple[Chain, ...] = ("found", "exact")
+        else:
+            gm, nodes = now, {node.name: node for node in now.graph.nodes}
+            edges, chains = [nodes[name] for name in names], ("found",)
+        batches = ([v for chain in chains for v in read(chain, k, block.inputs)] for k in numbers)
+        found = sweep(gm, batches, edges, self.method.moments, torch.add)
+        return {name: found[edge] for name, edge in zip(names, edges, strict=True)}
+
+    def _treat_stage(self, block: Block, now: GraphModule, stage: Sequence[str]) -> list[Treated]:
         """Treat layers on what a block gives them, and have its float function know of it."""
-        inputs: dict[str, Node] = {n.name: args_of(n)[0] for n in exact.graph.nodes if n.args}
-        batches = (
-            self.frontier.read("found", batch, block.inputs) for batch in range(len(self.frontier))
-        )
-        edges = list(dict.fromkeys(inputs[name] for name in stage))
-        found = sweep(exact, batches, edges, self.method.moments, torch.add)
+        inputs = {n.name: args_of(n)[0].name for n in now.graph.nodes if n.name in stage}
+        found = self._sweep(block, now, [*dict.fromkeys(inputs[name] for name in stage)])
         sums: dict[tuple[TensorKey, Plan], Tensor] = {}
         for name in stage:
             key = self.key_of[name]
@@ -214,8 +233,8 @@ class _Walk(Generic[Plan]):
                 if mine := [copies[node.name] for node in nodes if node.name in copies]:
                     install(owner, type(self.method).__name__, mine, treated)
             names = {node.name for node in nodes}
-            if mine := [node for node in exact.graph.nodes if node.name in names]:
-                install(exact, type(self.method).__name__, mine, in_float(treated))
+            if mine := [node for node in now.graph.nodes if node.name in names]:
+                install(now, type(self.method).__name__, mine, in_float(treated))
         return results
 
     def _job(

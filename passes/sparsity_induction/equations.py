@@ -159,3 +159,19 @@ def gini(values: Tensor) -> float:
         return 0.0
     ranks = torch.arange(1, count + 1, dtype=torch.float64, device=flat.device)
     return float(((2 * ranks - count - 1) * flat).sum() / (count * total))
+
+
+def stable_rank(weight: Tensor, steps: int = 100) -> float:
+    """Return `|W|_F^2 / |W|_2^2`: 1 for one direction alone, the rank where all count alike; 0 for
+    zeros.
+
+    Args:
+        weight: `[N, K]`.
+        steps: of power iteration; where few leave the largest singular value too small, the result
+            is too large.
+    """
+    values = weight.double()
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(values.shape[1], generator=generator, dtype=torch.float64)
+    norm, _ = power_iteration(values, (start / start.norm()).to(values.device), steps)
+    return float(values.square().sum() / norm.square()) if norm > 0 else 0.0

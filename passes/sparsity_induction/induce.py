@@ -25,7 +25,13 @@ from fxq.passes.common.weight_method import Job, Treated, WeightMethod
 from fxq.passes.pruning import Wanda
 from fxq.passes.pruning.patterns import Pattern
 from fxq.passes.pruning.prune import Pruner, prunable, pruned
-from fxq.passes.sparsity_induction.equations import absorbed_shift, centred, gini, hoyer
+from fxq.passes.sparsity_induction.equations import (
+    absorbed_shift,
+    centred,
+    gini,
+    hoyer,
+    stable_rank,
+)
 from fxq.passes.sparsity_induction.learning import Choice, Layer, Learning, learn
 from fxq.pipeline import Batches
 from fxq.rewriting import copy_graph
@@ -171,7 +177,8 @@ class InduceSparsity(WeightMethod[Plan]):
             f"{plain.did}; output error {best.error:.3g}, {base.error:.3g} with "
             f"{type(self.pruner).__name__}'s own choice; of the weights, with and without factors: "
             f"Hoyer {hoyer(scaled):.3f}, {hoyer(layer.weight):.3f}, "
-            f"Gini {gini(scaled):.3f}, {gini(layer.weight):.3f}"
+            f"Gini {gini(scaled):.3f}, {gini(layer.weight):.3f}, "
+            f"stable rank {stable_rank(scaled):.3g}, {stable_rank(layer.weight):.3g}"
         )
         whys = (("no factor", job.plan.why_no_factor), ("no shift", job.plan.why_no_shift))
         remark = "; ".join([plain.remark, *(f"{what}: {why}" for what, why in whys if why)])

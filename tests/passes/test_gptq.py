@@ -239,7 +239,17 @@ def test_data_that_is_not_finite_names_the_layer() -> None:
         GPTQ().run(gm, [])
 
 
-@pytest.mark.parametrize("wrong", [{"damping": -1}, {"columns": 0}, {"order": "random"}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"damping": -1},
+        {"columns": 0},
+        {"order": "random"},
+        {"target": "loss"},
+        {"refinements": -1},
+        {"rows": "some"},
+    ],
+)
 def test_settings_that_mean_nothing_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="GPTQ: expected damping >= 0"):
         GPTQ(**wrong)  # type: ignore[arg-type]
@@ -263,3 +273,98 @@ def test_within_a_block_codes_of_a_layer_are_found_on_what_rounded_ones_give() -
     assert torch.equal(codes.codes, expected.codes)
     before = round_columns(model[0][2].weight, gram(torch.relu(model[0][0](x))), spec, method)
     assert not torch.equal(codes.codes, before.codes)
+
+
+def rounded_values(codes: WeightCodes) -> Tensor:
+    """Return what codes in groups stand for, fp64."""
+    width = codes.codes.shape[1] // codes.scale.shape[1]
+    zero = 0 if codes.zero_point is None else codes.zero_point.repeat_interleave(width, 1)
+    return (codes.codes.double() - zero) * codes.scale.double().repeat_interleave(width, 1)
+
+
+def ridge_regression(x: Tensor, y: Tensor) -> Tensor:
+    """Return the weight that gives y for x, held back as GPTQ is by default."""
+    ridge = (0.01 * (x.T @ x).diagonal().mean()) ** 0.5 * torch.eye(x.shape[1]).double()
+    rows, goals = torch.cat([x, ridge]), torch.cat([y, torch.zeros(len(ridge), y.shape[1])])
+    return torch.linalg.lstsq(rows, goals).solution.T
+
+
+@torch.no_grad()
+def test_a_float_target_is_the_fit_of_the_float_outputs_that_other_rows_bear_out() -> None:
+    model, x = TwoLayers().eval(), correlated(96, 16, seed=1).reshape(8, 12, 16)
+    method = GPTQ(target="float", sequential=True)
+
+    program = fxq.compress(model, x[:4], recipe(method), [x[:4], x[4:]])
+
+    found = [layer_of(n).weight for n in program.graph_module.graph.nodes if is_op(n, LINEAR)]
+    assert found[0] is not None
+    assert found[1] is not None
+    assert torch.equal(found[0].codes, round_columns(model.a.weight, gram(x), AFFINE, GPTQ()).codes)
+    own, exact = [], []  # of both halves: 2 of the 4 samples of each batch
+    for rows in (x[[0, 1, 4, 5]], x[[2, 3, 6, 7]]):
+        given = nn.functional.linear(rows.double(), rounded_values(found[0]), model.a.bias.double())
+        own.append(torch.relu(given).flatten(0, 1))
+        exact.append(torch.relu(model.a(rows)).flatten(0, 1).double())
+    weight = model.b.weight.double()
+    changes = [ridge_regression(y, (z - y) @ weight.T) for y, z in zip(own, exact, strict=True)]
+    errors = [(z - y) @ weight.T for y, z in zip(own, exact, strict=True)]
+    made = torch.cat([own[0] @ changes[1].T, own[1] @ changes[0].T]).flatten()
+    share = torch.linalg.lstsq(made[:, None], torch.cat(errors).flatten()[:, None]).solution
+    assert 0.1 < share < 0.9
+    own = torch.cat(own)
+    fit = (weight + share * ridge_regression(own, torch.cat(errors))).float()
+    expected = round_columns(fit, gram(own), AFFINE, GPTQ())
+    assert torch.equal(found[1].codes, expected.codes)
+    assert not torch.equal(
+        found[1].codes, round_columns(model.b.weight, gram(own), AFFINE, GPTQ()).codes
+    )
+
+
+@pytest.mark.parametrize("spec", [AFFINE, QuantSpec(3, granularity=PerChannel(0))], ids=str)
+def test_refined_codes_cannot_be_bettered_one_by_one(spec: QuantSpec) -> None:
+    weight, x = torch.randn(4, 16), correlated(60, 16)
+    hessian = damped(x.double().T @ x.double())
+    mask = torch.rand(4, 16) > 0.3
+    weight = weight * mask
+
+    def error(values: Tensor) -> Tensor:
+        change = values - weight.double()
+        return ((change @ hessian) * change).sum(1)
+
+    plain, refined = (
+        round_columns(weight, gram(x), spec, GPTQ(refinements=n), mask) for n in (0, 50)
+    )
+
+    values = rounded_values(refined)
+    least = error(values)
+    assert (least <= error(rounded_values(plain)) * (1 + 1e-6)).all()
+    assert least.sum() < 0.98 * error(rounded_values(plain)).sum()
+    assert not values[~mask].any()
+    scales = refined.scale.double().repeat_interleave(16 // refined.scale.shape[1], 1)
+    for step in (-1, 1):
+        codes = refined.codes.int() + step
+        for row, column in mask.nonzero().tolist():
+            if spec.quant_min <= codes[row, column] <= spec.quant_max:
+                other = values.clone()
+                other[row, column] += step * scales[row, column]
+                assert error(other)[row] >= least[row] * (1 - 1e-6)
+    for change in (0.99, 1.01):  # of the scales of one group
+        for start in range(0, 16, 16 // refined.scale.shape[1]):
+            other = values.clone()
+            other[:, start : start + 16 // refined.scale.shape[1]] *= change
+            assert (error(other) >= least * (1 - 1e-6)).all()
+
+
+def test_rows_alike_are_those_of_inputs_divided_by_their_size() -> None:
+    x = correlated(60, 16).reshape(5, 12, 16)
+    x[0, :3] *= 100
+    x[1, 0] = 0
+    rows = x.double().flatten(0, 1)
+    size = rows.square().mean(1, keepdim=True).sqrt()
+    rows = torch.where(size > 0, rows / size, 0.0)
+
+    torch.testing.assert_close(GPTQ(rows="alike").moments(x), rows.T @ rows)
+    both = torch.cat([x, 2 * x], -1)
+    found = GPTQ(rows="alike", target="float").moments(both)
+    expected = torch.stack([part.T @ torch.cat([part, 2 * part], 1) for part in rows.chunk(2)])
+    torch.testing.assert_close(found, expected)

@@ -21,6 +21,7 @@ from fxq.passes.sparsity_induction.equations import (
     power_iteration,
     spectral_norm_loss,
     spread_start,
+    stable_rank,
 )
 
 
@@ -149,3 +150,14 @@ def test_measures_of_sparsity() -> None:
     assert gini(doubles(0, 0, 0, 5)) == pytest.approx(0.75)
     assert gini(doubles(1, 3)) == pytest.approx(0.25)
     assert (hoyer(doubles(0, 0)), gini(doubles(0, 0))) == (0, 0)
+
+
+def test_the_stable_rank_is_that_of_the_singular_values() -> None:
+    sizes = doubles(5, 3, 2, 1)
+    left, right = (torch.linalg.qr(torch.randn(n, 4).double()).Q for n in (6, 9))
+
+    found = stable_rank(left * sizes @ right.T)
+
+    assert found == pytest.approx((25 + 9 + 4 + 1) / 25)
+    assert stable_rank(torch.eye(7)) == pytest.approx(7)
+    assert stable_rank(torch.zeros(3, 4)) == 0
