@@ -75,6 +75,10 @@ bench: $(STAMP)  ## CPU benchmarks; results go to benchmarks/results
 	@$(BIN)/python benchmarks/cpu_vit.py --isa native
 	@$(BIN)/python benchmarks/cpu_int8_linear.py --isa avx2
 	@$(BIN)/python benchmarks/cpu_int8_conv.py --isa avx2 --threads 1
+	@$(BIN)/python benchmarks/cpu_int4_linear.py --isa avx2 --threads 1
+	@$(BIN)/python benchmarks/cpu_int4_linear.py --isa avx2 --threads 2
+	@$(BIN)/python benchmarks/cpu_weight_only_linear.py --threads 1
+	@$(BIN)/python benchmarks/cpu_weight_only_linear.py --threads 2
 	@$(BIN)/python benchmarks/planted_imbalance.py
 	@$(BIN)/python benchmarks/data_free.py calibration
 	@$(BIN)/python benchmarks/data_free.py entropy --threads 1

@@ -36,6 +36,7 @@ from fxq.lowering.int8_linear import reference
 from fxq.numerics import sqnr_db
 from fxq.passes.common.convert import quantize_weight
 from fxq.passes.w8a8 import FULL_RANGE, WEIGHT
+from fxq.spec import QuantSpec
 
 N_ROWS = (1, 4, 16, 65, 197, 394, 1576)
 WEIGHTS = (
@@ -74,9 +75,11 @@ def cycled(call: Callable[[Tensor], Tensor], weights: Sequence[Tensor]) -> Calla
     return lambda: call(next(endless))
 
 
-def int8_variant(name: str, x: Activations, weight: Tensor, bias: Tensor) -> Variant:
+def int8_variant(
+    name: str, x: Activations, weight: Tensor, bias: Tensor, spec: QuantSpec
+) -> Variant:
     """Return the op on one way of quantizing `weight`, to be checked against its definition."""
-    codes, w_scale, _ = quantize_weight(weight, SPECS[name])
+    codes, w_scale, _ = quantize_weight(weight, spec)
     head = (x.codes, x.scale, x.zero_point)
     expected = reference(*head, codes, w_scale, bias, torch.float32)
 
@@ -99,6 +102,14 @@ def time_shape(
     """Time fp32 and both int8 variants on one shape."""
     weight, bias = torch.randn(n_out, n_in), torch.randn(n_out)
     x = activations(n_rows, n_in)
+    fp32 = float_variant(x, weight, bias)
+    int8 = [int8_variant(name, x, weight, bias, spec) for name, spec in SPECS.items()]
+    inputs = {"codes": x.codes, "weight": weight, "bias": bias}
+    return measure([fp32, *int8], inputs, rounds, smoke=smoke)
+
+
+def float_variant(x: Activations, weight: Tensor, bias: Tensor) -> Variant:
+    """Return fp32 on the values of `x`, to be checked against fp64."""
     x_float = (x.codes.float() - x.zero_point) * x.scale
     expected = (x_float.double() @ weight.double().mT + bias).float()
 
@@ -107,10 +118,7 @@ def time_shape(
         return None if found >= MIN_SQNR_DB else f"{found:.1f} dB from fp64"
 
     weights = copies_beyond_cache(weight)
-    fp32 = Variant("fp32", cycled(lambda w: F.linear(x_float, w, bias), weights), check_float)
-    int8 = [int8_variant(name, x, weight, bias) for name in SPECS]
-    inputs = {"codes": x.codes, "weight": weight, "bias": bias}
-    return measure([fp32, *int8], inputs, rounds, smoke=smoke)
+    return Variant("fp32", cycled(lambda w: F.linear(x_float, w, bias), weights), check_float)
 
 
 def row_of(n_rows: int, n_in: int, n_out: int, found: dict[str, Timing | str]) -> dict[str, Cell]:

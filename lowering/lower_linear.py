@@ -103,13 +103,20 @@ def operands_of(layer: Node, bias: Node | None) -> Operands | str:
     return Operands(codes, scale, zero, weight, w_scale, bias)
 
 
-def match(layer: Node) -> Operands | str:
-    """Return the operands of a quantized linear the kernel can take, or why it cannot."""
+def match(layer: Node, group_step: int | None = None) -> Operands | str:
+    """Return the operands of a quantized linear the kernel can take, or why it cannot.
+
+    Args:
+        layer: the linear.
+        group_step: what the size of a group of input channels with a weight scale of its own must
+            be a multiple of; None where the kernel has no such groups.
+    """
     _, _, *bias = args_of(layer)
     found = operands_of(layer, bias[0] if bias else None)
     if isinstance(found, str):
         return found
-    if hint(shape_of(found.w_scale)[-1]) != 1:
+    n_groups, n_in = hint(shape_of(found.w_scale)[-1]), hint(shape_of(found.weight)[-1])
+    if n_groups != 1 and (group_step is None or n_in // n_groups % group_step):
         return "no int8 kernel for a per-group weight scale; use PerChannel(0)"
     if shape_of(found.scale)[-1] != 1:
         return "no int8 kernel for a per-channel activation scale; use PerTensor() or PerToken()"

@@ -1,0 +1,76 @@
+"""Kernels of fxq's own, the C++ files here: built by Inductor's own compiler when first wanted.
+
+A library lies in Inductor's cache on disk, under a hash of its source and of the command that
+compiles it, so that a machine compiles it once. What it needs is Linux on x86-64, a processor with
+AVX2 and FMA, and a C++ compiler; where one is missing `native` says so, and rules decline with it.
+
+The sources know no torch: plain C functions of addresses, called through ctypes, which compile in
+seconds and cost microseconds a call. Their threads are those of torch's OpenMP pool.
+"""
+
+import ctypes
+import functools
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLAGS = ("-mavx2", "-mfma")
+# Of ATen, which asks the processor for AVX2 and FMA, and heeds ATEN_CPU_CAPABILITY.
+CAPABLE = ("AVX2", "AVX512", "AVX10")  # and what begins with them
+MAX_ERROR = 200  # characters of a compiler's complaint
+
+ADDRESS, SIZE, NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+# Arguments of the function `fxq_<name>` of `<name>.cpp`.
+SIGNATURES: dict[str, tuple[Any, ...]] = {
+    "weight_only_linear": (
+        *(ADDRESS, SIZE, SIZE, ADDRESS, NUMBER, ADDRESS, SIZE, NUMBER),
+        *(ADDRESS, ADDRESS, SIZE, SIZE, NUMBER),
+    ),
+    "int4_linear": (
+        *(ADDRESS, SIZE, SIZE, NUMBER, ADDRESS, SIZE, ADDRESS, SIZE, ADDRESS, ADDRESS),
+        *(ADDRESS, SIZE, SIZE, ADDRESS, ADDRESS, ADDRESS, SIZE, NUMBER),
+    ),
+}
+
+
+@functools.cache
+def native(name: str) -> Any | str:
+    """Return the function of a source, or why this machine has none.
+
+    Args:
+        name: of the source, a key of `SIGNATURES`.
+    """
+    if sys.platform != "linux" or platform.machine() not in ("x86_64", "AMD64"):
+        return f"no native kernels for {sys.platform} on {platform.machine()}"
+    capability = torch.backends.cpu.get_cpu_capability()
+    if not capability.startswith(CAPABLE):
+        return f"native kernels need AVX2; torch computes with {capability} here"
+    try:
+        library = _build(Path(__file__).with_name(f"{name}.cpp").read_text())
+    except Exception as error:  # of a compiler, a disk, or the linker, each in a way of its own
+        first = next((line for line in str(error).splitlines() if line.strip()), "")
+        return (
+            f"the native kernel could not be built ({type(error).__name__}: "
+            f"{first.strip()[:MAX_ERROR]}); Inductor needs a C++ compiler, as g++ or $CXX"
+        )
+    function = getattr(library, f"fxq_{name}")
+    function.argtypes, function.restype = SIGNATURES[name], None
+    return function
+
+
+def _build(source: str) -> Any:
+    from torch._inductor.codecache import CppCodeCache  # loads Inductor
+
+    return CppCodeCache.load(source, extra_flags=FLAGS)
+
+
+def address(tensor: Tensor | None) -> int | None:
+    """Return where a contiguous tensor starts, for a C function; None for none."""
+    if tensor is None:
+        return None
+    assert tensor.is_contiguous()
+    return tensor.data_ptr()
