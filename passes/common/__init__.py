@@ -11,6 +11,7 @@ from fxq.passes.common.group_positions import GroupPositions
 from fxq.passes.common.insert_observers import InsertObservers
 from fxq.passes.common.layer_choice import DEPTHWISE, FIRST, LAST, first_of
 from fxq.passes.common.observe_activations import ObserveActivations
+from fxq.passes.common.separate_outliers import SeparateOutliers
 from fxq.passes.common.split_concatenations import SplitConcatenations
 from fxq.passes.common.student import (
     activation_scales,
@@ -31,6 +32,7 @@ __all__ = [
     "GroupPositions",
     "InsertObservers",
     "ObserveActivations",
+    "SeparateOutliers",
     "SplitConcatenations",
     "TimestepRows",
     "activation_scales",
