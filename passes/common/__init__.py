@@ -19,6 +19,7 @@ from fxq.passes.common.student import (
     without_observers,
 )
 from fxq.passes.common.timestep_rows import TimestepRows
+from fxq.passes.common.widen_ranges import WidenRanges
 
 __all__ = [
     "DEPTHWISE",
@@ -33,6 +34,7 @@ __all__ = [
     "ObserveActivations",
     "SplitConcatenations",
     "TimestepRows",
+    "WidenRanges",
     "activation_scales",
     "adopt",
     "check_float_function",

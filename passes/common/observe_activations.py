@@ -231,7 +231,9 @@ def _channel_axis(edge: Node, kind: Kind) -> int:
     if kind == "constant":  # of the sum that it is added in
         return _channel_axis(next(user for user in edge.users if is_op(user, *ADD)), "sum")
     near = {edge, *edge.all_input_nodes, *edge.users}
-    near |= {user for node in edge.users if node.op == "call_module" for user in node.users}
+    for node in tuple(near):  # observers and other sums stand between
+        if node.op == "call_module" or is_op(node, *ADD):
+            near |= {*node.all_input_nodes, *node.users}
     return 1 - len(shape_of(edge)) if any(is_op(n, *CONV, *CHANNEL_NORM) for n in near) else -1
 
 

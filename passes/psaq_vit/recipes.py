@@ -12,14 +12,17 @@ one range for all leaves the others a handful of codes, and the predictions are 
 
 - Sums and positions have a range for each channel, as in FQ-ViT (arXiv:2111.13824): only norms and
   sums read them, no product, so that a scale per channel costs nothing.
+- Such a range is never narrower than the median channel's, and wider than what was seen by a
+  quarter (`WidenRanges`): dreamed images do not show how far each channel goes. Channels of a sum
+  that reach 16 times as far as the median one stay in float.
 - Outputs of layers, and concatenations, that only become part of a sum are rounded with it, once:
   an integer kernel adds to what it has accumulated before it rounds.
 
-Both are int8 as before, and static. Departures of all recipes: a symmetric weight's scale is
-amax / (2^(b-1) - 1), so that both ends are exact (the published 2^b - 1 halves cut one and
-overshoot the other by 6.7 % at 4 bits); activation ranges contain zero (without it, the published
-ones cut); scores are quantized before a relative position bias is added, which shares a node with
-masks.
+All are int8 as before but for those few channels, and static. Departures of all recipes: a
+symmetric weight's scale is amax / (2^(b-1) - 1), so that both ends are exact (the published 2^b - 1
+halves cut one and overshoot the other by 6.7 % at 4 bits); activation ranges contain zero (without
+it, the published ones cut); scores are quantized before a relative position bias is added, which
+shares a node with masks.
 """
 
 from fxq.passes.common import (
@@ -28,6 +31,7 @@ from fxq.passes.common import (
     DecomposeAttention,
     InsertObservers,
     ObserveActivations,
+    WidenRanges,
 )
 from fxq.pipeline import Recipe
 from fxq.spec import (
@@ -67,10 +71,12 @@ def everywhere(
     )
     weight = QuantSpec(bits=weight_bits, granularity=PerChannel(0), pair_safe=pair_safe)
     layers = InsertObservers(LayerSpec(activation, weight), targets=("linear", "conv"))
-    places = ObserveActivations(activation)
-    if not published:
-        places = ObserveActivations(activation, by_channel=("sum", "cat", "constant"), terms=False)
-    return Recipe(name, (DecomposeAttention(), layers, places, Calibrate(), Convert()))
+    if published:
+        places = ObserveActivations(activation)
+        return Recipe(name, (DecomposeAttention(), layers, places, Calibrate(), Convert()))
+    places = ObserveActivations(activation, by_channel=("sum", "cat", "constant"), terms=False)
+    steps = (DecomposeAttention(), layers, places, Calibrate(), WidenRanges(), Convert())
+    return Recipe(name, steps)
 
 
 PUBLISHED_W8A8 = everywhere("psaq_w8a8_published", 8, 8, MinMax(), published=True)
