@@ -20,6 +20,7 @@ from fxq.passes.common.student import (
     without_observers,
 )
 from fxq.passes.common.timestep_rows import TimestepRows
+from fxq.passes.common.widen_ranges import WidenRanges
 
 __all__ = [
     "DEPTHWISE",
@@ -35,6 +36,7 @@ __all__ = [
     "SeparateOutliers",
     "SplitConcatenations",
     "TimestepRows",
+    "WidenRanges",
     "activation_scales",
     "adopt",
     "check_float_function",
