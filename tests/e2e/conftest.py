@@ -6,6 +6,7 @@ import pytest
 from torch.fx import GraphModule
 
 from fxq.backend import Compiled
+from fxq.lowering.devices import x86
 
 
 @pytest.fixture
@@ -20,3 +21,10 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[GraphModule]:
 
     monkeypatch.setattr(Compiled, "make", noting)
     return made
+
+
+@pytest.fixture
+def every_layer_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Integer kernels whatever a layer's size."""
+    monkeypatch.setattr(x86, "WITH_VNNI", x86.Thresholds(0, 0))
+    monkeypatch.setattr(x86, "WITHOUT_VNNI", x86.Thresholds(0, 0))
