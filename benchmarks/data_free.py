@@ -122,7 +122,7 @@ def calibration_rows(study: Study, seeds: int, smoke: bool) -> Iterator[dict[str
         dreams = dreamed(study, seed, N_IMAGES, "random", smoke).images
         sources.append({"noise": noise, "real": study.train[chosen], "dreamed": dreams})
     for weight, activation in ((8, 5), (6, 6), (8, 4), (4, 8)):
-        recipe = psaq_vit.everywhere("vanilla", weight, activation, MinMax())
+        recipe = psaq_vit.everywhere("vanilla", weight, activation, MinMax(), published=True)
         found = {
             name: [
                 study.accuracy(fxq.compress(study.model, study.test[:1], recipe, data=[s[name]]))
@@ -173,7 +173,7 @@ def calibration(args: argparse.Namespace) -> Table:
 
 def game_rows(study: Study, seeds: int, smoke: bool) -> Iterator[dict[str, Cell]]:
     """Measure one model: W4A4 as quantized, after the game, and without its adversarial term."""
-    recipe = psaq_vit.everywhere("vanilla", 4, 4, MinMax())
+    recipe = psaq_vit.everywhere("vanilla", 4, 4, MinMax(), published=True)
     settings = psaq_vit.Game(n_rounds=3) if smoke else psaq_vit.Game()
     example = study.test[:1]
     found: dict[str, list[float]] = {"plain": [], "game": [], "no adversary": [], "minutes": []}

@@ -62,7 +62,7 @@ def compress(
             help="folder of pictures, searched with its subfolders", exists=True, file_okay=False
         ),
     ],
-    recipe: Annotated[str, typer.Option(help="see `fxq recipes`")] = "w8a8_static",
+    recipe: Annotated[str, typer.Option(help="see `fxq recipes`")] = "recommended_w8a8",
     out: Annotated[
         Path | None, typer.Option(help="where to save the program (.safetensors)")
     ] = None,

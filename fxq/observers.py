@@ -256,6 +256,22 @@ class RangeObserver(nn.Module):
             self.searched = self.count, *self._search()
         return self.searched[1].to(self.low.device), self.searched[2].to(self.low.device)
 
+    def settle(self, low: Tensor, high: Tensor) -> None:
+        """Have `range` return this range until other values are seen.
+
+        Args:
+            low: smallest value to represent, fp32 in the scale's shape.
+            high: largest, likewise.
+        Raises:
+            ValueError: other shapes.
+        """
+        if low.shape != self.low.shape or high.shape != self.low.shape:
+            raise ValueError(
+                f"a range at {self.name}: expected {list(self.low.shape)}, found "
+                f"{list(low.shape)} and {list(high.shape)}; give one entry for each scale"
+            )
+        self.searched = self.count, low.clone(), high.clone()
+
     def _search(self) -> tuple[Tensor, Tensor]:
         low, high, spec = self.low, self.high, self.spec
         match spec.observer:

@@ -11,6 +11,7 @@ from fxq.passes.common.group_positions import GroupPositions
 from fxq.passes.common.insert_observers import InsertObservers
 from fxq.passes.common.layer_choice import DEPTHWISE, FIRST, LAST, first_of
 from fxq.passes.common.observe_activations import ObserveActivations
+from fxq.passes.common.separate_outliers import SeparateOutliers
 from fxq.passes.common.split_concatenations import SplitConcatenations
 from fxq.passes.common.student import (
     activation_scales,
@@ -19,6 +20,7 @@ from fxq.passes.common.student import (
     without_observers,
 )
 from fxq.passes.common.timestep_rows import TimestepRows
+from fxq.passes.common.widen_ranges import WidenRanges
 
 __all__ = [
     "DEPTHWISE",
@@ -31,8 +33,10 @@ __all__ = [
     "GroupPositions",
     "InsertObservers",
     "ObserveActivations",
+    "SeparateOutliers",
     "SplitConcatenations",
     "TimestepRows",
+    "WidenRanges",
     "activation_scales",
     "adopt",
     "check_float_function",

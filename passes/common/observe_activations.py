@@ -7,7 +7,7 @@ this pass makes it. What it adds is simulated: no kernel is faster for it.
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -23,6 +23,7 @@ from fxq.observers import RangeObserver
 from fxq.operators import (
     ADD,
     ADDMM,
+    CONV,
     COPIES,
     DIV,
     MATMUL,
@@ -37,15 +38,17 @@ from fxq.pipeline import Pass
 from fxq.rewriting import insert_module
 from fxq.row_choice import fitting_index
 from fxq.rows import ByPosition
-from fxq.spec import QuantSpec
+from fxq.spec import PerChannel, QuantSpec
 
 aten = torch.ops.aten
 NONLINEAR = of(Movement.ACTIVATION, Movement.RELU, Movement.MUL)  # a product may be a gate's
+CHANNEL_NORM = of(Movement.CHANNEL_NORM)
 WHERE, MASKED_FILL = of(Movement.WHERE), of(Movement.MASKED_FILL)
 Kind = Literal["layer", "sum", "cat", "constant", "scores", "operand", "probabilities"]
 
 
 OF_PRODUCTS: tuple[Kind, ...] = ("operand", "probabilities")  # only products read these quantized
+TERMS: tuple[Kind, ...] = ("layer", "cat", "sum")  # what may be a term of a sum
 MOVED = RESHAPES | COPIES | of(Movement.TRANSPOSE, Movement.EXPAND)
 
 
@@ -62,10 +65,20 @@ class ObserveActivations(Pass):
             multiply, and "probabilities", those operands that come from a softmax, which are none
             of the former (`DecomposeAttention` writes attention out as such products). Only the
             products read these quantized, which compute in float.
+        by_channel: which of these kinds have a range for each channel instead of the spec's
+            granularity: a residual stream may have channels a hundred times as large as the
+            others, and no product reads it, so a scale per channel needs no other kernel. Edges
+            without tokens or positions, `[B, C]`, keep the spec's: one value for each image says
+            little of a channel's range.
+        terms: observe outputs of layers, concatenations and sums that only sums read, at once or
+            through reshapes and concatenations. Without, such a term stays as it is accumulated,
+            and what it becomes part of is rounded once.
     """
 
     spec: QuantSpec
     kinds: tuple[Kind, ...] = ("layer", "sum", "cat", "constant", "scores")
+    by_channel: tuple[Kind, ...] = ()
+    terms: bool = True
 
     reads: ClassVar[Dialect] = OBSERVED
     writes: ClassVar[Dialect] = OBSERVED
@@ -85,8 +98,17 @@ class ObserveActivations(Pass):
         # Products last: what they read may be observed by then.
         for products in (False, True):
             kinds = [kind for kind in self.kinds if (kind in OF_PRODUCTS) is products]
-            found = {edge: None for kind in kinds for edge in find[kind](gm)}
-            edges |= {edge: self._observe(gm, edge, products) for edge in found}
+            found: dict[Node, Kind] = {}
+            for kind in kinds:
+                for edge in find[kind](gm):
+                    found.setdefault(edge, kind)
+            # How each is quantized is decided before observers stand between them.
+            specs = {
+                edge: self._spec_of(edge, kind)
+                for edge, kind in found.items()
+                if self.terms or kind not in TERMS or not _is_term(edge)
+            }
+            edges |= {edge: self._observe(gm, edge, s, products) for edge, s in specs.items()}
         left = {edge: why for edge, why in edges.items() if why}
         if left:
             listing = "; ".join(f"{edge.name}: {why}" for edge, why in left.items())
@@ -97,14 +119,24 @@ class ObserveActivations(Pass):
             )
         return PassResult(gm, modified=len(left) < len(edges))
 
-    def _observe(self, gm: GraphModule, edge: Node, only_products: bool) -> str:
+    def _spec_of(self, edge: Node, kind: Kind) -> QuantSpec:
+        axis, dims = _channel_axis(edge, kind), len(shape_of(edge))
+        if kind not in self.by_channel or dims < max(-axis, 2 if kind == "constant" else 3):
+            return self.spec
+        return replace(self.spec, granularity=PerChannel(axis))
+
+    def _observe(self, gm: GraphModule, edge: Node, spec: QuantSpec, only_products: bool) -> str:
         """Observe an edge, or return why it stays float."""
         readers = [user for user in edge.users if user.op != "call_module"]
         if only_products:
             readers = [user for user in readers if _is_product(user)]
         name = f"{owner_name(edge)}.{edge.name}"
-        module = RangeObserver(self.spec, shape_of(edge), name)
-        index, rows = list[Node](), self.spec.rows
+        if isinstance(spec.granularity, PerChannel):
+            size = shape_of(edge)[spec.granularity.axis]
+            if not isinstance(size, int):
+                return f"a range per channel needs a fixed number of them, found {size}"
+        module = RangeObserver(spec, shape_of(edge), name)
+        index, rows = list[Node](), spec.rows
         if rows is not None:
             if isinstance(rows, ByPosition) and kind_of(edge) == "conv":
                 return f"rows {rows} need [..., token, channel], found a convolution"
@@ -181,6 +213,28 @@ def _between(scores: Node) -> Iterable[Node]:
         if is_op(user, *ADD):
             yield user
             yield from _between(user)
+
+
+def _is_term(node: Node) -> bool:
+    """Tell whether a node becomes part of sums and of nothing else."""
+    if not node.users:
+        return False
+    return all(
+        is_op(user, *ADD) or (is_op(user, aten.cat.default, *MOVED) and _is_term(user))
+        for user in node.users
+    )
+
+
+def _channel_axis(edge: Node, kind: Kind) -> int:
+    """Return the axis of an edge's channels, counted from the last: the second of
+    `[B, C, *spatial]` where a convolution or a norm over channels is next to it, else the last."""
+    if kind == "constant":  # of the sum that it is added in
+        return _channel_axis(next(user for user in edge.users if is_op(user, *ADD)), "sum")
+    near = {edge, *edge.all_input_nodes, *edge.users}
+    for node in tuple(near):  # observers and other sums stand between
+        if node.op == "call_module" or is_op(node, *ADD):
+            near |= {*node.all_input_nodes, *node.users}
+    return 1 - len(shape_of(edge)) if any(is_op(n, *CONV, *CHANNEL_NORM) for n in near) else -1
 
 
 def _is_product(node: Node) -> bool:

@@ -8,6 +8,8 @@ from fxq.passes.psaq_vit.game import Game, GameTrace, Refinement, adversarial_re
 from fxq.passes.psaq_vit.images import SyntheticImages, Trace
 from fxq.passes.psaq_vit.prior import Prior
 from fxq.passes.psaq_vit.recipes import (
+    PUBLISHED_W4A8,
+    PUBLISHED_W8A8,
     W4A8,
     W4A8_MSE,
     W6A6,
@@ -21,6 +23,8 @@ from fxq.passes.psaq_vit.taps import Tap, Taps, find_taps
 __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "PUBLISHED_W4A8",
+    "PUBLISHED_W8A8",
     "W4A8",
     "W4A8_MSE",
     "W6A6",

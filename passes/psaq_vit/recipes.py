@@ -1,14 +1,28 @@
-"""Recipes: the papers' quantized network, and better ones.
+"""Recipes: the papers' quantized network, one that survives outlier channels, and better ranges.
 
-`W8A8` and `W4A8` quantize every activation that the published code quantizes: the image, outputs of
-the patch embedding, of norms, of all linears but those in front of GELU, scores before the softmax,
-what attention returns, sums, and the positions. 127 places in a 12-block DeiT. Ranges are smallest
-and largest value ("vanilla"). Softmax outputs and GELU inputs stay float.
+`PUBLISHED_W8A8` and `PUBLISHED_W4A8` quantize every activation that the published code quantizes:
+the image, outputs of the patch embedding, of norms, of all linears but those in front of GELU,
+scores before the softmax, what attention returns, sums, and the positions. 127 places in a 12-block
+DeiT. Ranges are smallest and largest value ("vanilla"), one for each tensor. Softmax outputs and
+GELU inputs stay float.
 
-Departures: a symmetric weight's scale is amax / (2^(b-1) - 1), so that both ends are exact (the
-published 2^b - 1 halves cut one and overshoot the other by 6.7 % at 4 bits); activation ranges
-contain zero (without it, the published ones cut); scores are quantized before a relative position
-bias is added, which shares a node with masks.
+The other recipes depart from it in the residual stream, because trained transformers have channels
+there that are a hundred times the others in a few tokens (an ImageNet ViT-Ti has from block 7 on):
+one range for all leaves the others a handful of codes, and the predictions are those of chance.
+
+- Sums and positions have a range for each channel, as in FQ-ViT (arXiv:2111.13824): only norms and
+  sums read them, no product, so that a scale per channel costs nothing.
+- Such a range is never narrower than the median channel's, and wider than what was seen by a
+  quarter (`WidenRanges`): dreamed images do not show how far each channel goes. Channels of a sum
+  that reach 16 times as far as the median one stay in float.
+- Outputs of layers, and concatenations, that only become part of a sum are rounded with it, once:
+  an integer kernel adds to what it has accumulated before it rounds.
+
+All are int8 as before but for those few channels, and static. Departures of all recipes: a
+symmetric weight's scale is amax / (2^(b-1) - 1), so that both ends are exact (the published 2^b - 1
+halves cut one and overshoot the other by 6.7 % at 4 bits); activation ranges contain zero (without
+it, the published ones cut); scores are quantized before a relative position bias is added, which
+shares a node with masks.
 """
 
 from fxq.passes.common import (
@@ -17,6 +31,7 @@ from fxq.passes.common import (
     DecomposeAttention,
     InsertObservers,
     ObserveActivations,
+    WidenRanges,
 )
 from fxq.pipeline import Recipe
 from fxq.spec import (
@@ -32,9 +47,14 @@ from fxq.spec import (
 
 
 def everywhere(
-    name: str, weight_bits: int, activation_bits: int, observer: Observer, pair_safe: bool = False
+    name: str,
+    weight_bits: int,
+    activation_bits: int,
+    observer: Observer,
+    pair_safe: bool = False,
+    published: bool = False,
 ) -> Recipe:
-    """Return a recipe with the published places.
+    """Return a recipe that quantizes what flows between layers too.
 
     Args:
         name: of the recipe.
@@ -43,16 +63,24 @@ def everywhere(
         observer: how activations' ranges are found.
         pair_safe: choose weight scales for which int8 kernels exist on every x86, as in
             `fxq.passes.w8a8`; the published ones are as large as the weight.
+        published: observe the published places with one range for each, whatever the channels;
+            otherwise as the module says.
     """
     activation = QuantSpec(
         bits=activation_bits, symmetric=False, granularity=PerTensor(), observer=observer
     )
     weight = QuantSpec(bits=weight_bits, granularity=PerChannel(0), pair_safe=pair_safe)
     layers = InsertObservers(LayerSpec(activation, weight), targets=("linear", "conv"))
-    steps = (DecomposeAttention(), layers, ObserveActivations(activation), Calibrate(), Convert())
+    if published:
+        places = ObserveActivations(activation)
+        return Recipe(name, (DecomposeAttention(), layers, places, Calibrate(), Convert()))
+    places = ObserveActivations(activation, by_channel=("sum", "cat", "constant"), terms=False)
+    steps = (DecomposeAttention(), layers, places, Calibrate(), WidenRanges(), Convert())
     return Recipe(name, steps)
 
 
+PUBLISHED_W8A8 = everywhere("psaq_w8a8_published", 8, 8, MinMax(), published=True)
+PUBLISHED_W4A8 = everywhere("psaq_w4a8_published", 4, 8, MinMax(), published=True)
 W8A8 = everywhere("psaq_w8a8", 8, 8, MinMax())
 W4A8 = everywhere("psaq_w4a8", 4, 8, MinMax())
 W8A8_PERCENTILE = everywhere("psaq_w8a8_percentile", 8, 8, Percentile(), pair_safe=True)

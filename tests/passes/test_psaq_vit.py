@@ -23,6 +23,7 @@ from fxq.passes.common import (
     ObserveActivations,
 )
 from fxq.passes.psaq_vit import (
+    PUBLISHED_W8A8,
     W4A8,
     W8A8,
     Prior,
@@ -318,7 +319,7 @@ def test_published_sites_of_deit_tiny() -> None:
         img_size=32, patch_size=8, embed_dim=16, depth=12, num_heads=2, num_classes=5
     ).eval()
     gm = graph_of(model, torch.randn(1, 3, 32, 32))
-    for step in W8A8.passes[:3]:
+    for step in PUBLISHED_W8A8.passes[:3]:
         gm = step.run(gm).graph_module  # type: ignore[call-arg]
     assert observed_sites(gm) == 127
     assert sum(layer_of(node).spec is not None for node in gm.graph.nodes) == 50

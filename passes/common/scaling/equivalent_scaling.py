@@ -237,11 +237,8 @@ def quantization_loss(
 def _consumer_loss(
     fitted: Consumer, judged: Consumer, candidate: Candidate, layer: LayerSpec
 ) -> float:
-    under = operands(fitted, judged, candidate, layer)
-    exact = _product(under.rows, under.weight)
-    error = _product(under.quantized_rows, under.quantized_weight) - exact
-    size = _product(judged.rows, judged.weight).square().sum()
-    return float(error.square().sum() / size.clamp(min=torch.finfo(torch.float32).tiny))
+    size = product(judged.rows, judged.weight).square().sum()
+    return relative_loss(operands(fitted, judged, candidate, layer), size)
 
 
 class Operands(NamedTuple):
@@ -271,17 +268,37 @@ def operands(
     if candidate.shift is not None:
         shift = fitted.part.spread(candidate.shift, 0.0).float().to(device)
     weight = original * scale.reshape(-1, *[1] * (original.ndim - 2))
-    rows = (judged.rows - shift) / scale
+    return quantized_operands(
+        (judged.rows - shift) / scale, (fitted.seen - shift) / scale, weight, layer
+    )
+
+
+def quantized_operands(rows: Tensor, seen: Tensor, weight: Tensor, layer: LayerSpec) -> Operands:
+    """Return an input and a weight, and what quantization makes of them.
+
+    Args:
+        rows: of the input `[R, K]`, fp32.
+        seen: what the range of the input comes from `[S, K]` (`Consumer.seen`).
+        weight: `[N, K, ...]`, fp32.
+        layer: how activations and weights are quantized.
+    """
     quantized = rows
     if layer.activation is not None:
-        seen = (torch.cat([fitted.rows, fitted.low[None], fitted.high[None]]) - shift) / scale
         quantized = _fake_quantize_rows(rows, seen, layer.activation)
     codes, step, zero = quantize_weight(weight, layer.weight)
     approximate = numerics.dequantize(codes, step, zero, torch.float32)
     return Operands(rows, quantized, weight, approximate)
 
 
-def _product(rows: Tensor, weight: Tensor) -> Tensor:
+def relative_loss(under: Operands, size: Tensor) -> float:
+    """Return the error that quantization makes of a product, relative to a size > 0."""
+    exact = product(under.rows, under.weight)
+    error = product(under.quantized_rows, under.quantized_weight) - exact
+    return float(error.square().sum() / size.clamp(min=torch.finfo(torch.float32).tiny))
+
+
+def product(rows: Tensor, weight: Tensor) -> Tensor:
+    """Return what a layer makes of rows `[R, K]`, a convolution's taps one by one."""
     return rows @ weight.transpose(0, 1).flatten(1)
 
 

@@ -42,6 +42,12 @@ class Consumer:
     rows: Tensor
 
     @property
+    def seen(self) -> Tensor:
+        """What a range comes from `[R + 2, K]`: the rows, and the smallest and largest values of
+        all data."""
+        return torch.cat([self.rows, self.low[None], self.high[None]])
+
+    @property
     def weight(self) -> Tensor:
         """The layer's weight `[N, K]`, fp32; a convolution's `[N, K, ...]`, of all groups. Made
         when asked for: a whole model in fp32 may not fit beside the model."""
