@@ -85,7 +85,7 @@ class _Part:
 def _batch_inputs(gm: GraphModule) -> tuple[int, ...]:
     """Return which inputs have the batch in dimension 0: those that share the first free size."""
     values = [n.meta.get("val") for n in gm.graph.nodes if n.op == "placeholder"]
-    sizes = [v.shape[0] if isinstance(v, Tensor) and v.ndim else None for v in values]
+    sizes: list[Any] = [v.shape[0] if isinstance(v, Tensor) and v.ndim else None for v in values]
     free = [str(size) if isinstance(size, SymInt) else None for size in sizes]
     batch = next((size for size in free if size is not None), None)
     return tuple(i for i, size in enumerate(free) if size is not None and size == batch)
