@@ -49,6 +49,11 @@ class Halves(NamedTuple):
     judge: Batches
     held_out: bool
 
+    @property
+    def folds(self) -> "list[Halves]":
+        """These, and the other way round if they differ: so each sample is held out once."""
+        return [self, Halves(self.judge, self.fit, True)] if self.held_out else [self]
+
 
 def halves_of(gm: GraphModule, data: Batches) -> Halves:
     """Return batches in two halves. A process's only batch is cut where its size is free.

@@ -129,7 +129,10 @@ def test_the_only_batch_is_cut_where_its_size_is_free() -> None:
     assert cut.held_out
     assert torch.equal(next(iter(cut.fit))[0], data[0][0][::2])
     assert torch.equal(next(iter(cut.judge))[0], data[0][0][1::2])
+    assert [fold.fit for fold in cut.folds] == [fold.judge for fold in reversed(cut.folds)]
+    assert len(cut.folds) == 2
     assert not whole.held_out
+    assert whole.folds == [whole]
     assert [*whole.fit] == [*whole.judge] == data
     assert not halves_of(free, batches(1, size=3)).held_out
 

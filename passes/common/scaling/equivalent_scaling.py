@@ -106,13 +106,15 @@ class EquivalentScaling(DataPass):
         self, gm: GraphModule, data: Batches, best: Mapping[ScaleSite, int]
     ) -> dict[ScaleSite, str]:
         """Return the sites whose scaling costs in the whole graph, with the reason."""
-        halves = halves_of(gm, data)
-        statistics = collect(gm, halves.fit, best, self.n_rows)
-        fitted = []
-        for site, index in best.items():
-            candidate = self._proposed(site, statistics.pop(site))[index]
-            fitted.append(Scaling(site, *candidate))
-        costs = costs_of_scaling(gm, fitted, halves, self.layer, self.targets)
+        halves, folds = halves_of(gm, data), []
+        for fold in halves.folds:
+            statistics = collect(gm, fold.fit, best, self.n_rows)
+            fitted = [
+                Scaling(site, *self._proposed(site, statistics.pop(site))[index])
+                for site, index in best.items()
+            ]
+            folds.append((fitted, fold))
+        costs = costs_of_scaling(gm, folds, self.layer, self.targets)
         on = "on batches held out" if halves.held_out else "on the only batch"
         return {
             site: f"{type(self).__name__}: undone: with its {site.kind} sites "

@@ -4,7 +4,7 @@ A site is judged by the layers that read it and by some rows. What its scaling d
 the graph, and to values beyond those that calibration showed, is seen at the outputs only.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from math import log10
 from typing import Literal
@@ -17,48 +17,53 @@ from fxq.passes.common.whole import Halves, WholeError, whole_error
 from fxq.rewriting import copy_graph
 from fxq.spec import LayerSpec
 
-TOLERANCE_DB = 0.1  # of pooled and worst error: less is chance
+# What is less is chance: the worst is a single sample.
+POOLED_TOLERANCE_DB, WORST_TOLERANCE_DB = 0.1, 0.5
 
 
 def costs_of_scaling(
     gm: GraphModule,
-    scalings: Sequence[Scaling],
-    halves: Halves,
+    folds: Sequence[tuple[Sequence[Scaling], Halves]],
     layer: LayerSpec,
     targets: tuple[Literal["linear", "conv"], ...],
 ) -> dict[str, str]:
     """Return the kinds of sites whose scaling costs, each with what it costs.
 
     Where all scalings together quantize no worse than none, pooled and by the worst sample, nothing
-    costs. Otherwise one kind of site after the other is added, and stays if that is so and if it
-    gains: the graph is judged at most twice more often than there are kinds.
+    costs. Otherwise one kind of site after the other is added, and stays if neither error grows:
+    the graph is judged, in each fold, at most two times more often than there are kinds.
 
     Args:
         gm: the graph, which stays as it is.
-        scalings: fitted to the first half of the batches.
-        halves: of the batches.
+        folds: scalings, each fitted to the first half of the batches beside it.
         layer: how layers will be quantized.
         targets: kinds of layers that will be.
     """
 
-    def judged(chosen: Sequence[Scaling]) -> WholeError:
-        return whole_error(scaled_copy(gm, chosen), gm, halves, layer, targets)
+    def judged(chosen: Collection[str]) -> WholeError:
+        errors = []
+        for scalings, halves in folds:
+            scaled = scaled_copy(gm, [s for s in scalings if s.site.kind in chosen])
+            errors.append(whole_error(scaled, gm, halves, layer, targets))
+        return WholeError(
+            sum(error.pooled for error in errors) / len(errors),
+            max(error.worst for error in errors),
+        )
 
-    plain, everything = judged([]), judged(scalings)
+    kinds = [kind for kind in KINDS if any(s.site.kind == kind for s in folds[0][0])]
+    plain, everything = judged([]), judged(kinds)
     if not _cost(everything, plain):
         return {}
-    kinds = [kind for kind in KINDS if any(s.site.kind == kind for s in scalings)]
-    kept: list[Scaling] = []
+    kept: list[str] = []
     current = plain
     found: dict[str, str] = {}
     for kind in kinds:
-        more = [*kept, *(s for s in scalings if s.site.kind == kind)]
-        error = everything if len(kinds) == 1 else judged(more)
+        error = everything if len(kinds) == 1 else judged([*kept, kind])
         why = _cost(error, plain) or _cost(error, current)
         if why:
             found[kind] = why
         else:
-            kept, current = more, error
+            kept, current = [*kept, kind], error
     return found
 
 
@@ -89,11 +94,12 @@ def _moved(site: ScaleSite, of: dict[Node, Node]) -> ScaleSite:
 
 def _cost(error: WholeError, other: WholeError) -> str:
     """Return by how much an error is above another in dB, "" where it is not."""
-    pairs = [("pooled", error.pooled, other.pooled), ("worst sample", error.worst, other.worst)]
-    for name, found, allowed in pairs:
-        lost = decibels(found, allowed)
-        if lost > TOLERANCE_DB:
-            return f"the {name} error was {lost:.1f} dB larger"
+    pooled = decibels(error.pooled, other.pooled)
+    if pooled > POOLED_TOLERANCE_DB:
+        return f"the pooled error was {pooled:.1f} dB larger"
+    worst = decibels(error.worst, other.worst)
+    if worst > WORST_TOLERANCE_DB:
+        return f"the worst sample's error was {worst:.1f} dB larger"
     return ""
 
 
