@@ -6,10 +6,13 @@ scores before the softmax, what attention returns, sums, and the positions. 127 
 DeiT. Ranges are smallest and largest value ("vanilla"), one for each tensor. Softmax outputs and
 GELU inputs stay float.
 
-The other recipes depart from it in the residual stream, because trained transformers have channels
-there that are a hundred times the others in a few tokens (an ImageNet ViT-Ti has from block 7 on):
-one range for all leaves the others a handful of codes, and the predictions are those of chance.
+The other recipes depart from it because trained transformers have channels, most of all in the
+residual stream, that are a hundred times the others in a few tokens (an ImageNet ViT-Ti has from
+block 7 on): one range for all leaves the others a handful of codes, and the predictions are those
+of chance.
 
+- A few channels of a linear's input that stretch its range are multiplied apart, in float
+  (`SeparateOutliers`).
 - Sums and positions have a range for each channel, as in FQ-ViT (arXiv:2111.13824): only norms and
   sums read them, no product, so that a scale per channel costs nothing.
 - Such a range is never narrower than the median channel's, and wider than what was seen by a
@@ -31,6 +34,7 @@ from fxq.passes.common import (
     DecomposeAttention,
     InsertObservers,
     ObserveActivations,
+    SeparateOutliers,
     WidenRanges,
 )
 from fxq.pipeline import Recipe
@@ -70,12 +74,14 @@ def everywhere(
         bits=activation_bits, symmetric=False, granularity=PerTensor(), observer=observer
     )
     weight = QuantSpec(bits=weight_bits, granularity=PerChannel(0), pair_safe=pair_safe)
-    layers = InsertObservers(LayerSpec(activation, weight), targets=("linear", "conv"))
+    layer = LayerSpec(activation, weight)
+    layers = InsertObservers(layer, targets=("linear", "conv"))
     if published:
         places = ObserveActivations(activation)
         return Recipe(name, (DecomposeAttention(), layers, places, Calibrate(), Convert()))
     places = ObserveActivations(activation, by_channel=("sum", "cat", "constant"), terms=False)
-    steps = (DecomposeAttention(), layers, places, Calibrate(), WidenRanges(), Convert())
+    apart = SeparateOutliers(layer)
+    steps = (DecomposeAttention(), apart, layers, places, Calibrate(), WidenRanges(), Convert())
     return Recipe(name, steps)
 
 

@@ -23,6 +23,7 @@ CIFAR_VIT = [
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:no kernel here")  # so it is without VNNI
 def test_compress_runs_on_a_pretrained_vit_and_a_folder_of_pictures(
     shared_data: Path, tmp_path: Path
 ) -> None:

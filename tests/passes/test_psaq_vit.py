@@ -360,8 +360,8 @@ def test_observed_sums_are_quantized_for_all_that_read_them() -> None:
             return torch.cat([s, s * 2], -1)
 
     model, x = Sum().eval(), torch.randn(4, 8)
-    spec = everywhere("x", 8, 4, MinMax()).passes[2].spec  # type: ignore[union-attr]
-    layers = W8A8.passes[1].default  # type: ignore[union-attr]
+    spec = everywhere("x", 8, 4, MinMax()).passes[3].spec  # type: ignore[union-attr]
+    layers = W8A8.passes[2].default  # type: ignore[union-attr]
     steps = (InsertObservers(layers), ObserveActivations(spec, ("sum",)), Calibrate(), Convert())
     recipe = fxq.Recipe("sums", steps)
     out = fxq.compress(model, x, recipe, data=[x])(x)
