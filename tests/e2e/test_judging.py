@@ -92,7 +92,8 @@ def test_scaled_layers_are_compared_too(
     unbalanced: tuple[nn.Module, list[Tensor]], tmp_path: Path
 ) -> None:
     model, data = unbalanced
-    program = fxq.compress(model, data[0], smoothquant.W8A8, data)
+    recipe = Recipe("test", (smoothquant.SmoothQuant(whole=False), *w8a8.STATIC.passes))
+    program = fxq.compress(model, data[0], recipe, data)
     notes = {row.row.module: row.row.layer.remarks for row in fxq.report(program).rows}
     assert notes["q"] == "SmoothQuant (norm)"
     assert notes["proj"] == "SmoothQuant (value)"

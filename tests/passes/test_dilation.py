@@ -166,8 +166,8 @@ def buffer(gm: torch.fx.GraphModule, name: str) -> Tensor:
     "how",
     [
         WeightDilation(),
-        GuardedDilation(W4A4, least_gain=0.0),
-        OptimalDilation(W4A4, least_gain=0.0),
+        GuardedDilation(W4A4, least_gain=0.0, whole=False),
+        OptimalDilation(W4A4, least_gain=0.0, whole=False),
     ],
 )
 def test_the_function_and_the_ranges_stay(how: Any) -> None:

@@ -31,6 +31,8 @@ from fxq.passes.common.scaling.statistics import (
     Statistics,
     collect,
 )
+from fxq.passes.common.scaling.undo import costs_of_scaling
+from fxq.passes.common.whole import halves_of
 from fxq.pipeline import Batches, DataPass
 from fxq.rewriting import copy_graph
 from fxq.spec import LayerSpec, MinMax, PerTensor, PerToken, QuantSpec, block_of
@@ -59,6 +61,8 @@ class EquivalentScaling(DataPass):
         n_rows: rows of each activation that candidates are judged on.
         least_gain: how much the error of doing nothing must be above that of a candidate, relative
             to the latter: what gains less may gain by chance.
+        whole: judge the scaled graph as a whole too, and undo the kinds of sites that cost
+            (`undo`). Otherwise what is best for each site's layers stays.
     """
 
     layer: LayerSpec
@@ -66,6 +70,7 @@ class EquivalentScaling(DataPass):
     targets: tuple[Target, ...] = ("linear",)
     n_rows: int = 512
     least_gain: float = 0.0
+    whole: bool = True
 
     reads: ClassVar[Dialect] = ATEN
     writes: ClassVar[Dialect] = ATEN
@@ -80,18 +85,46 @@ class EquivalentScaling(DataPass):
         name = type(self).__name__
         sites = [site for site in found.sites if wanted(site, self.kinds, self.targets)]
         statistics = collect(gm, data, sites, self.n_rows) if sites else {}
+        best: dict[ScaleSite, int] = {}
         decided: dict[ScaleSite, Scaling | str] = {}
         for site in sites:
-            best = self._best(site, statistics.pop(site))
-            decided[site] = best if isinstance(best, Scaling) else f"{name} {best}"
+            choice = self._best(site, statistics.pop(site))
+            if isinstance(choice, str):
+                decided[site] = f"{name} {choice}"
+            else:
+                best[site], candidate = choice
+                decided[site] = Scaling(site, *candidate)
+        if best and self.whole:
+            decided |= self._undone(gm, data, best)
         before = copy_graph(gm)
         scaled = apply_scalings(gm, found, decided, name, self.targets)
         if scaled:
             check_float_function(before, gm, islice(data, 1), name=name, tolerance=LOOSE)
         return PassResult(gm, modified=scaled)
 
-    def _best(self, site: ScaleSite, statistics: Statistics) -> Scaling | str:
-        """Return the best scaling of a site, or why it stays as it is."""
+    def _undone(
+        self, gm: GraphModule, data: Batches, best: Mapping[ScaleSite, int]
+    ) -> dict[ScaleSite, str]:
+        """Return the sites whose scaling costs in the whole graph, with the reason."""
+        halves, folds = halves_of(gm, data), []
+        for fold in halves.folds:
+            statistics = collect(gm, fold.fit, best, self.n_rows)
+            fitted = [
+                Scaling(site, *self._proposed(site, statistics.pop(site))[index])
+                for site, index in best.items()
+            ]
+            folds.append((fitted, fold))
+        costs = costs_of_scaling(gm, folds, self.layer, self.targets)
+        on = "on batches held out" if halves.held_out else "on the only batch"
+        return {
+            site: f"{type(self).__name__}: undone: with its {site.kind} sites "
+            f"{costs[site.kind]} {on}"
+            for site in best
+            if site.kind in costs
+        }
+
+    def _best(self, site: ScaleSite, statistics: Statistics) -> tuple[int, Candidate] | str:
+        """Return the best proposal for a site with its number, or why the site stays as it is."""
         if not bool(statistics.amax.isfinite().all()):
             return "saw an activation that is not finite"
         if not statistics.folds:
@@ -105,7 +138,7 @@ class EquivalentScaling(DataPass):
                 losses[index] += quantization_loss(fitted, judged, candidate, self.layer)
         losses[1:] *= 1 + self.least_gain
         best = int(losses.argmin())
-        return Scaling(site, *proposed[best]) if best else "found no gain"
+        return (best, proposed[best]) if best else "found no gain"
 
     def _proposed(self, site: ScaleSite, statistics: Statistics) -> list[Candidate]:
         """Return the candidates made safe, after doing nothing, which is always one."""

@@ -1,0 +1,174 @@
+"""A graph judged as a whole: what quantization does to its outputs on batches held out.
+
+Ranges come from some batches and the error from others, so what calibration did not show costs here
+as it will in use. Passes that decide layer by layer check the sum of their decisions with it.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import SymInt, Tensor
+from torch.fx import GraphModule
+from torch.utils._pytree import tree_leaves
+
+from fxq.calibrate import NO_DATA, Batches, all_reduce, batch_size, calibrate, n_processes
+from fxq.observers import RangeObserver
+from fxq.passes.common.convert import Convert
+from fxq.passes.common.insert_observers import InsertObservers
+from fxq.rewriting import copy_graph
+from fxq.spec import LayerSpec
+
+FEWEST_SAMPLES = 4  # a batch of fewer is not cut: a graph may not take a batch of one
+
+
+class WholeError(NamedTuple):
+    """Squared error of a graph's outputs relative to their squares, the mean over outputs.
+
+    Args:
+        pooled: over all samples.
+        worst: of the sample where it is largest.
+    """
+
+    pooled: float
+    worst: float
+
+
+class Halves(NamedTuple):
+    """Batches to take ranges from, and others to judge on.
+
+    Args:
+        fit: the even batches, or the even samples of the only one.
+        judge: the rest.
+        held_out: whether it is one; a single batch that cannot be cut is both.
+    """
+
+    fit: Batches
+    judge: Batches
+    held_out: bool
+
+    @property
+    def folds(self) -> "list[Halves]":
+        """These, and the other way round if they differ: so each sample is held out once."""
+        return [self, Halves(self.judge, self.fit, True)] if self.held_out else [self]
+
+
+def halves_of(gm: GraphModule, data: Batches) -> Halves:
+    """Return batches in two halves. A process's only batch is cut where its size is free.
+
+    Args:
+        gm: the graph that takes them.
+        data: this process's batches; they can be iterated more than once.
+    """
+    first = list(itertools.islice(iter(data), 2))
+    if len(first) != 1:
+        return Halves(_Part(data, 0), _Part(data, 1), held_out=True)
+    cut = _batch_inputs(gm)
+    if not cut or len(first[0][cut[0]]) < FEWEST_SAMPLES:
+        return Halves(data, data, held_out=False)
+    return Halves(_Part(data, 0, cut), _Part(data, 1, cut), held_out=True)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Every second batch, or every second sample of the inputs `cut`."""
+
+    data: Batches
+    start: int
+    cut: tuple[int, ...] = ()
+
+    def __iter__(self) -> Iterator[Sequence[Any]]:
+        if not self.cut:
+            yield from itertools.islice(self.data, self.start, None, 2)
+            return
+        for batch in self.data:
+            yield [x[self.start :: 2] if i in self.cut else x for i, x in enumerate(batch)]
+
+
+def _batch_inputs(gm: GraphModule) -> tuple[int, ...]:
+    """Return which inputs have the batch in dimension 0: those that share the first free size."""
+    values = [n.meta.get("val") for n in gm.graph.nodes if n.op == "placeholder"]
+    sizes: list[Any] = [v.shape[0] if isinstance(v, Tensor) and v.ndim else None for v in values]
+    free = [str(size) if isinstance(size, SymInt) else None for size in sizes]
+    batch = next((size for size in free if size is not None), None)
+    return tuple(i for i, size in enumerate(free) if size is not None and size == batch)
+
+
+def whole_error(
+    gm: GraphModule,
+    exact: GraphModule,
+    halves: Halves,
+    layer: LayerSpec,
+    targets: tuple[Literal["linear", "conv"], ...],
+) -> WholeError:
+    """Return the error that quantization makes of a graph's outputs. The graph stays as it is.
+
+    Args:
+        gm: a graph (dialect ATEN).
+        exact: what its outputs are compared with: a float graph that takes the same inputs.
+        halves: ranges come from the first, the error from the second.
+        layer: how layers are quantized; with one range for all rows.
+        targets: kinds of layers that are.
+    Raises:
+        ValueError: no process has a batch to judge on.
+    """
+    if layer.activation is not None:
+        layer = replace(layer, activation=replace(layer.activation, rows=None))
+    quantized = InsertObservers(layer, targets).run(copy_graph(gm)).graph_module
+    quantized.recompile()
+    observers = [m for m in quantized.modules() if isinstance(m, RangeObserver)]
+    if observers:
+        calibrate(quantized, halves.fit, observers=observers)
+    quantized = Convert().run(quantized).graph_module
+    quantized.recompile()
+    return _compare(quantized, exact, halves.judge)
+
+
+def _compare(found: GraphModule, exact: GraphModule, data: Batches) -> WholeError:
+    """Return the error of one graph's outputs against another's, over all processes."""
+    leaves = _float_outputs(exact)
+    sums = torch.zeros(len(leaves), 2, dtype=torch.float64)
+    worst = torch.full((), -1.0, dtype=torch.float64)
+    for inputs in data:
+        with torch.no_grad():
+            pair = [[tree_leaves(gm(*inputs))[i] for i in leaves] for gm in (found, exact)]
+        n = batch_size(inputs)
+        squares = torch.stack([_squares(a, b, n) for a, b in zip(*pair, strict=True)])
+        sums += squares.sum(1)
+        worst = torch.maximum(worst, _relative(squares).mean(0).max())
+    if n_processes() > 1:
+        sums, worst = all_reduce(sums, "SUM"), all_reduce(worst, "MAX")
+    if worst < 0:
+        raise ValueError(NO_DATA)
+    return WholeError(float(_relative(sums).mean()), float(worst))
+
+
+def _float_outputs(gm: GraphModule) -> list[int]:
+    """Return which of a graph's outputs are floating-point tensors."""
+    (output,) = (node for node in gm.graph.nodes if node.op == "output")
+    values = [getattr(leaf, "meta", {}).get("val") for leaf in tree_leaves(output.args[0])]
+    return [i for i, v in enumerate(values) if isinstance(v, Tensor) and v.is_floating_point()]
+
+
+def _squares(found: Tensor, exact: Tensor, n_samples: int) -> Tensor:
+    """Return the squares of error and signal of each sample `[n_samples, 2]`, fp64, on the CPU.
+
+    Of an output without samples, each has its share. Where the float value is not finite there is
+    neither: masks are made of such.
+    """
+    finite = exact.isfinite()
+    error = torch.where(finite, found.float() - exact.float(), 0.0).square()
+    signal = torch.where(finite, exact.float(), 0.0).square()
+    both = torch.stack([error, signal])
+    if exact.ndim and len(exact) == n_samples:
+        return both.reshape(2, n_samples, -1).sum(2, dtype=torch.float64).T.cpu()
+    total = both.flatten(1).sum(1, dtype=torch.float64).cpu()
+    return (total / n_samples).expand(n_samples, 2)
+
+
+def _relative(squares: Tensor) -> Tensor:
+    """Return error over signal of `[..., 2]`; 0 where there is no signal."""
+    error, signal = squares.unbind(-1)
+    return torch.where(signal > 0, error / signal, 0.0).nan_to_num(nan=torch.inf)
