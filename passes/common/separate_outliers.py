@@ -36,7 +36,7 @@ from fxq.layer import Skip, hand_on, layer_of, treat
 from fxq.operators import LINEAR, set_operand
 from fxq.passes.common.float_function import LOOSE, check_float_function
 from fxq.passes.common.scaling import ScaleSite
-from fxq.passes.common.scaling.equivalent_scaling import (
+from fxq.passes.common.scaling.loss import (
     product,
     quantized_operands,
     relative_loss,

@@ -22,6 +22,7 @@ from fxq.rewriting import copy_graph
 from fxq.spec import LayerSpec
 
 FEWEST_SAMPLES = 4  # a batch of fewer is not cut: a graph may not take a batch of one
+MOST_SAMPLES = 256  # of a half: more say hardly more, and every judgement runs all of them
 
 
 class WholeError(NamedTuple):
@@ -73,18 +74,24 @@ def halves_of(gm: GraphModule, data: Batches) -> Halves:
 
 @dataclass(frozen=True)
 class _Part:
-    """Every second batch, or every second sample of the inputs `cut`."""
+    """Every second batch, or every second sample of the inputs `cut`; no batch more once there are
+    `MOST_SAMPLES`."""
 
     data: Batches
     start: int
     cut: tuple[int, ...] = ()
 
     def __iter__(self) -> Iterator[Sequence[Any]]:
-        if not self.cut:
-            yield from itertools.islice(self.data, self.start, None, 2)
+        if self.cut:
+            for batch in self.data:
+                yield [x[self.start :: 2] if i in self.cut else x for i, x in enumerate(batch)]
             return
-        for batch in self.data:
-            yield [x[self.start :: 2] if i in self.cut else x for i, x in enumerate(batch)]
+        samples = 0
+        for batch in itertools.islice(self.data, self.start, None, 2):
+            yield batch
+            samples += batch_size(batch)
+            if samples >= MOST_SAMPLES:
+                return
 
 
 def _batch_inputs(gm: GraphModule) -> tuple[int, ...]:

@@ -161,6 +161,15 @@ def test_inputs_and_outputs_without_a_batch_are_judged_with_the_others(n: int) -
     assert 0 < found.pooled <= found.worst < 1e-2
 
 
+def test_a_half_has_no_more_batches_than_it_needs() -> None:
+    data = [(torch.full((100, 2), float(index)),) for index in range(9)]
+
+    halves = halves_of(fxq.capture(nn.Linear(2, 2).eval(), data[0]).graph_module, data)
+
+    assert [float(x[0, 0]) for (x,) in halves.fit] == [0, 2, 4]
+    assert [float(x[0, 0]) for (x,) in halves.judge] == [1, 3, 5]
+
+
 def test_no_data_is_refused() -> None:
     gm = fxq.capture(Block().eval(), batches(1)[0]).graph_module
 

@@ -7,27 +7,24 @@ finds the sites, collects their statistics in one run over the data, keeps whate
 
 from abc import abstractmethod
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
-from fxq import numerics
 from fxq.account import kind_of
 from fxq.dialect import ATEN, Dialect
 from fxq.graph import dtype_of
 from fxq.layer import Skip, treat
-from fxq.observers import RangeObserver
-from fxq.passes.common.convert import quantize_weight
 from fxq.passes.common.float_function import LOOSE, check_float_function
 from fxq.passes.common.scaling.fold import Scaling, fold_scaling
+from fxq.passes.common.scaling.loss import Candidate, quantization_loss
 from fxq.passes.common.scaling.sites import Kind, ScaleSite, ScaleSites, scale_sites
 from fxq.passes.common.scaling.statistics import (
-    Consumer,
     Statistics,
     collect,
 )
@@ -35,18 +32,11 @@ from fxq.passes.common.scaling.undo import costs_of_scaling
 from fxq.passes.common.whole import halves_of
 from fxq.pipeline import Batches, DataPass
 from fxq.rewriting import copy_graph
-from fxq.spec import LayerSpec, MinMax, PerTensor, PerToken, QuantSpec, block_of
+from fxq.spec import LayerSpec
 
 EXACT_KINDS: tuple[Kind, ...] = ("norm", "modulate", "value", "gated", "relu", "linear")
 Target = Literal["linear", "conv"]
 CAP = 2.0**12  # largest factor, and one over the smallest
-
-
-class Candidate(NamedTuple):
-    """What a method proposes for a site: a scale and perhaps a shift, `[n_channels]` each."""
-
-    scale: Tensor
-    shift: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -213,115 +203,3 @@ def admissible(scale: Tensor, shift: Tensor | None, statistics: Statistics) -> T
     if dtypes & {torch.float16, torch.bfloat16}:
         scale = torch.exp2(scale.log2().round())
     return scale
-
-
-def quantization_loss(
-    fitted: Statistics, judged: Statistics, candidate: Candidate, layer: LayerSpec
-) -> float:
-    """Return the error that quantization makes at a site's consumers, relative to their outputs.
-
-        sum over consumers of |Q(x') Q(W').T - x' W'.T|^2 / |x W.T|^2,   x' = (x - shift) / scale
-
-    Q has the range of the rows that the candidate was fitted to, x are other rows: a scale that
-    only suits the rows it was made from is not taken for a good one. A convolution is judged by its
-    taps, each as a linear of its own.
-
-    Args:
-        fitted: statistics that the candidate was made from.
-        judged: of the same site, with the rows x.
-        candidate: scale and shift.
-        layer: how activations and weights are quantized.
-    """
-    pairs = zip(fitted.consumers, judged.consumers, strict=True)
-    return sum(_consumer_loss(*pair, candidate, layer) for pair in pairs)
-
-
-def _consumer_loss(
-    fitted: Consumer, judged: Consumer, candidate: Candidate, layer: LayerSpec
-) -> float:
-    size = product(judged.rows, judged.weight).square().sum()
-    return relative_loss(operands(fitted, judged, candidate, layer), size)
-
-
-class Operands(NamedTuple):
-    """What a consumer multiplies under a candidate, and what quantization makes of it: rows
-    `[R, K]` and the weight `[N, K, ...]`, fp32."""
-
-    rows: Tensor
-    quantized_rows: Tensor
-    weight: Tensor
-    quantized_weight: Tensor
-
-
-def operands(
-    fitted: Consumer, judged: Consumer, candidate: Candidate, layer: LayerSpec
-) -> Operands:
-    """Return a consumer's input and weight under a candidate.
-
-    Args:
-        fitted: statistics that quantizers have their range from.
-        judged: of the same consumer, with the rows.
-        candidate: scale and shift.
-        layer: how activations and weights are quantized.
-    """
-    device, original = judged.rows.device, judged.weight
-    scale = fitted.part.spread(candidate.scale, 1.0).float().to(device)
-    shift: Tensor | float = 0.0
-    if candidate.shift is not None:
-        shift = fitted.part.spread(candidate.shift, 0.0).float().to(device)
-    weight = original * scale.reshape(-1, *[1] * (original.ndim - 2))
-    return quantized_operands(
-        (judged.rows - shift) / scale, (fitted.seen - shift) / scale, weight, layer
-    )
-
-
-def quantized_operands(rows: Tensor, seen: Tensor, weight: Tensor, layer: LayerSpec) -> Operands:
-    """Return an input and a weight, and what quantization makes of them.
-
-    Args:
-        rows: of the input `[R, K]`, fp32.
-        seen: what the range of the input comes from `[S, K]` (`Consumer.seen`).
-        weight: `[N, K, ...]`, fp32.
-        layer: how activations and weights are quantized.
-    """
-    quantized = rows
-    if layer.activation is not None:
-        quantized = _fake_quantize_rows(rows, seen, layer.activation)
-    codes, step, zero = quantize_weight(weight, layer.weight)
-    approximate = numerics.dequantize(codes, step, zero, torch.float32)
-    return Operands(rows, quantized, weight, approximate)
-
-
-def relative_loss(under: Operands, size: Tensor) -> float:
-    """Return the error that quantization makes of a product, relative to a size > 0."""
-    exact = product(under.rows, under.weight)
-    error = product(under.quantized_rows, under.quantized_weight) - exact
-    return float(error.square().sum() / size.clamp(min=torch.finfo(torch.float32).tiny))
-
-
-def product(rows: Tensor, weight: Tensor) -> Tensor:
-    """Return what a layer makes of rows `[R, K]`, a convolution's taps one by one."""
-    return rows @ weight.transpose(0, 1).flatten(1)
-
-
-def _fake_quantize_rows(rows: Tensor, seen: Tensor, spec: QuantSpec) -> Tensor:
-    """Quantize rows as the recipe will, with the range of the rows seen in calibration.
-
-    The last two rows seen are the smallest and largest values of all data. A static scale per token
-    becomes one for all of them: rows have lost their position.
-    """
-    spec = replace(spec, rows=None)
-    if spec.dynamic:
-        low, high = numerics.block_amin_amax(rows, block_of(spec.granularity, 2, dynamic=True))
-    else:
-        if spec.granularity == PerToken():
-            spec = replace(spec, granularity=PerTensor())
-        observer = RangeObserver(spec, rows.shape, "rows")
-        observer(seen if isinstance(spec.observer, MinMax) else seen[:-2])
-        low, high = observer.range()
-    step, zero_point = numerics.choose_qparams(
-        low, high, spec.quant_min, spec.quant_max, symmetric=spec.symmetric
-    )
-    zero = None if spec.symmetric else zero_point
-    codes = numerics.quantize(rows, step, zero, *spec.grid)
-    return numerics.dequantize(codes, step, zero, torch.float32)
