@@ -194,8 +194,9 @@ def far_from_float(
         f"outputs on the example are {sqnr_db:.1f} dB from the float model's, below {FAR_DB:.0f} "
         "dB: a tenth of their power is error, or more. "
         + (f"Of layers given exact inputs, the farthest: {listing}. " if worst else "")
-        + "Leave such layers float or give them 8 bits (overrides), take a range per token, scale "
-        "channels first (smoothquant, repq_vit, outlier_suppression), or reconstruct; "
+        + "Leave such layers float or give them 8 bits (overrides), compute outlier channels apart "
+        "(recommended), take a range per token, scale channels first (smoothquant, repq_vit, "
+        "outlier_suppression), or reconstruct; "
         "fxq.verify(program, inputs, model=model) compares all layers"
     )
 
