@@ -159,6 +159,7 @@ class GuardedDilation(EquivalentScaling):
 
     targets: tuple[Target, ...] = ("linear", "conv")
     least_gain: float = LEAST_GAIN
+    whole: bool = False  # a whole graph is judged with one range for all time-steps, and untrained
     powers: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
 
     def __post_init__(self) -> None:
@@ -186,6 +187,7 @@ class OptimalDilation(EquivalentScaling):
 
     targets: tuple[Target, ...] = ("linear", "conv")
     least_gain: float = LEAST_GAIN
+    whole: bool = False  # as in GuardedDilation
     ranges: int = 8
 
     def __post_init__(self) -> None:

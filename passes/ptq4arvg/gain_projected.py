@@ -134,6 +134,7 @@ class GainProjected(EquivalentScaling):
     """
 
     layer: LayerSpec = w8a8.STATIC_LAYER
+    whole: bool = False  # a whole graph is judged with one range for all groups of positions
     pre_smooth: float | None = 0.5  # of the published code
     center: Literal["middle", "mean"] | None = "middle"
     equation: Literal["optimum", "printed"] = "optimum"

@@ -17,6 +17,7 @@ ADDRESSES = {"data_ptr", "_cdata"}
 MAY_ASK = {
     "fxq/identity.py",
     "lowering/kernels/hardware.py",  # whether a pointer is aligned, not whose it is
+    "lowering/cpu/native.py",  # to hand it to a C function
 }
 
 

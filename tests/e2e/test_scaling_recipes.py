@@ -19,7 +19,10 @@ def everything_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(x86, "WITHOUT_VNNI", x86.Thresholds(0, 0))
 
 
-@pytest.mark.parametrize("name", ["swin", "llama", "unet_condition", "flux"])
+@pytest.mark.parametrize(
+    "name",
+    ["swin", "llama", pytest.param("unet_condition", marks=pytest.mark.slow), "flux"],
+)
 def test_scaled_families_verify_and_stay_close_to_float(name: str) -> None:
     model, example = seeded(ZOO[name])
 
