@@ -37,11 +37,15 @@ def variants(name: str, layer: LayerSpec) -> Iterator[tuple[str, Recipe]]:
     chosen = layer.activation.observer
     other = MinMax() if isinstance(chosen, MeanSquaredError) else MeanSquaredError()
     rest = (InsertObservers(layer), Calibrate(), Convert())
-    yield "recommended", recommended.recommended(name, layer)
+    whole = recommended.W8A8 if layer is recommended.W8A8_LAYER else recommended.W6A6
+    separate = whole.passes[0]
+    assert isinstance(separate, SeparateOutliers)
+    yield "recommended", whole
     yield "without separated outliers", Recipe(name, rest)
-    swapped = recommended.recommended(name, ranged(layer, other))
+    turned = ranged(layer, other)
+    swapped = recommended.recommended(name, turned, replace(separate, layer=turned))
     yield f"with ranges by {type(other).__name__}", swapped
-    smooth = (SeparateOutliers(layer), SmoothQuant(layer), *rest)
+    smooth = (separate, SmoothQuant(layer), *rest)
     yield "with SmoothQuant", Recipe(name, smooth)
 
 

@@ -31,15 +31,19 @@ W6A6_LAYER = LayerSpec(
 )
 
 
-def recommended(name: str, layer: LayerSpec) -> Recipe:
+def recommended(name: str, layer: LayerSpec, separate: SeparateOutliers | None = None) -> Recipe:
     """Return the recommended recipe for a way of quantizing layers.
 
     Args:
         name: of the recipe.
         layer: how activations and weights are quantized.
+        separate: which outliers are separated; as for 8 bits unless given.
     """
-    return Recipe(name, (SeparateOutliers(layer), InsertObservers(layer), Calibrate(), Convert()))
+    separate = separate or SeparateOutliers(layer)
+    return Recipe(name, (separate, InsertObservers(layer), Calibrate(), Convert()))
 
 
 W8A8 = recommended("recommended_w8a8", W8A8_LAYER)
-W6A6 = recommended("recommended_w6a6", W6A6_LAYER)
+W6A6 = recommended(  # with a quarter of the codes every layer's outliers count
+    "recommended_w6a6", W6A6_LAYER, SeparateOutliers(W6A6_LAYER, most=16, least_share=0.0)
+)
