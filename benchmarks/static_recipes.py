@@ -19,7 +19,7 @@ from image_reconstruction import N_CALIBRATION, measured
 from torch import Tensor, nn
 
 from fxq.passes import recommended, repq_vit, smoothquant, w6a6, w8a8
-from fxq.passes.common import Calibrate, Convert, InsertObservers, SeparateOutliers
+from fxq.passes.common import SeparateOutliers
 from fxq.passes.smoothquant import SmoothQuant
 from fxq.pipeline import Recipe
 from fxq.spec import LayerSpec, MeanSquaredError, MinMax
@@ -31,17 +31,15 @@ def ranged(layer: LayerSpec, rule: MinMax | MeanSquaredError) -> LayerSpec:
     return replace(layer, activation=replace(layer.activation, observer=rule))
 
 
-def variants(name: str, layer: LayerSpec) -> Iterator[tuple[str, Recipe]]:
-    """Yield the recommended recipe, and what it is with a part changed or left out."""
+def variants(whole: Recipe, layer: LayerSpec) -> Iterator[tuple[str, Recipe]]:
+    """Yield a recommended recipe, and what it is with a part changed or left out."""
     assert layer.activation is not None
-    chosen = layer.activation.observer
+    chosen, name = layer.activation.observer, whole.name
     other = MinMax() if isinstance(chosen, MeanSquaredError) else MeanSquaredError()
-    rest = (InsertObservers(layer), Calibrate(), Convert())
-    whole = recommended.W8A8 if layer is recommended.W8A8_LAYER else recommended.W6A6
-    separate = whole.passes[0]
+    separate, *rest = whole.passes
     assert isinstance(separate, SeparateOutliers)
     yield "recommended", whole
-    yield "without separated outliers", Recipe(name, rest)
+    yield "without separated outliers", Recipe(name, tuple(rest))
     turned = ranged(layer, other)
     swapped = recommended.recommended(name, turned, replace(separate, layer=turned))
     yield f"with ranges by {type(other).__name__}", swapped
@@ -51,13 +49,13 @@ def variants(name: str, layer: LayerSpec) -> Iterator[tuple[str, Recipe]]:
 
 RECIPES = {
     "W8A8": (
-        *variants("W8A8", recommended.W8A8_LAYER),
+        *variants(recommended.W8A8, recommended.W8A8_LAYER),
         ("w8a8.STATIC", w8a8.STATIC),
         ("w8a8.STATIC_PER_TOKEN", w8a8.STATIC_PER_TOKEN),
         ("smoothquant.W8A8", smoothquant.W8A8),
         ("repq_vit.W8A8", repq_vit.W8A8),
     ),
-    "W6A6": (*variants("W6A6", recommended.W6A6_LAYER), ("w6a6.STATIC", w6a6.STATIC)),
+    "W6A6": (*variants(recommended.W6A6, recommended.W6A6_LAYER), ("w6a6.STATIC", w6a6.STATIC)),
 }
 
 

@@ -10,8 +10,9 @@
 
 A dialect is a function from a node to a complaint, or None. `check` collects the complaints of a
 whole graph; in each dialect every node that has a value has its fake value in `meta["val"]`.
-Settled nodes (`fxq.graph.SETTLED`), those of a `Program` inside a model that is being compiled, may
-be QUANTIZED wherever the rest is in ATEN or OBSERVED.
+Settled nodes (`fxq.graph.SETTLED`) are those of a `Program` inside a model that is being compiled,
+and layers that a pass made to stay float; they may be QUANTIZED wherever the rest is ATEN or
+OBSERVED.
 """
 
 import operator
