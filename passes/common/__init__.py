@@ -8,6 +8,7 @@ from fxq.passes.common.fake_quantize import fake_quantize
 from fxq.passes.common.float_function import check_float_function, float_difference
 from fxq.passes.common.fold_batch_norm import FoldBatchNorm
 from fxq.passes.common.group_positions import GroupPositions
+from fxq.passes.common.held_out_margin import HeldOutMargin
 from fxq.passes.common.insert_observers import InsertObservers
 from fxq.passes.common.layer_choice import DEPTHWISE, FIRST, LAST, first_of
 from fxq.passes.common.observe_activations import ObserveActivations
@@ -31,6 +32,7 @@ __all__ = [
     "DecomposeAttention",
     "FoldBatchNorm",
     "GroupPositions",
+    "HeldOutMargin",
     "InsertObservers",
     "ObserveActivations",
     "SeparateOutliers",
