@@ -37,15 +37,17 @@ class Operands:
 
 @dataclass(frozen=True)
 class Takes:
-    """What a kernel's epilogue takes in beside a cast, an activation function and codes with one
-    scale or one for each channel.
+    """What a kernel's epilogue takes in beside an activation function and codes with one scale or
+    one for each channel.
 
     Args:
+        casts: one to another dtype, and what follows it, as if it did not round.
         residual: an fp32 tensor of the result's shape that is added.
         row_codes: codes with a scale for each row, of a size along each axis or 1.
         largest_code: that its codes go to.
     """
 
+    casts: bool = True
     residual: bool = False
     row_codes: bool = False
     largest_code: int = 127
@@ -188,7 +190,8 @@ def fusible_epilogue(
         reads what only exists inside the kernel then.
     """
     last, dtype, activation = layer, dtype_of(layer), "none"
-    if (cast := _only_user(last, aten._to_copy.default)) and set(cast.kwargs) == {"dtype"}:
+    cast = _only_user(last, aten._to_copy.default) if takes.casts else None
+    if cast and set(cast.kwargs) == {"dtype"}:
         last, dtype = cast, dtype_of(cast)
     if gelu := _only_user(last, aten.gelu.default):
         last = gelu

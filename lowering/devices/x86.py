@@ -97,6 +97,9 @@ def too_small(n_rows: int, n_out: int, n_in: int, limits: Thresholds) -> str | N
     return None
 
 
+TAKES = Takes(casts=False, residual=True, row_codes=True, largest_code=255)
+
+
 @dataclass(frozen=True)
 class Avx2Linear(Int8Linear):
     """`fxq.lowering.cpu.avx2_linear`, with as much of what follows as its epilogue computes."""
@@ -113,7 +116,7 @@ class Avx2Linear(Int8Linear):
         n_out, n_in = weight.shape
         if why := too_small(_n_rows(operands, lowering), n_out, n_in, WITHOUT_VNNI):
             return Decision(None, why)
-        self.fuse(layer, operands, Takes(residual=True, row_codes=True, largest_code=255))
+        self.fuse(layer, operands, TAKES)
         bits = 4 if avx2_linear.is_narrow(weight) else 8
         return Decision(f"int{bits}_linear (AVX2)")
 
