@@ -159,7 +159,7 @@ def test_codes_of_activations_differ_by_rounding_only(activation: str) -> None:
         assert float((steps > 0).float().mean()) <= MAX_ROUNDED_SHARE
 
 
-def test_a_weight_of_wider_results_is_rounded_once() -> None:
+def test_a_narrower_result_is_rounded_once() -> None:
     args = product((20, 24, 64), torch.uint8, 8, True)
 
     found = OPS.int8_linear(*args, torch.bfloat16, "none")
@@ -202,17 +202,19 @@ def test_a_block_has_no_passes_of_its_own_after_products(recipe: fxq.Recipe, cod
 
 
 class Readers(nn.Module):
-    """Products whose results are read more than once, and added to what has another shape."""
+    """Products whose results are read more than once, added to what has another shape, and added
+    to a multiple."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b, self.c = (nn.Linear(64, 64) for _ in range(3))
+        self.a, self.b, self.c, self.d = (nn.Linear(64, 64) for _ in range(4))
         self.row = nn.Parameter(torch.randn(64))
 
     def forward(self, x: Tensor) -> Tensor:
         a = self.a(x)
         b = self.b(nn.functional.gelu(a)) * a
-        return torch.add(self.c(b) + self.row, x, alpha=2)
+        c = self.row + self.c(b)
+        return torch.add(self.d(c), x, alpha=2)
 
 
 def test_what_has_other_readers_or_shapes_stays_outside() -> None:
@@ -220,7 +222,19 @@ def test_what_has_other_readers_or_shapes_stays_outside() -> None:
 
     _, kernels = lowered_of(Readers(), w8a8.STATIC, torch.randn(2, 9, 64))
 
-    assert kernels == [("none",)] * 3
+    assert kernels == [("none",)] * 4
+
+
+def test_what_a_cast_rounds_stays_outside() -> None:
+    model = nn.Sequential(nn.Linear(64, 96), nn.GELU()).bfloat16().eval()
+    x = torch.randn(4, 64, dtype=torch.bfloat16)
+    program = fxq.compress(model, x, w8a8.DYNAMIC)
+
+    gm, _ = lower(program.graph_module, CPU)
+
+    (kernel,) = [node for node in gm.graph.nodes if is_op(node, OPS.int8_linear.default)]
+    assert kernel.args[6:] == (torch.float32, "none")
+    assert fxq.verify(program, x).ok
 
 
 def test_the_functions_are_numbered_as_the_definition_lists_them() -> None:
