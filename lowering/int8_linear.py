@@ -15,7 +15,8 @@ one element in any number of axes;
 weight `[N, K]` int8; w_scale `[N, 1]` or `[1, 1]` fp32, or `[N, G]` for G groups of neighbouring
 input channels, whose sums are scaled before they are added; bias `[N]`;
 residual and out `[..., N]`;
-out_scale one element or `[1, ..., N]`, out_zero_point one element.
+out_scale one element or `[1, ..., N]`, out_zero_point one element; on a CPU both may be one for
+each row too, `[..., 1]`.
 """
 
 import functools

@@ -106,6 +106,8 @@ def launch(
 
     `out_scale` may have an entry for each row too, `[..., 1]`.
     """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {ACTIVATIONS}, found {activation!r}")
     kernel = native("avx2_linear")
     assert not isinstance(kernel, str)
     kind = WHOLE if out_dtype == torch.int32 else REAL if out_scale is None else CODES

@@ -239,3 +239,8 @@ def test_what_a_cast_rounds_stays_outside() -> None:
 
 def test_the_functions_are_numbered_as_the_definition_lists_them() -> None:
     assert avx2_linear.ACTIVATIONS == ACTIVATIONS
+
+
+def test_an_unknown_function_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"expected one of .*found 'relu6'"):
+        activated(torch.ones(1), "relu6")
