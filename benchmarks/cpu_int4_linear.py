@@ -2,10 +2,10 @@
 
     python benchmarks/cpu_int4_linear.py --threads 1        # about 2 minutes
 
-Beside it the same op with 8-bit pair-safe weights, which oneDNN multiplies. Activations arrive as
-uint8 codes with one scale; quantizing them is not timed. Weights are cycled through copies, so that
-none is found in the cache for having just been used. With one thread its CPU time is what counts,
-so that other processes do not; with more it is the time on the wall.
+Beside it the same op with 8-bit pair-safe weights, which the same kernel multiplies. Activations
+arrive as uint8 codes with one scale; quantizing them is not timed. Weights are cycled through
+copies, so that none is found in the cache for having just been used. With one thread its CPU time
+is what counts, so that other processes do not; with more it is the time on the wall.
 """
 
 import argparse

@@ -6,16 +6,17 @@
     out = y as out_dtype, or its codes where out_scale is given; acc itself where out_dtype is int32
 
 `reference` is the definition. On CUDA the op is one Triton kernel
-(`fxq.lowering.kernels.int8_linear`), on x86 it is oneDNN (`fxq.lowering.cpu.int8_linear`), for
-weights of 4 bits without VNNI a kernel of fxq's own (`fxq.lowering.cpu.int4_linear`), elsewhere the
-reference itself.
+(`fxq.lowering.kernels.int8_linear`), on x86 without VNNI one of fxq's own, for pair-safe weights
+(`fxq.lowering.cpu.avx2_linear`); for others and with VNNI it is oneDNN
+(`fxq.lowering.cpu.int8_linear`), elsewhere the reference itself.
 
 x `[..., K]` int8 or uint8; x_scale fp32 and x_zero_point int32 `[..., 1]`, broadcast against x,
 one element in any number of axes;
 weight `[N, K]` int8; w_scale `[N, 1]` or `[1, 1]` fp32, or `[N, G]` for G groups of neighbouring
 input channels, whose sums are scaled before they are added; bias `[N]`;
 residual and out `[..., N]`;
-out_scale one element or `[1, ..., N]`, out_zero_point one element.
+out_scale one element or `[1, ..., N]`, out_zero_point one element; on a CPU both may be one for
+each row too, `[..., 1]`.
 """
 
 import functools
@@ -25,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxq.lowering.cpu import int4_linear
+from fxq.lowering.cpu import avx2_linear
 from fxq.lowering.cpu.int8_linear import accumulators as cpu_accumulators
 from fxq.lowering.cpu.int8_linear import launch as cpu_launch
 from fxq.lowering.cpu.onednn import cpu_int8
@@ -140,11 +141,9 @@ def int8_linear(
     product = (x, x_scale, x_zero_point, weight, w_scale, bias)
     epilogue = (activation, residual, out_scale, out_zero_point, quant_min, quant_max)
     on_x86 = x.device.type == "cpu" and cpu_int8().available
-    if on_x86 and (packed := int4_linear.packed(weight, w_scale.shape[-1])):
-        whole = out_dtype == torch.int32
-        dtype = torch.int32 if whole else torch.float32
-        y = int4_linear.launch(*product[:3], packed, w_scale, bias, len(weight), dtype)
-        return y if whole else finish(y, out_dtype, *epilogue)
+    if on_x86 and (packed := avx2_linear.packed(weight, w_scale.shape[-1])):
+        parts = (x, x_scale, x_zero_point, packed, w_scale, bias)
+        return avx2_linear.launch(*parts, out_dtype, *epilogue)
     if out_dtype == torch.int32:
         exact = cpu_accumulators if on_x86 else accumulate
         return exact(x, x_zero_point, weight).to(torch.int32)

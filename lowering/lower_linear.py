@@ -1,5 +1,6 @@
 """What the rules of all devices share that turn `linear(dequantize(x), dequantize(w), bias)` into
-`fxq::int8_linear`, and what those for other layers with a quantized weight share with them."""
+`fxq::int8_linear`, with what follows as its epilogue, and what those for other layers with a
+quantized weight share with them."""
 
 import platform
 from abc import abstractmethod
@@ -11,11 +12,14 @@ import torch
 from torch.fx import Node
 
 from fxq.account import kind_of
+from fxq.constants import constant_value
 from fxq.graph import args_of, dtype_of, hint, is_op, shape_of, tensor_of
 from fxq.lowering.int8_linear import accumulate
 from fxq.lowering.rule import Decision, Lowering, Rule
 from fxq.numerics import largest_sum
+from fxq.rewriting import insert_call
 
+aten = torch.ops.aten
 ops = torch.ops.fxq
 
 
@@ -29,6 +33,24 @@ class Operands:
     weight: Node
     w_scale: Node
     bias: Node | None
+
+
+@dataclass(frozen=True)
+class Takes:
+    """What a kernel's epilogue takes in beside an activation function and codes with one scale or
+    one for each channel.
+
+    Args:
+        casts: one to another dtype, and what follows it, as if it did not round.
+        residual: an fp32 tensor of the result's shape that is added.
+        row_codes: codes with a scale for each row, of a size along each axis or 1.
+        largest_code: that its codes go to.
+    """
+
+    casts: bool = True
+    residual: bool = False
+    row_codes: bool = False
+    largest_code: int = 127
 
 
 @dataclass(frozen=True)
@@ -71,6 +93,18 @@ class Int8Linear(Int8Layer):
 
     def match(self, layer: Node) -> Operands | str:
         return match(layer)
+
+    def fuse(self, layer: Node, o: Operands, takes: Takes) -> tuple[Any, ...]:
+        """Put the kernel in the place of `layer` and of as much of what follows as its epilogue
+        takes in; return the op's arguments from `out_dtype` on."""
+        last, epilogue, guard = fusible_epilogue(layer, takes, finite=_is_finite(o.bias))
+        args = (o.codes, o.scale, o.zero_point, o.weight, o.w_scale, o.bias)
+        result = insert_call(ops.int8_linear.default, (*args, *epilogue), before=last, like=layer)
+        self.replace(layer, result, last=last)
+        if guard is not None:
+            rows = (o.scale, args_of(guard)[1])
+            guard.replace_all_uses_with(insert_call(guard.target, rows, before=guard))
+        return epilogue
 
     def check(
         self, expected: Any, found: Any, kernel: Node, value: Callable[[Node], Any]
@@ -126,3 +160,87 @@ def match(layer: Node, group_step: int | None = None) -> Operands | str:
 def is_single(scale: Node) -> bool:
     """Tell whether a scale is one number."""
     return all(isinstance(size, int) and size == 1 for size in shape_of(scale))
+
+
+def is_single_or_per_channel(scale: Node) -> bool:
+    """Tell whether a scale is one number, or one for each channel of the last dimension."""
+    return all(isinstance(size, int) and size == 1 for size in shape_of(scale)[:-1])
+
+
+def is_per_row(scale: Node, values: Node) -> bool:
+    """Tell whether a scale is one for each row of `values` `[..., N]`, or for rows of some axes."""
+    sizes, rows = shape_of(scale), (*shape_of(values)[:-1], 1)
+    return len(sizes) == len(rows) and all(
+        isinstance(size, int) and (size == 1 or (isinstance(full, int) and size == full))
+        for size, full in zip(sizes, rows, strict=True)
+    )
+
+
+def fusible_epilogue(
+    layer: Node, takes: Takes, *, finite: bool = True
+) -> tuple[Node, tuple[Any, ...], Node | None]:
+    """Follow the only users of `layer` as far as the kernel's epilogue can go.
+
+    Args:
+        layer: a linear.
+        takes: what the kernel can.
+        finite: its result is where its input's scale is.
+    Returns:
+        the last node taken in, the op's arguments from `out_dtype` on, and the `guard_scale` that
+        reads what only exists inside the kernel then.
+    """
+    last, dtype, activation = layer, dtype_of(layer), "none"
+    cast = _only_user(last, aten._to_copy.default) if takes.casts else None
+    if cast and set(cast.kwargs) == {"dtype"}:
+        last, dtype = cast, dtype_of(cast)
+    if gelu := _only_user(last, aten.gelu.default):
+        last = gelu
+        activation = "gelu" if gelu.kwargs.get("approximate", "none") == "none" else "gelu_tanh"
+    elif silu := _only_user(last, aten.silu.default):
+        last, activation = silu, "silu"
+    if takes.residual and (found := _residual(last)):
+        return found[0], (dtype, activation, found[1]), None
+    if not finite or dtype == torch.float16:  # whose rounding makes Inf of large values
+        return last, (dtype, activation), None
+    guard = next((user for user in last.users if is_op(user, ops.guard_scale.default)), None)
+    quantize = _only_user(last, ops.quantize.default, apart_from=guard)
+    if quantize and _takes_codes(quantize, last, takes):
+        _, scale, zero, low, high = args_of(quantize)[:5]
+        return quantize, (dtype, activation, None, scale, zero, low, high), guard
+    return last, (dtype, activation), None
+
+
+def _takes_codes(quantize: Node, values: Node, takes: Takes) -> bool:
+    scale, largest = args_of(quantize)[1], args_of(quantize)[4]
+    fits = is_single_or_per_channel(scale) or (takes.row_codes and is_per_row(scale, values))
+    return bool(fits and largest <= takes.largest_code)
+
+
+def _residual(values: Node) -> tuple[Node, Node] | None:
+    """Return the addition that is the only user of `values`, and the fp32 tensor of the same shape
+    that it adds."""
+    add = _only_user(values, aten.add.Tensor, at=None)
+    if add is None or set(add.kwargs) - {"alpha"} or add.kwargs.get("alpha", 1) != 1:
+        return None
+    other = next((arg for arg in add.args[:2] if arg is not values), None)
+    if not isinstance(other, Node) or {dtype_of(values), dtype_of(other)} != {torch.float32}:
+        return None
+    return (add, other) if shape_of(other) == shape_of(values) else None
+
+
+def _is_finite(bias: Node | None) -> bool:
+    if bias is None:
+        return True
+    value = constant_value(bias)
+    return value is not None and bool(value.isfinite().all())
+
+
+def _only_user(
+    node: Node, target: object, apart_from: Node | None = None, at: int | None = 0
+) -> Node | None:
+    """Return the only user of `node`, if it calls `target` with `node` at a position, None for
+    any."""
+    users = [user for user in node.users if user is not apart_from]
+    if len(users) != 1 or not is_op(users[0], target):
+        return None
+    return users[0] if at is None or users[0].args[at] is node else None

@@ -11,6 +11,7 @@ seconds and cost microseconds a call. Their threads are those of torch's OpenMP 
 import ctypes
 import functools
 import platform
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FLAGS = ("-mavx2", "-mfma")
+# Compilers would contract a product and a sum to one rounding, which the definitions have not.
+FLAGS = ("-mavx2", "-mfma", "-ffp-contract=off")
 # Of ATen, which asks the processor for AVX2 and FMA, and heeds ATEN_CPU_CAPABILITY.
 CAPABLE = ("AVX2", "AVX512", "AVX10")  # and what begins with them
 MAX_ERROR = 200  # characters of a compiler's complaint
@@ -30,9 +32,10 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
         *(ADDRESS, SIZE, SIZE, ADDRESS, NUMBER, ADDRESS, SIZE, NUMBER),
         *(ADDRESS, ADDRESS, SIZE, SIZE, NUMBER),
     ),
-    "int4_linear": (
-        *(ADDRESS, SIZE, SIZE, NUMBER, ADDRESS, SIZE, ADDRESS, SIZE, ADDRESS, ADDRESS),
-        *(ADDRESS, SIZE, SIZE, ADDRESS, ADDRESS, ADDRESS, SIZE, NUMBER),
+    "avx2_linear": (
+        *(ADDRESS, SIZE, SIZE, NUMBER, ADDRESS, SIZE, ADDRESS, SIZE, ADDRESS, ADDRESS, NUMBER),
+        *(ADDRESS, SIZE, SIZE, ADDRESS, NUMBER, ADDRESS, ADDRESS, SIZE, SIZE),
+        *(ADDRESS, SIZE, SIZE, NUMBER, NUMBER, ADDRESS, NUMBER, SIZE, NUMBER),
     ),
 }
 
@@ -50,7 +53,7 @@ def native(name: str) -> Any | str:
     if not capability.startswith(CAPABLE):
         return f"native kernels need AVX2; torch computes with {capability} here"
     try:
-        library = _build(Path(__file__).with_name(f"{name}.cpp").read_text())
+        library = _build(source_of(f"{name}.cpp"))
     except Exception as error:  # of a compiler, a disk, or the linker, each in a way of its own
         first = next((line for line in str(error).splitlines() if line.strip()), "")
         return (
@@ -60,6 +63,13 @@ def native(name: str) -> Any | str:
     function = getattr(library, f"fxq_{name}")
     function.argtypes, function.restype = SIGNATURES[name], None
     return function
+
+
+def source_of(name: str) -> str:
+    """Return a source with the headers from beside it in the place of its `#include "..."`, so that
+    the hash of the library covers them."""
+    text = Path(__file__).with_name(name).read_text()
+    return re.sub(r'^#include "(.+)"$', lambda found: source_of(found[1]), text, flags=re.MULTILINE)
 
 
 def _build(source: str) -> Any:

@@ -14,16 +14,12 @@ from typing import ClassVar
 import torch
 from torch.fx import Node
 
-from fxq.constants import constant_value
-from fxq.graph import args_of, dtype_of, hint, is_op, shape_of, tensor_of, val_of
+from fxq.graph import args_of, dtype_of, hint, shape_of, tensor_of, val_of
 from fxq.lowering.lower_attention import SparseAttention
 from fxq.lowering.lower_conv import Int8Conv
-from fxq.lowering.lower_linear import Int8Linear, Operands
+from fxq.lowering.lower_linear import Int8Linear, Operands, Takes
 from fxq.lowering.rule import Decision, Device, Lowering
-from fxq.rewriting import insert_call
 
-aten = torch.ops.aten
-ops = torch.ops.fxq
 MAX_BLOCKS = 4096  # `fxq.lowering.kernels.select_blocks.MAX_BLOCKS`, which loads Triton
 
 
@@ -33,13 +29,7 @@ class TritonInt8Linear(Int8Linear):
 
     def rewrite(self, layer: Node, operands: Operands, lowering: Lowering) -> Decision:
         o = operands
-        last, epilogue, guard = fusible_epilogue(layer, finite=_is_finite(o.bias))
-        args = (o.codes, o.scale, o.zero_point, o.weight, o.w_scale, o.bias)
-        result = insert_call(ops.int8_linear.default, (*args, *epilogue), before=last, like=layer)
-        self.replace(layer, result, last=last)
-        if guard is not None:
-            rows = (o.scale, args_of(guard)[1])
-            guard.replace_all_uses_with(insert_call(guard.target, rows, before=guard))
+        epilogue = self.fuse(layer, o, Takes())
         out_dtype = epilogue[0] if len(epilogue) == 2 else torch.int8
         sizes = [math.prod(hint(size, lowering.sizes) for size in shape_of(o.codes)[:-1])]
         sizes += tensor_of(lowering.gm, o.weight).shape
@@ -73,55 +63,6 @@ def attention_by_pointers(device: torch.device) -> str | None:
     from fxq.lowering.kernels.hardware import why_no_copy_engine  # loads Triton
 
     return why_no_copy_engine(device)
-
-
-def is_single_or_per_channel(scale: Node) -> bool:
-    """Tell whether a scale is one number, or one for each channel of the last dimension."""
-    return all(isinstance(size, int) and size == 1 for size in shape_of(scale)[:-1])
-
-
-def fusible_epilogue(
-    layer: Node, *, finite: bool = True
-) -> tuple[Node, tuple[object, ...], Node | None]:
-    """Follow the only users of `layer` as far as the kernel's epilogue can go.
-
-    Args:
-        layer: a linear.
-        finite: its result is where its input's scale is.
-    Returns:
-        the last node taken in, the op's arguments from `out_dtype` on, and the `guard_scale` that
-        reads what only exists inside the kernel then.
-    """
-    last, dtype, activation = layer, dtype_of(layer), "none"
-    if (cast := _only_user(last, aten._to_copy.default)) and set(cast.kwargs) == {"dtype"}:
-        last, dtype = cast, dtype_of(cast)
-    if gelu := _only_user(last, aten.gelu.default):
-        last = gelu
-        activation = "gelu" if gelu.kwargs.get("approximate", "none") == "none" else "gelu_tanh"
-    elif silu := _only_user(last, aten.silu.default):
-        last, activation = silu, "silu"
-    if not finite or dtype == torch.float16:  # whose rounding makes Inf of large values
-        return last, (dtype, activation), None
-    guard = next((user for user in last.users if is_op(user, ops.guard_scale.default)), None)
-    quantize = _only_user(last, ops.quantize.default, apart_from=guard)
-    if quantize and is_single_or_per_channel(args_of(quantize)[1]) and args_of(quantize)[4] <= 127:
-        _, scale, zero, low, high = args_of(quantize)
-        return quantize, (dtype, activation, None, scale, zero, low, high), guard
-    return last, (dtype, activation), None
-
-
-def _is_finite(bias: Node | None) -> bool:
-    if bias is None:
-        return True
-    value = constant_value(bias)
-    return value is not None and bool(value.isfinite().all())
-
-
-def _only_user(node: Node, target: object, apart_from: Node | None = None) -> Node | None:
-    users = [user for user in node.users if user is not apart_from]
-    if len(users) != 1 or not is_op(users[0], target) or users[0].args[0] is not node:
-        return None
-    return users[0]
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,18 @@
-"""x86: int8 products and convolutions, where they are exact and no slower than fp32. They are
-oneDNN's, but for kernels of fxq's own: weights of 4 bits without VNNI, and weight-only products.
+"""x86: int8 products and convolutions, where they are exact and no slower than fp32. Without VNNI
+products are fxq's own (`fxq.lowering.cpu.avx2_linear`) where the weight is pair-safe: activations
+keep their codes, scales and zero-points are applied in the kernel, and so is what follows, as far
+as `TAKES` says. Weight-only products are fxq's own too. All else is oneDNN's.
 
-The codes of the activations become uint8 (codes and zero-point plus 128: the same values). With one
-scale for the whole tensor the kernel does everything; with a scale per token, or a static one that
-is guarded against NaN token by token, it gives the integer accumulators, and scale, zero-point and
-bias become plain aten operators, which Inductor fuses with whatever follows; in int32 where a sum
-may not be exact in fp32, so that it is rounded once.
+For oneDNN the codes of the activations become uint8 (codes and zero-point plus 128: the same
+values). With one scale for the whole tensor the kernel does everything; with a scale per token, or
+a static one that is guarded against NaN token by token, it gives the integer accumulators, and
+scale, zero-point and bias become plain aten operators, which Inductor fuses with whatever follows;
+in int32 where a sum may not be exact in fp32, so that it is rounded once.
 
 When int8 pays is read off `benchmarks/results/cpu_int8_linear_*.md`. Frozen numbers instead of a
-timing at compile time: the same program must compile to the same graph every time. A call costs
-about 80 microseconds before it multiplies anything. Large weights repay that at any number of rows,
-because fp32 has to read four times the bytes; small ones need work. Convolutions, read off
+timing at compile time: the same program must compile to the same graph every time. oneDNN takes
+about 80 microseconds a call before it multiplies anything. Large weights repay that at any number
+of rows, because fp32 has to read four times the bytes; small ones need work. Convolutions, read off
 `cpu_int8_conv_avx2.md`, need it too, and input channels to multiply: depthwise ones are slower in
 int8, and those of images faster or slower, by kernel and stride. They are measured without VNNI,
 and the same numbers are used with it.
@@ -25,12 +27,12 @@ from torch import Tensor
 from torch.fx import Node
 
 from fxq.graph import args_of, hint, is_op, shape_of, tensor_of
-from fxq.lowering.cpu import int4_linear
+from fxq.lowering.cpu import avx2_linear
 from fxq.lowering.cpu.native import native
 from fxq.lowering.cpu.onednn import cpu_int8
 from fxq.lowering.devices.other import TorchAttention
 from fxq.lowering.lower_conv import ConvOperands, Int8Conv
-from fxq.lowering.lower_linear import Int8Linear, Operands, is_single, match
+from fxq.lowering.lower_linear import Int8Linear, Operands, Takes, is_single, match
 from fxq.lowering.lower_weight_only import WeightOnlyLinear
 from fxq.lowering.rule import Decision, Device, Lowering
 from fxq.numerics import EXACT_IN_FP32, is_pair_safe, largest_sum
@@ -54,8 +56,7 @@ class Thresholds(NamedTuple):
 
 
 WITH_VNNI = Thresholds(16 << 20, 1 << 17)  # up to 7.9 times faster than fp32
-WITHOUT_VNNI = Thresholds(48 << 20, 1 << 21)  # up to 2.4 times
-INT4 = Thresholds(8 << 20, 1 << 19)  # of `fxq.lowering.cpu.int4_linear`, whose calls cost less
+WITHOUT_VNNI = Thresholds(8 << 20, 1 << 19)  # of `avx2_linear`: up to 2.4 times
 HUGE_WEIGHT = 1 << 24  # elements: pays with the sparse excess too
 CHANNEL_BLOCK = 4  # input channels of a group that oneDNN multiplies at a time
 # Input channels without groups. With 3 or 4, int8 has 1.4 times the speed of fp32 for a 7x7 kernel
@@ -78,13 +79,20 @@ def slower_than_float(n_rows: int, n_out: int, n_in: int, *, exact: bool) -> str
     weight = n_out * n_in
     if not exact:
         few_rows = n_rows <= MAX_ROWS_EXCESS
-        if weight >= HUGE_WEIGHT or (weight >= WITHOUT_VNNI.large_weight and few_rows):
+        if weight >= HUGE_WEIGHT or (weight >= onednn_without_vnni().large_weight and few_rows):
             return None
         return (
             f"[{n_rows}, {n_in}] x [{n_in}, {n_out}]: unsafe pairs on a CPU without VNNI, whose "
             "sparse excess costs more than int8 gains; QuantSpec(pair_safe=True) avoids them"
         )
-    return too_small(n_rows, n_out, n_in, WITHOUT_VNNI if cpu_int8().saturates else WITH_VNNI)
+    limits = onednn_without_vnni() if cpu_int8().saturates else WITH_VNNI
+    return too_small(n_rows, n_out, n_in, limits)
+
+
+def onednn_without_vnni() -> Thresholds:
+    """Return where oneDNN overtakes fp32 without VNNI: its calls cost more than those of
+    `avx2_linear`, which needs no other weight than a pair-safe one, and a compiler."""
+    return Thresholds(6 * WITHOUT_VNNI.min_macs, 4 * WITHOUT_VNNI.large_weight)
 
 
 def too_small(n_rows: int, n_out: int, n_in: int, limits: Thresholds) -> str | None:
@@ -93,6 +101,30 @@ def too_small(n_rows: int, n_out: int, n_in: int, limits: Thresholds) -> str | N
     if weight < limits.large_weight and n_rows * weight < limits.min_macs:
         return f"[{n_rows}, {n_in}] x [{n_in}, {n_out}] is too small for int8 to pay"
     return None
+
+
+TAKES = Takes(casts=False, residual=True, row_codes=True, largest_code=255)
+
+
+@dataclass(frozen=True)
+class Avx2Linear(Int8Linear):
+    """`fxq.lowering.cpu.avx2_linear`, with as much of what follows as its epilogue computes."""
+
+    def match(self, layer: Node) -> Operands | str:
+        return match(layer, group_step=avx2_linear.RUN)
+
+    def rewrite(self, layer: Node, operands: Operands, lowering: Lowering) -> Decision:
+        weight = tensor_of(lowering.gm, operands.weight)
+        if not avx2_linear.fits(weight, hint(shape_of(operands.w_scale)[-1])):
+            return Decision(None)
+        if isinstance(unavailable := native("avx2_linear"), str):
+            return Decision(None, unavailable)
+        n_out, n_in = weight.shape
+        if why := too_small(_n_rows(operands, lowering), n_out, n_in, WITHOUT_VNNI):
+            return Decision(None, why)
+        self.fuse(layer, operands, TAKES)
+        bits = 4 if avx2_linear.is_narrow(weight) else 8
+        return Decision(f"int{bits}_linear (AVX2)")
 
 
 @dataclass(frozen=True)
@@ -120,29 +152,6 @@ class OneDnnInt8Linear(Int8Linear):
             "this CPU lacks VNNI and the weight has unsafe pairs; QuantSpec(pair_safe=True) is "
             "faster",
         )
-
-
-@dataclass(frozen=True)
-class Int4Linear(Int8Linear):
-    """`fxq.lowering.cpu.int4_linear`."""
-
-    def match(self, layer: Node) -> Operands | str:
-        return match(layer, group_step=int4_linear.RUN)
-
-    def rewrite(self, layer: Node, operands: Operands, lowering: Lowering) -> Decision:
-        weight = tensor_of(lowering.gm, operands.weight)
-        if not int4_linear.fits(weight, hint(shape_of(operands.w_scale)[-1])):
-            return Decision(None)
-        if isinstance(unavailable := native("int4_linear"), str):
-            return Decision(None, unavailable)
-        n_out, n_in = weight.shape
-        if why := too_small(_n_rows(operands, lowering), n_out, n_in, INT4):
-            return Decision(None, why)
-        codes, zero = _to_unsigned(operands, lowering)
-        o = operands
-        args = (codes, o.scale, zero, o.weight, o.w_scale, o.bias, torch.float32)
-        self.replace(layer, insert_call(ops.int8_linear.default, args, before=layer))
-        return Decision("int4_linear (AVX2)")
 
 
 def _n_rows(operands: Operands, lowering: Lowering) -> int:
@@ -268,5 +277,5 @@ def _per_row(
 X86 = Device(
     "x86",
     lambda device: device.type == "cpu" and cpu_int8().available,
-    (WeightOnlyLinear(), Int4Linear(), OneDnnInt8Linear(), OneDnnInt8Conv(), TorchAttention()),
+    (WeightOnlyLinear(), Avx2Linear(), OneDnnInt8Linear(), OneDnnInt8Conv(), TorchAttention()),
 )

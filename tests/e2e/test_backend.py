@@ -85,7 +85,8 @@ def test_compiled_program_equals_the_simulated_one(
     result = compiled(batches[1])
 
     assert len(decisions[0]) == 6
-    assert all(d.kernel == "int8_linear (oneDNN)" for d in decisions[0].values())
+    kernels = {decision.kernel for decision in decisions[0].values()}
+    assert kernels in ({"int8_linear (oneDNN)"}, {"int8_linear (AVX2)"})
     verification = fxq.verify(program, batches[1])
     assert verification.ok, str(verification)
     assert len(verification.checks) == 6

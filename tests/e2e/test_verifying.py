@@ -1,12 +1,15 @@
 """Verify finds what it should: a kernel that is wrong."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from models import Block
-from torch import nn
+from torch import Tensor, nn
 
 import fxq
 from fxq.lowering import int8_linear
+from fxq.lowering.cpu import avx2_linear
 from fxq.lowering.devices import x86
 from fxq.lowering.rule import MIN_SQNR_DB
 from fxq.passes import w8a8
@@ -23,6 +26,17 @@ def program(any_size_pays: None) -> fxq.Program:
     return fxq.compress(Block().eval(), torch.randn(2, 5, 64), w8a8.DYNAMIC)
 
 
+def spoil(monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Make of every product on this CPU `change(result, x_scale)`."""
+    for module, name in ((int8_linear, "cpu_launch"), (avx2_linear, "launch")):
+        launch = getattr(module, name)
+
+        def spoilt(*args: Tensor, launch: Callable[..., Tensor] = launch) -> Tensor:
+            return change(launch(*args), args[1])
+
+        monkeypatch.setattr(module, name, spoilt)
+
+
 def test_a_right_kernel_is_within_the_bounds(program: fxq.Program) -> None:
     verification = fxq.verify(program, torch.randn(2, 5, 64))
 
@@ -35,14 +49,11 @@ def test_a_right_kernel_is_within_the_bounds(program: fxq.Program) -> None:
 def test_one_wrong_accumulator_is_found(
     program: fxq.Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    launch = int8_linear.cpu_launch
-
-    def off_by_one(*args: torch.Tensor) -> torch.Tensor:
-        result = launch(*args)
-        result[..., 0] += 1e-4 if float(args[1].flatten()[0]) != 1.0 else 1.0
+    def off_by_one(result: Tensor, x_scale: Tensor) -> Tensor:
+        result[..., 0] += 1e-4 if float(x_scale.flatten()[0]) != 1.0 else 1.0
         return result
 
-    monkeypatch.setattr(int8_linear, "cpu_launch", off_by_one)
+    spoil(monkeypatch, off_by_one)
 
     verification = fxq.verify(program, torch.randn(2, 5, 64))
 
@@ -56,13 +67,7 @@ def test_a_kernel_that_reads_another_is_given_the_simulated_values(
 ) -> None:
     model, x = nn.Sequential(nn.Linear(64, 96), nn.Linear(96, 32)).eval(), torch.randn(5, 64)
     program = fxq.compress(model, x, w8a8.DYNAMIC)
-    launch = int8_linear.cpu_launch
-
-    def first_wrong(*args: torch.Tensor) -> torch.Tensor:
-        result = launch(*args)
-        return result * 1.01 if result.shape[-1] == 96 else result
-
-    monkeypatch.setattr(int8_linear, "cpu_launch", first_wrong)
+    spoil(monkeypatch, lambda result, _: result * 1.01 if result.shape[-1] == 96 else result)
 
     first, second = fxq.verify(program, x).checks
 

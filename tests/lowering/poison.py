@@ -5,7 +5,7 @@ from torch import Tensor
 
 from fxq.lowering.kernels import buffers
 
-POISON = {torch.int8: 99, torch.int32: 10**6}
+POISON = {torch.int8: 99, torch.uint8: 99, torch.int32: 10**6}
 
 
 def poisoned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -259,6 +259,7 @@ def test_a_model_of_one_vector_is_lowered(monkeypatch: pytest.MonkeyPatch) -> No
     lowered, decisions = lower(program.graph_module, torch.device("cpu"))
     (result,) = lowered(x)
 
-    assert [decision.kernel for decision in decisions.values()] == ["int8_linear (oneDNN)"]
+    (decision,) = decisions.values()
+    assert decision.kernel in ("int8_linear (oneDNN)", "int8_linear (AVX2)")
     assert result.shape == (33,)
     assert sqnr_db(layer(x), result) > 30.0

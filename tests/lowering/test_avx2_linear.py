@@ -1,5 +1,5 @@
-"""8-bit activations times 4-bit weights on x86 without VNNI: bit-equal to the definition, and
-integer sums to int64, also at the largest codes that there are."""
+"""8-bit activations times weights of 4 and pair-safe ones of 8 bits on x86 without VNNI: bit-equal
+to the definition, and integer sums to int64, also at the largest codes that there are."""
 
 from dataclasses import replace
 
@@ -9,7 +9,7 @@ from poison import poisoned
 from torch import Tensor, nn
 
 import fxq
-from fxq.lowering.cpu import int4_linear
+from fxq.lowering.cpu import avx2_linear
 from fxq.lowering.cpu.native import native
 from fxq.lowering.cpu.onednn import cpu_int8
 from fxq.lowering.devices import x86
@@ -24,18 +24,25 @@ from fxq.spec import LayerSpec, PerGroup, PerToken, QuantSpec
 
 CPU = torch.device("cpu")
 needs_kernel = pytest.mark.skipif(
-    not cpu_int8().saturates or isinstance(native("int4_linear"), str),
+    not cpu_int8().saturates or isinstance(native("avx2_linear"), str),
     reason="needs AVX2 without VNNI, and a compiler",
 )
-KERNEL = "int4_linear (AVX2)"
+INT4, INT8 = "int4_linear (AVX2)", "int8_linear (AVX2)"
 SHAPES = [(1, 1), (33, 65), (16, 32), (17, 31), (40, 4100), (48, 1024)]  # N, K
 ROWS = (0, 1, 2, 5, 6, 7, 13, 97, 200)  # tiles of 6 and a rest; pieces of 96
-SIGNS = {"any": None, "all 8": 8, "all -8": -8}
+Pair = tuple[int, int]
+# Weights of neighbouring input channels: the largest of 4 bits, and those whose products with 255
+# come closest to what int16 holds.
+PAIRS: dict[str, Pair | None] = {
+    "any of 4 bits": None,
+    **{str(pair): pair for pair in ((8, 8), (-8, -8), (64, 64), (1, 127), (-64, -64), (0, -128))},
+    "opposite": (127, -127),
+}
 
 
-def weight(n_out: int, n_in: int, value: int | None) -> Tensor:
-    if value is not None:
-        return torch.full((n_out, n_in), value, dtype=torch.int8)
+def weight(n_out: int, n_in: int, pair: Pair | None) -> Tensor:
+    if pair is not None:
+        return torch.tensor(pair, dtype=torch.int8).repeat(n_out, n_in // 2 + 1)[:, :n_in]
     return torch.randint(-8, 9, (n_out, n_in)).to(torch.int8)
 
 
@@ -48,20 +55,20 @@ def activations(n_rows: int, n_in: int, dtype: torch.dtype) -> Tensor:
 
 @needs_kernel
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8], ids=str)
-@pytest.mark.parametrize("signs", SIGNS)
+@pytest.mark.parametrize("pair", PAIRS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_sums_are_those_of_int64(
-    shape: tuple[int, int], signs: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, int], pair: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(buffers, "allocate", poisoned)
-    (n_out, n_in), w = shape, weight(*shape, SIGNS[signs])
+    (n_out, n_in), w = shape, weight(*shape, PAIRS[pair])
     one = torch.ones(1, 1)
 
     for n_rows in ROWS:
         x = activations(n_rows, n_in, dtype)
         for rows in (1, n_rows):  # of zero-points
             zero = torch.randint(-128, 256, (rows, 1), dtype=torch.int32)
-            expected = (x.long() - zero.long()) @ w.long().T
+            expected = ((x.double() - zero) @ w.double().T).long()
 
             found = torch.ops.fxq.int8_linear(x, one, zero, w, one, None, torch.int32)
 
@@ -139,20 +146,24 @@ def test_a_scale_that_is_not_finite_stays_in_its_row() -> None:
 
 
 @needs_kernel
-def test_the_kernel_is_for_codes_up_to_8() -> None:
+def test_the_kernel_is_for_pair_safe_codes() -> None:
     w = weight(20, 64, None)
-    beyond = w.clone()
+    beyond, unsafe = w.clone(), w.clone()
     beyond[3, 5] = -9
+    unsafe[3, 4:6] = torch.tensor([64, 65])
 
-    assert int4_linear.packed(w, 1) is not None
-    assert int4_linear.packed(beyond, 1) is None
-    assert int4_linear.packed(w.to(torch.uint8), 1) is None
+    for codes, is_narrow in ((w, True), (beyond, False)):
+        packed = avx2_linear.packed(codes, 1)
+        assert packed is not None
+        assert packed.is_narrow == is_narrow
+    assert avx2_linear.packed(unsafe, 1) is None
+    assert avx2_linear.packed(w.to(torch.uint8), 1) is None
 
 
 @pytest.fixture
 def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small products are lowered too."""
-    monkeypatch.setattr(x86, "INT4", x86.Thresholds(0, 0))
+    monkeypatch.setattr(x86, "WITHOUT_VNNI", x86.Thresholds(0, 0))
 
 
 def mlp() -> nn.Module:
@@ -172,7 +183,7 @@ def test_groups_of_32_are_lowered_and_smaller_ones_are_not(any_size: None) -> No
 
     found = [next(iter(lower(p.graph_module, CPU)[1].values())) for p in programs]
 
-    assert found[0].kernel == KERNEL
+    assert found[0].kernel == INT4
     assert found[1].kernel is None
     assert "per-group weight scale" in found[1].reason
     assert fxq.verify(programs[0], x).ok
@@ -194,7 +205,7 @@ def test_recipes_with_4_bit_weights_reach_the_kernel(name: str, any_size: None) 
     _, decisions = lower(program.graph_module, CPU)
 
     kernels = [decision.kernel for decision in decisions.values()]
-    assert kernels.count(KERNEL) == expected
+    assert kernels.count(INT4) == expected
     found = fxq.verify(program, x)
     assert found.ok
     assert all(check.accumulators_equal for check in found.checks)
@@ -226,6 +237,6 @@ def test_small_products_stay_float_and_say_so() -> None:
 
 def test_with_vnni_the_kernel_is_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     exact = replace(cpu_int8(), saturates=False)
-    monkeypatch.setattr(int4_linear, "cpu_int8", lambda: exact)
+    monkeypatch.setattr(avx2_linear, "cpu_int8", lambda: exact)
 
-    assert not int4_linear.fits(weight(20, 64, None))
+    assert not avx2_linear.fits(weight(20, 64, None))

@@ -1,0 +1,147 @@
+// What becomes of the integer sums of a product: the epilogue of `fxq.lowering.int8_linear`, in the
+// order of the definition, each step rounded by itself (never contracted to fused multiply-adds), so
+// that results without an activation function are bit-equal to it, codes included.
+
+#pragma once
+#include <algorithm>
+#include <cstring>
+#include <memory>
+
+#include "activation.h"
+
+namespace {
+
+constexpr int64_t PANEL = 16;  // output channels
+
+// A value for each row, each channel, or all: steps of 0 or 1. `data` may be none.
+template <typename T>
+struct Spread {
+  const T* data;
+  int64_t row_step, channel_step;
+};
+
+// What the caller gives beside codes, and where results go.
+struct Call {
+  int32_t shift;  // added to zero-points, as to codes
+  Spread<int32_t> x_zero;
+  Spread<float> x_scale;
+  const float* w_scale;  // [groups], or that for every channel
+  int64_t w_step;
+  int64_t groups;           // of neighbouring input channels that share a scale
+  const int32_t* row_sums;  // [panels, groups, 16], of the weight
+  const float* bias;        // none, or one a channel
+  int activation;
+  const float* residual;  // none, or [rows, n_out]
+  Spread<float> out_scale;
+  Spread<int32_t> out_zero;
+  int code_min, code_max;
+  void* out;  // [rows, n_out], of
+  int kind;   // this
+  int64_t n_out;
+};
+
+enum Kind { WHOLE, REAL, CODES };  // int32, fp32, int8 or uint8: those of `avx2_linear.KINDS`
+
+// Store the first `n` of eight values that lie in `eight`. Not by masks: they are slow on AMD's
+// processors, and so is copying a number of bytes that is not known.
+template <typename T, typename Eight>
+inline void store_first(int64_t n, const Eight& eight, T* to) {
+  static_assert(sizeof(Eight) == 8 * sizeof(T));
+  if (n == 8) std::memcpy(to, &eight, sizeof(Eight));
+  else std::memcpy(to, &eight, n * sizeof(T));
+}
+
+inline __m256 load_first(int64_t n, const float* from) {
+  if (n == 8) return _mm256_loadu_ps(from);
+  __m256 eight = _mm256_setzero_ps();
+  std::memcpy(&eight, from, n * sizeof(float));
+  return eight;
+}
+
+// What the caller gives for each channel, panel by panel; zero beyond the last.
+struct Channels {
+  std::unique_ptr<float[]> w_scale;  // [panels, groups, 16]
+  std::unique_ptr<float[]> bias, inverse, out_zero;  // [panels, 16]; 1 / out_scale
+  explicit Channels(const Call& c) {
+    const int64_t panels = (c.n_out + PANEL - 1) / PANEL;
+    w_scale.reset(new float[panels * c.groups * PANEL]());
+    for (int64_t n = 0; n < c.n_out; ++n)
+      for (int64_t g = 0; g < c.groups; ++g)
+        w_scale[(n / PANEL * c.groups + g) * PANEL + n % PANEL] = c.w_scale[n * c.w_step + g];
+    for (auto* values : {&bias, &inverse, &out_zero}) values->reset(new float[panels * PANEL]());
+    for (int64_t n = 0; n < c.n_out; ++n) {
+      if (c.bias != nullptr) bias[n] = c.bias[n];
+      if (c.out_scale.data != nullptr)
+        inverse[n] = 1.0f / c.out_scale.data[n * c.out_scale.channel_step];
+      if (c.out_zero.data != nullptr) out_zero[n] = c.out_zero.data[n * c.out_zero.channel_step];
+    }
+  }
+};
+
+// The epilogue for eight neighbouring output channels.
+struct Epilogue {
+  const Call& call;
+  const int64_t first, there;  // the first, and how many there are
+  const __m256 bias, inverse, out_zero;
+  const float* const w_scale;      // [groups, 16]
+  const int32_t* const row_sums;  // [groups, 16]
+  Epilogue(const Call& c, const Channels& channels, int64_t panel, int half)
+      : call(c),
+        first(panel * PANEL + 8 * half),
+        there(std::clamp<int64_t>(c.n_out - first, 0, 8)),
+        bias(_mm256_loadu_ps(channels.bias.get() + first)),
+        inverse(_mm256_loadu_ps(channels.inverse.get() + first)),
+        out_zero(_mm256_loadu_ps(channels.out_zero.get() + first)),
+        w_scale(channels.w_scale.get() + panel * c.groups * PANEL + 8 * half),
+        row_sums(c.row_sums + panel * c.groups * PANEL + 8 * half) {}
+
+  __m256 scale(int64_t group) const { return _mm256_loadu_ps(w_scale + group * PANEL); }
+
+  // The sums of one row and group, less what its zero-point adds to them.
+  __m256i centred(int64_t row, int64_t group, __m256i sums) const {
+    const Spread<int32_t>& zero = call.x_zero;
+    const int32_t value = call.shift + (zero.data == nullptr ? 0 : zero.data[row * zero.row_step]);
+    const int32_t* of_weight = row_sums + group * PANEL;
+    return _mm256_sub_epi32(
+        sums, _mm256_mullo_epi32(_mm256_set1_epi32(value),
+                                 _mm256_loadu_si256(reinterpret_cast<const __m256i*>(of_weight))));
+  }
+
+  // Store whole numbers, the only ones or those of all groups.
+  void store(int64_t row, __m256i whole) const {
+    if (call.kind != WHOLE) {
+      const __m256 x_scale = all(call.x_scale.data[row * call.x_scale.row_step]);
+      return finish(row, _mm256_mul_ps(_mm256_cvtepi32_ps(whole), _mm256_mul_ps(x_scale, scale(0))));
+    }
+    store_first(there, whole, static_cast<int32_t*>(call.out) + row * call.n_out + first);
+  }
+
+  // Finish and store values in real units, before the bias.
+  void finish(int64_t row, __m256 y) const {
+    const int64_t at = row * call.n_out + first;
+    if (call.bias != nullptr) y = _mm256_add_ps(y, bias);
+    y = activate(y, call.activation);
+    if (call.residual != nullptr)
+      y = _mm256_add_ps(y, load_first(there, call.residual + at));
+    if (call.kind == REAL) return store_first(there, y, static_cast<float*>(call.out) + at);
+    store_first(there, quantized(row, y), static_cast<uint8_t*>(call.out) + at);
+  }
+
+ private:
+  // Eight codes: round(y * (1 / scale)) + zero_point, clamped.
+  int64_t quantized(int64_t row, __m256 y) const {
+    const Spread<float>& scale = call.out_scale;
+    const Spread<int32_t>& zero = call.out_zero;
+    y = _mm256_mul_ps(y, scale.row_step ? all(1.0f / scale.data[row]) : inverse);
+    y = _mm256_round_ps(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    if (zero.data != nullptr)
+      y = _mm256_add_ps(y, zero.row_step ? all(zero.data[row]) : out_zero);
+    const __m256i codes = _mm256_cvtps_epi32(within(call.code_min, y, call.code_max));
+    const __m128i words =
+        _mm_packs_epi32(_mm256_castsi256_si128(codes), _mm256_extracti128_si256(codes, 1));
+    return _mm_cvtsi128_si64(call.code_max > 127 ? _mm_packus_epi16(words, words)
+                                                 : _mm_packs_epi16(words, words));
+  }
+};
+
+}  // namespace
