@@ -18,7 +18,6 @@ from itertools import pairwise
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 

@@ -20,7 +20,9 @@ class Scaled(nn.Module):
         return torch.relu(self.layer(x * self.factor)) / self.factor + self.factor
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
+)
 def test_a_graph_with_a_number_that_changes_is_never_left_to_eager(
     dtype: torch.dtype, built: list[GraphModule]
 ) -> None:

@@ -47,8 +47,7 @@ def program(drawn: tuple[nn.Module, fxq.Recorded, Any]) -> fxq.Program:
     return fxq.compress(model, calls[0], dilated("w6a8", 6, 8, reconstruct=FEW), data=chosen)
 
 
-@pytest.mark.parametrize("steps", [5, 11])
-@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize(("steps", "spacing"), [(5, "leading"), (11, "trailing")])
 def test_a_sampler_may_take_other_steps(
     drawn: tuple[nn.Module, fxq.Recorded, Any], program: fxq.Program, spacing: str, steps: int
 ) -> None:

@@ -13,7 +13,9 @@ from fxq.passes import w8a8
 from fxq.signature import split_inputs
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "unet_condition")) for n in ZOO]
+)
 def test_compressed_families_verify_and_stay_close_to_float(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

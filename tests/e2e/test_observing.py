@@ -75,7 +75,7 @@ def test_observed_equals_compressed_bit_for_bit(every_layer_pays: None) -> None:
 
 
 SIZES: dict[str, Any] = {
-    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
     "num_key_value_heads": 1, "vocab_size": 61, "max_position_embeddings": 32,
 }  # fmt: skip
 
@@ -246,6 +246,7 @@ def test_nothing_observed_is_an_error() -> None:
         pass
 
 
+@pytest.mark.slow
 def test_a_pipeline_with_guidance_quantizes_statically(every_layer_pays: None) -> None:
     pipe = dit_pipeline()
     transformer = pipe.transformer

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from models import Block
+from scaling import with_slow
 from small_models import ZOO, seeded
 from torch.utils._pytree import tree_leaves
 
@@ -21,7 +22,7 @@ def everything_pays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["swin", "llama", pytest.param("unet_condition", marks=pytest.mark.slow), "flux"],
+    with_slow("swin", "llama", "unet_condition", "flux"),
 )
 def test_scaled_families_verify_and_stay_close_to_float(name: str) -> None:
     model, example = seeded(ZOO[name])

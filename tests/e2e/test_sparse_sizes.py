@@ -74,7 +74,13 @@ def flux(visual: int, text: int) -> dict[str, Any]:
     [
         # The prompt is no part of Wan's self-attention: its length stays free.
         ("wan", [wan(2, 8, 5), wan(2, 12, 7), wan(2, 12, 9), wan(2, 8, 9), wan(3, 8, 9)], 4, 1),
-        ("flux", [flux(16, 5), flux(24, 7), flux(16, 7), flux(24, 5), flux(24, 7)], 4, 2),
+        pytest.param(
+            "flux",
+            [flux(16, 5), flux(24, 7), flux(16, 7), flux(24, 5), flux(24, 7)],
+            4,
+            2,
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_resolutions_and_prompts_of_one_process_keep_attention_sparse(

@@ -205,7 +205,7 @@ def test_shapes_reach_every_configuration() -> None:
     assert chosen == set(CONFIGS.values())
 
 
-@pytest.mark.parametrize("tma", [False, True])
+@pytest.mark.parametrize("tma", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_heavy_epilogue_in_the_largest_tile_would_spill(tma: bool) -> None:
     flags = PLAIN | EPILOGUES["everything"]
 

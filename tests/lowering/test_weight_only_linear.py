@@ -318,10 +318,18 @@ def test_where_codes_gain_nothing_the_layer_stays_float(
 @pytest.mark.parametrize(
     ("variables", "reason"),
     [
-        ({"ATEN_CPU_CAPABILITY": "default"}, "need AVX2"),
-        ({"CXX": "/nowhere/g++", "TORCHINDUCTOR_CACHE_DIR": "{fresh}"}, "could not be built"),
+        pytest.param(
+            {"ATEN_CPU_CAPABILITY": "default"},
+            "need AVX2",
+            id="no AVX2",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"CXX": "/nowhere/g++", "TORCHINDUCTOR_CACHE_DIR": "{fresh}"},
+            "could not be built",
+            id="no compiler",
+        ),
     ],
-    ids=["no AVX2", "no compiler"],
 )
 def test_a_machine_that_cannot_build_declines_and_computes_all_the_same(
     variables: dict[str, str], reason: str, tmp_path: object

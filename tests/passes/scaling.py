@@ -3,6 +3,7 @@
 import functools
 from typing import Any
 
+import pytest
 import torch
 from small_models import ZOO, seeded
 from torch import Tensor
@@ -50,3 +51,9 @@ def random_scaling(site: ScaleSite, seed: int) -> Scaling:
     scale = torch.empty(site.n_channels, dtype=torch.float64).uniform_(0.2, 5, generator=generator)
     shift = torch.randn(site.n_channels, dtype=torch.float64, generator=generator)
     return Scaling(site, scale, None if site.why_no_shift else shift)
+
+
+def with_slow(*names: str) -> list[Any]:
+    """Families as test parameters, the largest of them slow: others have what they have."""
+    large = ("unet_condition", "hunyuan_video", "flux")
+    return [pytest.param(n, marks=[pytest.mark.slow] * (n in large)) for n in names]

@@ -57,8 +57,10 @@ def trained() -> tuple[nn.Module, Tensor, Tensor]:
 )
 @pytest.mark.parametrize(
     ("plain", "smooth"),
-    [(w8a8.STATIC, smoothquant.W8A8), (w6a6.STATIC, smoothquant.W6A6)],
-    ids=["w8a8", "w6a6"],
+    [
+        pytest.param(w8a8.STATIC, smoothquant.W8A8, id="w8a8"),
+        pytest.param(w6a6.STATIC, smoothquant.W6A6, id="w6a6", marks=pytest.mark.slow),
+    ],
 )
 def test_smoothquant_recovers_what_planted_imbalance_costs(
     plain: Recipe, smooth: Recipe, seed: int

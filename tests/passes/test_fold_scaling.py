@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from scaling import family, random_scaling
+from scaling import family, random_scaling, with_slow
 from small_models import ZOO
 from torch import Tensor, nn
 
@@ -26,7 +26,7 @@ def sites_of(model: nn.Module, *inputs: Tensor) -> tuple[torch.fx.GraphModule, S
     return gm, scale_sites(gm)
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", with_slow(*ZOO))
 @pytest.mark.parametrize(
     "dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.float64], ids=str
 )

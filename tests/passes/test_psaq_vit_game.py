@@ -121,6 +121,7 @@ def test_the_game_leaves_model_and_images_untouched_and_is_reproducible() -> Non
     assert not torch.equal(first.pixels, other.pixels)
 
 
+@pytest.mark.slow
 def test_the_student_comes_closer_than_quantization_alone() -> None:
     gains = []
     for seed in range(3):

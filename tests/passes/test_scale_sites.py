@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 from models import Computed
-from scaling import random_scaling
+from scaling import random_scaling, with_slow
 from small_models import ZOO, seeded
 from torch import Tensor, nn
 
@@ -59,7 +59,7 @@ def refusals(sites: ScaleSites) -> dict[str, str]:
     return {owner_name(node): why for node, why in sites.refusals.items()}
 
 
-@pytest.mark.parametrize("family", ZOO)
+@pytest.mark.parametrize("family", with_slow(*ZOO))
 def test_number_of_sites_in_each_family(family: str) -> None:
     model, example = seeded(ZOO[family])
     gm = fxq.capture(model, example).graph_module
