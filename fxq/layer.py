@@ -73,6 +73,43 @@ class WeightCodes:
 
 
 @dataclass(frozen=True)
+class Concentration:
+    """How much of a weight lies in few of its elements or directions.
+
+    Args:
+        hoyer: 0 where all magnitudes are equal, 1 where one element is not 0.
+        gini: 0 where all magnitudes are equal, near 1 where one element is not 0.
+        stable_rank: squared Frobenius norm over squared spectral norm, 1 to the rank; 0 for zeros.
+    """
+
+    hoyer: float
+    gini: float
+    stable_rank: float
+
+
+@dataclass(frozen=True)
+class Induction:
+    """What learned importances made of a pruned weight.
+
+    Args:
+        sites: names of those whose factors it has, shared by all layers that name them; none where
+            no factor reaches it.
+        loss: squared error of the layer's outputs on the data over their squares, both without
+            their means where the bias takes the mean error. A site's loss is the sum over its
+            layers.
+        loss_before: the same, chosen as the pruner does without factors.
+        before: of the weight, before it is pruned.
+        after: likewise, times the factors.
+    """
+
+    sites: tuple[str, ...]
+    loss: float
+    loss_before: float
+    before: Concentration
+    after: Concentration
+
+
+@dataclass(frozen=True)
 class Layer:
     """What is known of one operator that multiplies.
 
@@ -86,6 +123,7 @@ class Layer:
         divided: its input is a product with a constant per channel, which a quantizer can take in.
         weight: what a method has fixed its weight to.
         mask: bool, in the weight's shape: False where a pruning method made it zero.
+        induction: what learned importances made of it, None where its pruner learned none.
     """
 
     origin: str
@@ -96,6 +134,7 @@ class Layer:
     divided: bool = False
     weight: WeightCodes | None = field(default=None, compare=False)
     mask: Tensor | None = field(default=None, compare=False)
+    induction: Induction | None = None
 
     @property
     def is_pending(self) -> bool:

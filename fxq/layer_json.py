@@ -8,16 +8,25 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxq import formats, rows, spec
-from fxq.layer import LAYER, Layer, Skip, Treatment, WeightCodes, layer_of
+from fxq.layer import (
+    LAYER,
+    Concentration,
+    Induction,
+    Layer,
+    Skip,
+    Treatment,
+    WeightCodes,
+    layer_of,
+)
 from fxq.rewriting import register_tensor
 
 TYPES = {
     kind.__name__: kind
     for kind in (
-        Layer, Treatment, Skip, spec.LayerSpec, spec.QuantSpec, formats.Integer, formats.Float8,
-        rows.ByTimestep, rows.ByStep, rows.ByPosition, spec.PerTensor, spec.PerChannel,
-        spec.PerGroup, spec.PerToken, spec.MinMax, spec.MovingAverage, spec.Percentile,
-        spec.MeanSquaredError, spec.Entropy,
+        Layer, Treatment, Skip, Concentration, Induction, spec.LayerSpec, spec.QuantSpec,
+        formats.Integer, formats.Float8, rows.ByTimestep, rows.ByStep, rows.ByPosition,
+        spec.PerTensor, spec.PerChannel, spec.PerGroup, spec.PerToken, spec.MinMax,
+        spec.MovingAverage, spec.Percentile, spec.MeanSquaredError, spec.Entropy,
     )
 }  # fmt: skip
 

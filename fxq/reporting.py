@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fxq.account import Row, account
+from fxq.layer import Induction
 from fxq.lowering.lower import lower
 from fxq.program import Program, check_program
 from fxq.signature import Inputs, split_inputs
@@ -39,6 +40,12 @@ class ReportRow:
     def sparsity(self) -> float | None:
         """The share of its weight that is pruned, 0 to 1; None where none is."""
         return self.row.layer.sparsity
+
+    @property
+    def induction(self) -> Induction | None:
+        """What Sparsity Induction made of its weight: losses, and measures of its concentration;
+        None where none was."""
+        return self.row.layer.induction
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ second moments of the input. Everything is float64.
 import torch
 from torch import Tensor
 
+from fxq.layer import Concentration
+
 TINY = torch.finfo(torch.float64).tiny
 EPSILON = 1e-6  # of a channel's spread, relative to the mean of all: it keeps factors above 0
 
@@ -175,3 +177,8 @@ def stable_rank(weight: Tensor, steps: int = 100) -> float:
     start = torch.randn(values.shape[1], generator=generator, dtype=torch.float64)
     norm, _ = power_iteration(values, (start / start.norm()).to(values.device), steps)
     return float(values.square().sum() / norm.square()) if norm > 0 else 0.0
+
+
+def concentration(weight: Tensor) -> Concentration:
+    """Return all three measures of a weight `[N, K]`."""
+    return Concentration(hoyer(weight), gini(weight), stable_rank(weight))

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from fxq.dialect import ATEN, Dialect
 from fxq.graph import is_constant, weight_of
 from fxq.identity import TensorKey
+from fxq.layer import Induction
 from fxq.operators import operand
 from fxq.passes.common.float_function import LOOSE, check_float_function
 from fxq.passes.common.reconstruction.blocks import cut
@@ -28,9 +29,7 @@ from fxq.passes.pruning.prune import Pruner, prunable, pruned
 from fxq.passes.sparsity_induction.equations import (
     absorbed_shift,
     centred,
-    gini,
-    hoyer,
-    stable_rank,
+    concentration,
 )
 from fxq.passes.sparsity_induction.learning import Choice, Layer, Learning, learn
 from fxq.pipeline import Batches
@@ -172,13 +171,16 @@ class InduceSparsity(WeightMethod[Plan]):
         factors: Mapping[ScaleSite, Tensor],
     ) -> Induced:
         plain = pruned(best.weight, best.mask, layer.pattern)
-        scaled = layer.weight * own.exp()
         did = (
             f"{plain.did}; output error {best.error:.3g}, {base.error:.3g} with "
-            f"{type(self.pruner).__name__}'s own choice; of the weights, with and without factors: "
-            f"Hoyer {hoyer(scaled):.3f}, {hoyer(layer.weight):.3f}, "
-            f"Gini {gini(scaled):.3f}, {gini(layer.weight):.3f}, "
-            f"stable rank {stable_rank(scaled):.3g}, {stable_rank(layer.weight):.3g}"
+            f"{type(self.pruner).__name__}'s own choice"
+        )
+        induction = Induction(
+            tuple(site.name for site, _ in job.plan.links),
+            best.error,
+            base.error,
+            concentration(layer.weight),
+            concentration(layer.weight * own.exp()),
         )
         whys = (("no factor", job.plan.why_no_factor), ("no shift", job.plan.why_no_shift))
         remark = "; ".join([plain.remark, *(f"{what}: {why}" for what, why in whys if why)])
@@ -186,7 +188,8 @@ class InduceSparsity(WeightMethod[Plan]):
         if self._shifts(job):
             shift = absorbed_shift(layer.weight.double(), best.weight.double(), layer.mean)
         mine = {site: factors[site] for site, _ in job.plan.links}
-        return Induced(did, remark, plain.weight, plain.facts, shift, mine)
+        facts = {**plain.facts, "induction": induction}
+        return Induced(did, remark, plain.weight, facts, shift, mine)
 
     def finish(self, gm: GraphModule, data: Batches, results: Sequence[Treated]) -> None:
         """Move the factors into the weights, where that is asked for."""

@@ -257,7 +257,9 @@ class Small(nn.Module):
         return self.head(self.mlp(self.first(x).relu()))
 
 
-def test_weights_are_pruned_and_rounded_by_data_as_the_page_says() -> None:
+def test_weights_are_pruned_and_rounded_by_data_as_the_page_says(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     scope: dict[str, Any] = {}
     exec(block("Wanda(Group(2, 4)", "docs/quantization.md"), scope)
     exec(block("InduceSparsity(Magnitude", "docs/quantization.md"), scope)
@@ -276,6 +278,11 @@ def test_weights_are_pruned_and_rounded_by_data_as_the_page_says() -> None:
     assert set(formats.values()) == {"float32 x int4"}
     assert {row.sparsity for row in found["induced"].values()} <= {0.5, None}
     assert found["induced"]["first"].sparsity == 0.5
+    exec(block("row.induction", "docs/quantization.md"), {"fxq": fxq, "program": program})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines[::2]] == [
+        [name, "0.5"] for name in ("first", "mlp.0", "mlp.2")
+    ]
 
 
 def test_samples_are_chosen_as_the_page_on_generators_says() -> None:

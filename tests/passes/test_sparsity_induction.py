@@ -134,9 +134,47 @@ def test_factors_are_learned_through_the_mask() -> None:
         masks.append(torch.stack([layer_of(n).mask for n in linears(program.graph_module)[:2]]))  # type: ignore[misc]
 
     assert float((masks[0] != masks[1]).double().mean()) > 0.01
-    did = layer_of(linears(program.graph_module)[0]).treatments[0].did
-    measures = [float(part.split()[-1]) for part in str(did).split("Hoyer ")[1].split(",")[:2]]
-    assert measures[0] > measures[1]
+    found = layer_of(linears(program.graph_module)[0]).induction
+    assert found is not None
+    assert found.after.hoyer > found.before.hoyer
+    assert found.after.gini > found.before.gini
+
+
+@torch.no_grad()
+def test_the_report_has_losses_and_the_concentration_of_weights(tmp_path: Path) -> None:
+    model, x = Net().eval(), correlated(256, 32)
+    induced = InduceSparsity(Magnitude(), learning=BRIEF)
+
+    fxq.save(compressed(model, x, induced), tmp_path / "p.fxq")
+    program = fxq.load(tmp_path / "p.fxq")
+
+    rows = fxq.report(program).rows
+    *found, head = [row.induction for row in rows]
+    assert head is None
+    assert [row.sparsity for row in rows] == [0.5, 0.5, 0.5, None]
+    # Nothing is pruned in front of a and b. Their bias takes the mean: only the outputs' power is
+    # another than in `layer_errors`.
+    weights = [model.a.weight, model.b.weight, model.out.weight]
+    h = model.norm(x)
+    powers = [
+        (h @ w.T).var(0, correction=0).sum() / (h @ w.T).square().mean(0).sum() for w in weights[:2]
+    ]
+    losses = layer_errors(model, program, x) / torch.stack(powers)
+    for k, (each, weight) in enumerate(zip(found, weights, strict=True)):
+        assert each is not None
+        size = weight.norm()
+        ratio = float(weight.abs().sum() / size)
+        root = weight.numel() ** 0.5
+        assert each.before.hoyer == pytest.approx((root - ratio) / (root - 1), rel=1e-5)
+        rank = float((size / torch.linalg.matrix_norm(weight, 2)) ** 2)
+        assert each.before.stable_rank == pytest.approx(rank, rel=1e-2)
+        differences = (weight.flatten()[:, None].abs() - weight.flatten().abs()).abs()
+        gini = float(differences.mean() / (2 * weight.abs().mean()))
+        assert each.before.gini == pytest.approx(gini, rel=1e-4)
+        assert each.loss <= each.loss_before
+        if k < 2:
+            assert each.loss == pytest.approx(float(losses[k]), rel=1e-3)
+            assert each.sites == ("a, b",)
 
 
 @pytest.mark.parametrize("pruner", [Magnitude(), SparseGPT(Group(2, 4))], ids=repr)
