@@ -52,7 +52,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fxq.lowering.lower import lower
 from fxq.numerics import sqnr_db
 from fxq.passes import recommended, w8a8
-from fxq.passes.common import InsertObservers
 from fxq.pipeline import Recipe, compress
 
 MAX_GAP_DB = 0.5  # between simulated and compiled SQNR; rounding flips alone move it by tenths
@@ -182,15 +181,6 @@ def prepare_fxq(task: Task, recipe: Recipe) -> Candidate:
     return Candidate(program, "fxq", int8=f"{n_int8}/{len(decisions)}")
 
 
-def with_convolutions(recipe: Recipe) -> Recipe:
-    """Return a recipe that quantizes convolutions too."""
-    passes = [
-        dataclasses.replace(p, targets=("linear", "conv")) if isinstance(p, InsertObservers) else p
-        for p in recipe.passes
-    ]
-    return Recipe(f"{recipe.name}_conv", tuple(passes))
-
-
 def prepare_pt2e(task: Task, reduce_range: bool) -> Candidate:
     """Quantize with torchao's PT2E."""
     module = peers.pt2e(task.model, task.calibration, reduce_range=reduce_range)
@@ -221,9 +211,7 @@ VARIANTS: dict[str, Callable[[Task], Candidate]] = {
     "Inductor fp32, freezing": functools.partial(prepare_float, inductor={"freezing": True}),
     "fxq recommended": functools.partial(prepare_fxq, recipe=recommended.W8A8),
     "fxq static": functools.partial(prepare_fxq, recipe=w8a8.STATIC),
-    "fxq static, convolutions too": functools.partial(
-        prepare_fxq, recipe=with_convolutions(w8a8.STATIC)
-    ),
+    "fxq static, convolutions too": functools.partial(prepare_fxq, recipe=w8a8.STATIC_CONV),
     "fxq static per token": functools.partial(prepare_fxq, recipe=w8a8.STATIC_PER_TOKEN),
     "fxq dynamic": functools.partial(prepare_fxq, recipe=w8a8.DYNAMIC),
     "ONNX Runtime int8": prepare_onnx_runtime,
