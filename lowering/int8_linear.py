@@ -2,7 +2,7 @@
 
     acc = (x - x_zero_point) @ weight.T                   int32, exact
     y   = acc * (x_scale * w_scale) + bias                fp32
-    y   = activation(y) + residual                        fp32
+    y   = activation(y + apart @ w_apart.T) + residual    fp32
     out = y as out_dtype, or its codes where out_scale is given; acc itself where out_dtype is int32
 
 `reference` is the definition. On CUDA the op is one Triton kernel
@@ -14,6 +14,7 @@ x `[..., K]` int8 or uint8; x_scale fp32 and x_zero_point int32 `[..., 1]`, broa
 one element in any number of axes;
 weight `[N, K]` int8; w_scale `[N, 1]` or `[1, 1]` fp32, or `[N, G]` for G groups of neighbouring
 input channels, whose sums are scaled before they are added; bias `[N]`;
+apart `[..., J]` and w_apart `[N, J]` fp32, a few channels that are not among those of x;
 residual and out `[..., N]`;
 out_scale one element or `[1, ..., N]`, out_zero_point one element; on a CPU both may be one for
 each row too, `[..., 1]`.
@@ -112,11 +113,15 @@ def reference(
     out_zero_point: Tensor | None = None,
     quant_min: int = -128,
     quant_max: int = 127,
+    apart: Tensor | None = None,
+    w_apart: Tensor | None = None,
 ) -> Tensor:
     """Compute the definition above on any device."""
     if out_dtype == torch.int32:
         return accumulate(x, x_zero_point, weight)
     y = scaled(x, x_scale, x_zero_point, weight, w_scale, bias)
+    if apart is not None and w_apart is not None:
+        y = y + F.linear(apart, w_apart)
     return finish(
         y, out_dtype, activation, residual, out_scale, out_zero_point, quant_min, quant_max
     )
@@ -136,6 +141,8 @@ def int8_linear(
     out_zero_point: Tensor | None = None,
     quant_min: int = -128,
     quant_max: int = 127,
+    apart: Tensor | None = None,
+    w_apart: Tensor | None = None,
 ) -> Tensor:
     """Compute `reference` with the fastest exact implementation for the device of `x`."""
     product = (x, x_scale, x_zero_point, weight, w_scale, bias)
@@ -143,13 +150,15 @@ def int8_linear(
     on_x86 = x.device.type == "cpu" and cpu_int8().available
     if on_x86 and (packed := avx2_linear.packed(weight, w_scale.shape[-1])):
         parts = (x, x_scale, x_zero_point, packed, w_scale, bias)
-        return avx2_linear.launch(*parts, out_dtype, *epilogue)
+        return avx2_linear.launch(*parts, out_dtype, *epilogue, apart, w_apart)
     if out_dtype == torch.int32:
         exact = cpu_accumulators if on_x86 else accumulate
         return exact(x, x_zero_point, weight).to(torch.int32)
-    if x.device.type == "cuda":
+    if x.device.type == "cuda" and apart is None:
         return _on_cuda(*product, out_dtype, *epilogue)
     y = cpu_launch(*product) if on_x86 and w_scale.shape[-1] == 1 else scaled(*product)
+    if apart is not None and w_apart is not None:
+        y = y + F.linear(apart, w_apart)
     return finish(y, out_dtype, *epilogue)
 
 
@@ -167,6 +176,8 @@ def _fake(
     out_zero_point: Tensor | None = None,
     quant_min: int = -128,
     quant_max: int = 127,
+    apart: Tensor | None = None,
+    w_apart: Tensor | None = None,
 ) -> Tensor:
     dtype = out_dtype if out_scale is None else codes_dtype(quant_max)
     return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype)

@@ -17,6 +17,7 @@ from fxq.graph import args_of, dtype_of, hint, is_op, shape_of, tensor_of
 from fxq.lowering.int8_linear import accumulate
 from fxq.lowering.rule import Decision, Lowering, Rule
 from fxq.numerics import largest_sum
+from fxq.operators import LINEAR
 from fxq.rewriting import insert_call
 
 aten = torch.ops.aten
@@ -45,12 +46,14 @@ class Takes:
         residual: an fp32 tensor of the result's shape that is added.
         row_codes: codes with a scale for each row, of a size along each axis or 1.
         largest_code: that its codes go to.
+        apart: how many channels beside those with codes, in fp32.
     """
 
     casts: bool = True
     residual: bool = False
     row_codes: bool = False
     largest_code: int = 127
+    apart: int = 0
 
 
 @dataclass(frozen=True)
@@ -97,9 +100,11 @@ class Int8Linear(Int8Layer):
     def fuse(self, layer: Node, o: Operands, takes: Takes) -> tuple[Any, ...]:
         """Put the kernel in the place of `layer` and of as much of what follows as its epilogue
         takes in; return the op's arguments from `out_dtype` on."""
-        last, epilogue, guard = fusible_epilogue(layer, takes, finite=_is_finite(o.bias))
-        args = (o.codes, o.scale, o.zero_point, o.weight, o.w_scale, o.bias)
-        result = insert_call(ops.int8_linear.default, (*args, *epilogue), before=last, like=layer)
+        start, apart = channels_apart(layer, takes.apart)
+        finite = _is_finite(o.bias) and not apart  # whose products may be Inf
+        last, epilogue, guard = fusible_epilogue(start, takes, finite=finite)
+        args = (o.codes, o.scale, o.zero_point, o.weight, o.w_scale, o.bias, *epilogue)
+        result = insert_call(ops.int8_linear.default, args, apart, before=last, like=layer)
         self.replace(layer, result, last=last)
         if guard is not None:
             rows = (o.scale, args_of(guard)[1])
@@ -174,6 +179,25 @@ def is_per_row(scale: Node, values: Node) -> bool:
         isinstance(size, int) and (size == 1 or (isinstance(full, int) and size == full))
         for size, full in zip(sizes, rows, strict=True)
     )
+
+
+def channels_apart(layer: Node, most: int) -> tuple[Node, dict[str, Node]]:
+    """Return the addition to `layer` of a product of a few channels, and the op's arguments for it;
+    the layer itself and none where there is no such product.
+
+    Args:
+        layer: a linear.
+        most: channels that the kernel takes.
+    """
+    found = _residual(layer) if most else None
+    if found is None:
+        return layer, {}
+    add, other = found
+    x, weight, *bias = (*args_of(other), None)[:3] if is_op(other, *LINEAR) else (None, None)
+    few = isinstance(weight, Node) and weight.op == "get_attr" and bias == [None]
+    if not few or len(other.users) > 1 or hint(shape_of(weight)[1]) > most:
+        return layer, {}
+    return add, {"apart": x, "w_apart": weight}
 
 
 def fusible_epilogue(

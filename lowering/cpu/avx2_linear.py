@@ -101,6 +101,8 @@ def launch(
     out_zero_point: Tensor | None = None,
     quant_min: int = -128,
     quant_max: int = 127,
+    apart: Tensor | None = None,
+    w_apart: Tensor | None = None,
 ) -> Tensor:
     """Compute `fxq.lowering.int8_linear.reference`; arguments as there but for the packed weight.
 
@@ -119,13 +121,17 @@ def launch(
     bias = None if bias is None else bias.float().contiguous()
     if residual is not None:
         residual = residual.float().expand(out.shape).contiguous()
+    if apart is not None and w_apart is not None:
+        apart = apart.expand(*out.shape[:-1], -1).contiguous()
+        w_apart = w_apart.contiguous()
     step, to_zero = _spread(out_scale, out), _spread(out_zero_point, out)
     kernel(
         address(rows), *rows.shape, SIGN if x.dtype == torch.int8 else 0,
         address(zero.values), zero.row_step, address(scale.values), scale.row_step,
         address(weight.codes), address(weight.row_sums), weight.is_narrow, address(w_scale),
         n_groups if w_scale.numel() > n_groups else 0, n_groups,
-        address(bias), ACTIVATIONS.index(activation), address(residual),
+        address(bias), address(apart), address(w_apart), 0 if apart is None else apart.shape[-1],
+        ACTIVATIONS.index(activation), address(residual),
         address(step.values), step.row_step, step.channel_step,
         address(to_zero.values), to_zero.row_step, to_zero.channel_step, quant_min, quant_max,
         address(out), kind, weight.n_out, torch.get_num_threads(),

@@ -30,6 +30,9 @@ struct Call {
   int64_t groups;           // of neighbouring input channels that share a scale
   const int32_t* row_sums;  // [panels, groups, 16], of the weight
   const float* bias;        // none, or one a channel
+  const float* apart;    // none, or [rows, n_apart]: channels that have no codes
+  const float* w_apart;  // [n_out, n_apart]
+  int64_t n_apart;
   int activation;
   const float* residual;  // none, or [rows, n_out]
   Spread<float> out_scale;
@@ -61,6 +64,7 @@ inline __m256 load_first(int64_t n, const float* from) {
 // What the caller gives for each channel, panel by panel; zero beyond the last.
 struct Channels {
   std::unique_ptr<float[]> w_scale;  // [panels, groups, 16]
+  std::unique_ptr<float[]> w_apart;  // [panels, n_apart, 16]
   std::unique_ptr<float[]> bias, inverse, out_zero;  // [panels, 16]; 1 / out_scale
   explicit Channels(const Call& c) {
     const int64_t panels = (c.n_out + PANEL - 1) / PANEL;
@@ -68,6 +72,10 @@ struct Channels {
     for (int64_t n = 0; n < c.n_out; ++n)
       for (int64_t g = 0; g < c.groups; ++g)
         w_scale[(n / PANEL * c.groups + g) * PANEL + n % PANEL] = c.w_scale[n * c.w_step + g];
+    w_apart.reset(new float[panels * c.n_apart * PANEL]());
+    for (int64_t n = 0; n < c.n_out; ++n)
+      for (int64_t j = 0; j < c.n_apart; ++j)
+        w_apart[(n / PANEL * c.n_apart + j) * PANEL + n % PANEL] = c.w_apart[n * c.n_apart + j];
     for (auto* values : {&bias, &inverse, &out_zero}) values->reset(new float[panels * PANEL]());
     for (int64_t n = 0; n < c.n_out; ++n) {
       if (c.bias != nullptr) bias[n] = c.bias[n];
@@ -84,6 +92,7 @@ struct Epilogue {
   const int64_t first, there;  // the first, and how many there are
   const __m256 bias, inverse, out_zero;
   const float* const w_scale;      // [groups, 16]
+  const float* const w_apart;      // [n_apart, 16]
   const int32_t* const row_sums;  // [groups, 16]
   Epilogue(const Call& c, const Channels& channels, int64_t panel, int half)
       : call(c),
@@ -93,6 +102,7 @@ struct Epilogue {
         inverse(_mm256_loadu_ps(channels.inverse.get() + first)),
         out_zero(_mm256_loadu_ps(channels.out_zero.get() + first)),
         w_scale(channels.w_scale.get() + panel * c.groups * PANEL + 8 * half),
+        w_apart(channels.w_apart.get() + panel * c.n_apart * PANEL + 8 * half),
         row_sums(c.row_sums + panel * c.groups * PANEL + 8 * half) {}
 
   __m256 scale(int64_t group) const { return _mm256_loadu_ps(w_scale + group * PANEL); }
@@ -120,6 +130,9 @@ struct Epilogue {
   void finish(int64_t row, __m256 y) const {
     const int64_t at = row * call.n_out + first;
     if (call.bias != nullptr) y = _mm256_add_ps(y, bias);
+    for (int64_t j = 0; j < call.n_apart; ++j)
+      y = _mm256_fmadd_ps(all(call.apart[row * call.n_apart + j]),
+                          _mm256_loadu_ps(w_apart + j * PANEL), y);
     y = activate(y, call.activation);
     if (call.residual != nullptr)
       y = _mm256_add_ps(y, load_first(there, call.residual + at));

@@ -103,7 +103,7 @@ def too_small(n_rows: int, n_out: int, n_in: int, limits: Thresholds) -> str | N
     return None
 
 
-TAKES = Takes(casts=False, residual=True, row_codes=True, largest_code=255)
+TAKES = Takes(casts=False, residual=True, row_codes=True, largest_code=255, apart=16)
 
 
 @dataclass(frozen=True)

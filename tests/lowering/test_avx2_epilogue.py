@@ -21,7 +21,7 @@ from fxq.lowering.kernels import buffers
 from fxq.lowering.lower import lower
 from fxq.lowering.rule import MAX_ROUNDED_SHARE
 from fxq.numerics import sqnr_db
-from fxq.passes import w8a8
+from fxq.passes import recommended, w8a8
 
 CPU = torch.device("cpu")
 OPS = torch.ops.fxq
@@ -99,6 +99,41 @@ def test_more_axes_misaligned_and_strided() -> None:
             tail = (residual, out_scale, out_zero, -128, 127)
 
             assert torch.equal(OPS.int8_linear(*args, *tail), reference(*args, *tail))
+
+
+@pytest.mark.parametrize("n_apart", [1, 3, 16])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_channels_without_codes_are_added_before_the_activation(
+    shape: tuple[int, int, int], n_apart: int
+) -> None:
+    m, n, _ = shape
+    args = product(shape, torch.uint8, 8, True)
+    few = {"apart": torch.randn(n_apart, m).T * 20, "w_apart": torch.randn(n, n_apart)}
+    for activation in ("none", "gelu"):
+        for name in ("fp32", "fp32, residual"):
+            whole = (*args, torch.float32, activation, *outputs(m, n)[name])
+
+            found, expected = OPS.int8_linear(*whole, **few), reference(*whole, **few)
+
+            torch.testing.assert_close(found, expected, rtol=2e-6, atol=2e-5)
+            assert m == 0 or not torch.allclose(found, reference(*whole), atol=1e-2)
+    whole = (*args, torch.float32, "none", *outputs(m, n)["int8"])
+    steps = (OPS.int8_linear(*whole, **few).int() - reference(*whole, **few).int()).abs()
+    assert int(steps.max()) <= 1 if m else steps.numel() == 0
+
+
+def test_channels_without_codes_have_rows_of_their_own_and_stay_not_finite() -> None:
+    args = product((12, 20, 33), torch.uint8, 8, False)
+    args[0] = args[0].view(3, 4, 33)
+    few = torch.randn(3, 4, 2)
+    few[1, 2, 0], few[2, 0, 1] = math.nan, math.inf
+
+    found = OPS.int8_linear(*args, torch.float32, apart=few, w_apart=torch.ones(20, 2))
+
+    bad = torch.zeros(3, 4, dtype=torch.bool)
+    bad[1, 2] = bad[2, 0] = True
+    assert torch.equal(found.isfinite().all(-1), ~bad)
+    assert torch.equal(found.isfinite().any(-1), ~bad)
 
 
 def test_threads_give_the_same() -> None:
@@ -199,6 +234,36 @@ def test_a_block_has_no_passes_of_its_own_after_products(recipe: fxq.Recipe, cod
     if recipe is w8a8.STATIC_PER_TOKEN:
         (fused,) = [args for args in kernels if len(args) > 2]
         assert fused[2].meta["val"].shape == (1, 9, 1)
+
+
+def test_separated_outliers_are_part_of_the_product() -> None:
+    torch.manual_seed(0)
+    model, x = Block(), torch.randn(8, 9, 64)
+    with torch.no_grad():
+        model.norm.weight[5] = 300.0  # in what q, k and v read
+        for layer in (model.q, model.k, model.v):
+            layer.weight[:, 5] /= 300
+        model.proj.bias[7] = 300.0  # in what `up` reads
+        model.up.weight[:, 7] /= 300
+        model.up.weight[:2] *= 300  # in what `down` reads
+        model.down.weight[:, :2] /= 300
+
+    gm, kernels = lowered_of(model, recommended.W8A8, x)
+
+    found = [node.kwargs for node in gm.graph.nodes if is_op(node, OPS.int8_linear.default)]
+    assert [set(few) == {"apart", "w_apart"} for few in found] == [
+        True,
+        True,
+        True,
+        False,
+        True,
+        True,
+    ]
+    aten = torch.ops.aten
+    assert not [node for node in gm.graph.nodes if is_op(node, aten.linear.default)]
+    assert [args[0] for args in kernels].count("gelu") == 1
+    # A sum with what has no codes may be Inf where no scale says so: codes are made outside.
+    assert all(len(args) <= 2 for args, few in zip(kernels, found, strict=True) if few)
 
 
 class Readers(nn.Module):
