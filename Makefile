@@ -71,8 +71,8 @@ lock:  ## choose exact versions anew: the newest and the oldest that pyproject.t
 	@rm -rf .venv-lock
 
 bench: $(STAMP)  ## CPU benchmarks; results go to benchmarks/results
-	@$(BIN)/python benchmarks/cpu_vit.py --isa avx2
-	@$(BIN)/python benchmarks/cpu_vit.py --isa native
+	@$(BIN)/python benchmarks/cpu_models.py --isa avx2
+	@$(BIN)/python benchmarks/cpu_models.py --isa native
 	@$(BIN)/python benchmarks/cpu_int8_linear.py --isa avx2
 	@$(BIN)/python benchmarks/cpu_int8_conv.py --isa avx2 --threads 1
 	@$(BIN)/python benchmarks/cpu_int4_linear.py --isa avx2 --threads 1
