@@ -9,8 +9,10 @@ a static one that is guarded against NaN token by token, it gives the integer ac
 scale, zero-point and bias become plain aten operators, which Inductor fuses with whatever follows;
 in int32 where a sum may not be exact in fp32, so that it is rounded once.
 
-When int8 pays is read off `benchmarks/results/cpu_int8_linear_*.md`. Frozen numbers instead of a
-timing at compile time: the same program must compile to the same graph every time. oneDNN takes
+When oneDNN's int8 pays is read off `benchmarks/results/cpu_int8_linear_*.md`, which were measured
+before there was `avx2_linear`; for that it is where single products, one and two threads, were
+0.97 times fp32 and more (8-bit weights; 4-bit ones begin at half the work). Frozen numbers instead
+of a timing at compile time: the same program must compile to the same graph every time. oneDNN takes
 about 80 microseconds a call before it multiplies anything. Large weights repay that at any number
 of rows, because fp32 has to read four times the bytes; small ones need work. Convolutions, read off
 `cpu_int8_conv_avx2.md`, need it too, and input channels to multiply: depthwise ones are slower in
@@ -56,7 +58,7 @@ class Thresholds(NamedTuple):
 
 
 WITH_VNNI = Thresholds(16 << 20, 1 << 17)  # up to 7.9 times faster than fp32
-WITHOUT_VNNI = Thresholds(8 << 20, 1 << 19)  # of `avx2_linear`: up to 2.4 times
+WITHOUT_VNNI = Thresholds(24 << 20, 1 << 20)  # of `avx2_linear`: up to 2.5 times
 HUGE_WEIGHT = 1 << 24  # elements: pays with the sparse excess too
 CHANNEL_BLOCK = 4  # input channels of a group that oneDNN multiplies at a time
 # Input channels without groups. With 3 or 4, int8 has 1.4 times the speed of fp32 for a 7x7 kernel
@@ -92,7 +94,7 @@ def slower_than_float(n_rows: int, n_out: int, n_in: int, *, exact: bool) -> str
 def onednn_without_vnni() -> Thresholds:
     """Return where oneDNN overtakes fp32 without VNNI: its calls cost more than those of
     `avx2_linear`, which needs no other weight than a pair-safe one, and a compiler."""
-    return Thresholds(6 * WITHOUT_VNNI.min_macs, 4 * WITHOUT_VNNI.large_weight)
+    return Thresholds(2 * WITHOUT_VNNI.min_macs, 2 * WITHOUT_VNNI.large_weight)
 
 
 def too_small(n_rows: int, n_out: int, n_in: int, limits: Thresholds) -> str | None:

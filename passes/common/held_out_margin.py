@@ -38,7 +38,8 @@ class HeldOutMargin(DataPass):
     """Widen static ranges by what held-out data ask for. Stands after `Calibrate`.
 
     It is for ranges of all values seen (`MinMax`), one for all rows: those of other rules clip on
-    purpose. A single batch that cannot be cut in two holds nothing out, and nothing is widened.
+    purpose. Where a process has a single batch that cannot be cut in two, nothing is held out and
+    nothing widened.
 
     Args:
         margins: to try, relative to the range, rising from 0.
@@ -83,8 +84,7 @@ class HeldOutMargin(DataPass):
         for layer, _ in pending_layers(gm):
             name = str(getattr(layer.args[0], "target", ""))
             if name in chosen:
-                remark = f"range {chosen[name]:.0%} wider, for data held out"
-                treat(layer, type(self).__name__, "range widened", remark)
+                treat(layer, type(self).__name__, f"range {chosen[name]:.0%} wider")
         return PassResult(gm, modified=bool(chosen))
 
 

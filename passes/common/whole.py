@@ -14,7 +14,15 @@ from torch import SymInt, Tensor
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
 
-from fxq.calibrate import NO_DATA, Batches, all_reduce, batch_size, calibrate, n_processes
+from fxq.calibrate import (
+    NO_DATA,
+    Batches,
+    all_reduce,
+    batch_size,
+    calibrate,
+    gather,
+    n_processes,
+)
 from fxq.observers import RangeObserver
 from fxq.passes.common.convert import Convert
 from fxq.passes.common.insert_observers import InsertObservers
@@ -57,12 +65,19 @@ class Halves(NamedTuple):
 
 
 def halves_of(gm: GraphModule, data: Batches) -> Halves:
-    """Return batches in two halves. A process's only batch is cut where its size is free.
+    """Return batches in two halves. A process's only batch is cut where its size is free; where it
+    is not in one process, nothing is held out in any: all have to run as many halves.
 
     Args:
         gm: the graph that takes them.
         data: this process's batches; they can be iterated more than once.
     """
+    halves = _own_halves(gm, data)
+    agreed = all(gather(halves.held_out))
+    return halves if agreed else Halves(data, data, held_out=False)
+
+
+def _own_halves(gm: GraphModule, data: Batches) -> Halves:
     first = list(itertools.islice(iter(data), 2))
     if len(first) != 1:
         return Halves(_Part(data, 0), _Part(data, 1), held_out=True)

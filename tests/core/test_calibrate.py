@@ -17,6 +17,7 @@ from fxq.calibrate import calibrate, sweep
 from fxq.checkpoint import Checkpoint
 from fxq.errors import UnsupportedError
 from fxq.observers import RangeObserver
+from fxq.passes.common import HeldOutMargin
 from fxq.spec import (
     Entropy,
     MeanSquaredError,
@@ -76,6 +77,15 @@ def channel_amax(x: Tensor) -> Tensor:
     return x.abs().amax((0, 1))
 
 
+def widened(data: list[tuple[Tensor]]) -> list[Tensor]:
+    """Calibrated ranges, smallest and largest value, before and after margins were looked for."""
+    gm, (observer,) = observed([QuantSpec(symmetric=False, observer=MinMax())])
+    calibrate(gm, data, observers=[observer])
+    before = observer.range()
+    HeldOutMargin().run(gm, data)
+    return [*before, *observer.range()]
+
+
 def run_rank(rank: int, folder: str) -> None:
     """Calibrate every division of the batches as one of two processes and save what it ends
     with."""
@@ -103,6 +113,8 @@ def run_rank(rank: int, folder: str) -> None:
     gm, observers = observed([QuantSpec(observer=MovingAverage())])
     calibrate(gm, batches() if rank else [], observers=observers)
     found["moving average in one process"] = states(observers)
+    for name, shares in {"halves": SHARES["even"], "no half": SHARES["uneven"]}.items():
+        found[name] = widened([batches()[i] for i in shares[rank]])
     mine, path = [batches()[i] for i in SHARES["even"][rank]], Path(folder) / f"{rank}.kept"
     with contextlib.suppress(KeyboardInterrupt):
         gm, observers = observed(SPECS)
@@ -151,6 +163,19 @@ def test_two_processes_sweep_like_one(ranks: list[dict[str, Any]], share: str) -
 
     for rank in ranks:
         assert torch.equal(rank[share][2], expected)
+
+
+def test_two_processes_widen_by_the_same_margin(ranks: list[dict[str, Any]]) -> None:
+    # The even batches of each process are one half: 0 of the first and 1 of the second.
+    expected = widened([batches()[i] for i in (0, 2, 1, 3)])
+    for rank in ranks:
+        assert all(map(torch.equal, rank["halves"], expected))
+    assert not torch.equal(expected[1], expected[3])
+
+
+def test_nothing_is_held_out_where_one_process_cannot(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:  # the second has one batch of a fixed size
+        assert all(map(torch.equal, rank["no half"][:2], rank["no half"][2:]))
 
 
 def test_moving_average_over_two_processes_raises_in_both(ranks: list[dict[str, Any]]) -> None:
