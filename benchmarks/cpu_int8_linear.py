@@ -4,8 +4,8 @@
 
 The thresholds in `lowering/devices/x86.py` can be read off its last lines: the fewest rows from
 which on int8 wins. Two weights per shape: one whose neighbouring codes never saturate (`plain`),
-and a full-range one, which needs the sparse excess where the processor lacks VNNI (`excess`; with VNNI
-both run the same kernel). Activations arrive as uint8 codes with one scale, as in a statically
+and a full-range one, which needs the sparse excess where the processor lacks VNNI (`excess`; with
+VNNI both run the same kernel). Activations arrive as uint8 codes with one scale, as in a statically
 quantized model; quantizing them is not timed. Weights are cycled through copies, so that none is
 found in the cache for having just been used.
 """

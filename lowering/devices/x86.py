@@ -10,10 +10,10 @@ scale, zero-point and bias become plain aten operators, which Inductor fuses wit
 in int32 where a sum may not be exact in fp32, so that it is rounded once.
 
 When oneDNN's int8 pays is read off `benchmarks/results/cpu_int8_linear_*.md`, which were measured
-before there was `avx2_linear`; for that it is where single products, one and two threads, were
-0.97 times fp32 and more (8-bit weights; 4-bit ones begin at half the work). Frozen numbers instead
-of a timing at compile time: the same program must compile to the same graph every time. oneDNN
-takes about 80 microseconds a call before it multiplies anything. Large weights repay that at any number
+before there was `avx2_linear`; for that it is where single products, one and two threads, were 0.97
+times fp32 and more (8-bit weights; 4-bit ones begin at half the work). Frozen numbers instead of a
+timing at compile time: the same program must compile to the same graph every time. oneDNN takes
+about 80 microseconds a call before it multiplies anything. Large weights repay that at any number
 of rows, because fp32 has to read four times the bytes; small ones need work. Convolutions, read off
 `cpu_int8_conv_avx2.md`, need it too, and input channels to multiply: depthwise ones are slower in
 int8, and those of images faster or slower, by kernel and stride. They are measured without VNNI,
