@@ -19,7 +19,7 @@ from image_reconstruction import N_CALIBRATION, measured
 from torch import Tensor, nn
 
 from fxq.passes import recommended, repq_vit, smoothquant, w6a6, w8a8
-from fxq.passes.common import HeldOutMargin, SeparateOutliers
+from fxq.passes.common import HeldOutMargin, LeaveFloat, SeparateOutliers
 from fxq.passes.smoothquant import SmoothQuant
 from fxq.pipeline import Recipe
 from fxq.spec import LayerSpec, MeanSquaredError, MinMax
@@ -39,9 +39,11 @@ def variants(whole: Recipe, layer: LayerSpec) -> Iterator[tuple[str, Recipe]]:
     separate, *rest = whole.passes
     assert isinstance(separate, SeparateOutliers)
     yield "recommended", whole
-    exact = tuple(p for p in whole.passes if not isinstance(p, HeldOutMargin))
-    if len(exact) < len(whole.passes):
-        yield "without margins", Recipe(name, exact)
+    parts = {"margins": HeldOutMargin, "layers left float": LeaveFloat}
+    for part, kind in parts.items():
+        others = tuple(p for p in whole.passes if not isinstance(p, kind))
+        if len(others) < len(whole.passes):
+            yield f"without {part}", Recipe(name, others)
     yield "without separated outliers", Recipe(name, tuple(rest))
     turned = ranged(layer, other)
     swapped = recommended.recommended(name, turned, replace(separate, layer=turned))

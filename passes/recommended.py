@@ -6,16 +6,24 @@
 Each is a static recipe of `w8a8` or `w6a6` in which channels that stretch a range are separated
 (`SeparateOutliers`), with another range rule. With 8 bits it is the whole range seen, wider where
 data held out ask for it (`HeldOutMargin`): to clip rare large values loses the samples that have
-them. With 6 bits it is the range of least squared error, for weights too. Any part can be left out
-of the tuple. Chosen on an ImageNet ViT-Ti, and at 8 bits
-on a CIFAR-10 ViT (two calibration sets); other models were not tried.
+them. With 6 bits it is the range of least squared error, for weights too. A few layers that cost
+the results most for the work they are stay float (`LeaveFloat`). Any part can be left out of the
+tuple. Chosen on an ImageNet ViT-Ti, and at 8 bits on a CIFAR-10 ViT (two calibration sets); other
+models were not tried.
 
 A part that other toolkits have by default is not here, as it brought nothing on the ViT-Ti: a
 correction of biases after rounding.
 """
 
 from fxq.passes import w8a8
-from fxq.passes.common import Calibrate, Convert, HeldOutMargin, InsertObservers, SeparateOutliers
+from fxq.passes.common import (
+    Calibrate,
+    Convert,
+    HeldOutMargin,
+    InsertObservers,
+    LeaveFloat,
+    SeparateOutliers,
+)
 from fxq.pipeline import Recipe
 from fxq.spec import LayerSpec, MeanSquaredError, MinMax, PerChannel, PerTensor, QuantSpec
 
@@ -42,7 +50,8 @@ def recommended(name: str, layer: LayerSpec, separate: SeparateOutliers | None =
     separate = separate or SeparateOutliers(layer)
     ranges = layer.activation is not None and isinstance(layer.activation.observer, MinMax)
     margin = (HeldOutMargin(),) if ranges else ()
-    return Recipe(name, (separate, InsertObservers(layer), Calibrate(), *margin, Convert()))
+    observed = (InsertObservers(layer), Calibrate(), *margin, LeaveFloat())
+    return Recipe(name, (separate, *observed, Convert()))
 
 
 W8A8 = recommended("recommended_w8a8", W8A8_LAYER)

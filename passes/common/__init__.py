@@ -11,6 +11,7 @@ from fxq.passes.common.group_positions import GroupPositions
 from fxq.passes.common.held_out_margin import HeldOutMargin
 from fxq.passes.common.insert_observers import InsertObservers
 from fxq.passes.common.layer_choice import DEPTHWISE, FIRST, LAST, first_of
+from fxq.passes.common.leave_float import LeaveFloat
 from fxq.passes.common.observe_activations import ObserveActivations
 from fxq.passes.common.separate_outliers import SeparateOutliers
 from fxq.passes.common.split_concatenations import SplitConcatenations
@@ -34,6 +35,7 @@ __all__ = [
     "GroupPositions",
     "HeldOutMargin",
     "InsertObservers",
+    "LeaveFloat",
     "ObserveActivations",
     "SeparateOutliers",
     "SplitConcatenations",

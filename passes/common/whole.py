@@ -81,7 +81,7 @@ def _own_halves(gm: GraphModule, data: Batches) -> Halves:
     first = list(itertools.islice(iter(data), 2))
     if len(first) != 1:
         return Halves(_Part(data, 0), _Part(data, 1), held_out=True)
-    cut = _batch_inputs(gm)
+    cut = batch_inputs(gm)
     if not cut or len(first[0][cut[0]]) < FEWEST_SAMPLES:
         return Halves(data, data, held_out=False)
     return Halves(_Part(data, 0, cut), _Part(data, 1, cut), held_out=True)
@@ -109,7 +109,7 @@ class _Part:
                 return
 
 
-def _batch_inputs(gm: GraphModule) -> tuple[int, ...]:
+def batch_inputs(gm: GraphModule) -> tuple[int, ...]:
     """Return which inputs have the batch in dimension 0: those that share the first free size."""
     values = [n.meta.get("val") for n in gm.graph.nodes if n.op == "placeholder"]
     sizes: list[Any] = [v.shape[0] if isinstance(v, Tensor) and v.ndim else None for v in values]

@@ -10,7 +10,7 @@ from fxq.errors import UnsupportedError
 from fxq.passes.common import without_observers
 from fxq.passes.common.reconstruction import cut
 from fxq.passes.common.reconstruction.losses import relative_error
-from fxq.passes.common.reconstruction.sensitivity import sensitivities
+from fxq.passes.common.sensitivity import sensitivities
 from fxq.pipeline import Recipe
 
 

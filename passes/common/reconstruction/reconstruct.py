@@ -36,8 +36,8 @@ from fxq.passes.common.reconstruction.blocks import cut
 from fxq.passes.common.reconstruction.frontier import Frontier, Place
 from fxq.passes.common.reconstruction.losses import BlockLoss
 from fxq.passes.common.reconstruction.methods import Learned, Method, StraightThrough
-from fxq.passes.common.reconstruction.sensitivity import sensitivities
 from fxq.passes.common.reconstruction.training import BlockTraining, Course, Outcome, divided
+from fxq.passes.common.sensitivity import sensitivities
 from fxq.passes.common.student import set_parameter, student_of, without_observers
 from fxq.pipeline import Batches, DataPass
 from fxq.progress import Reported, Reporter, Task
