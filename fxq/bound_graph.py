@@ -2,8 +2,9 @@
 
 Dynamo hands over a graph whose parameters are inputs. Those that belong to a module are bound as
 constants here, because passes and kernels need the weights' values; each call checks that they are
-still the same tensors with the same version, and binds again where they are not. So a weight that
-changes in place is always seen. There may be several sets of weights, because Dynamo runs one graph
+still the same tensors with the same memory and version, and binds again where they are not. So a
+weight that changes in place is seen, but for writes that PyTorch does not count: through `.data` and
+through numpy. There may be several sets of weights, because Dynamo runs one graph
 for all instances of a module class.
 """
 
@@ -24,7 +25,7 @@ from fxq.canonicalize import canonicalize
 from fxq.dynamo import fake_mode_of, from_dynamo, lift_attributes, qualified_name
 from fxq.errors import FxqWarning
 from fxq.graph import RUNTIME_STATE, is_settled
-from fxq.identity import version_of
+from fxq.identity import state_of
 from fxq.rewriting import with_constants
 from fxq.writes import check_apart
 
@@ -33,16 +34,18 @@ Run = Callable[[Sequence[Any]], Any]
 
 @dataclass(frozen=True)
 class Build:
-    """What was made for one set of weights, and their versions then.
+    """What was made for one set of weights, and their states then.
 
     Args:
-        versions: how often each weight had been written to.
+        states: the memory of each weight, and how often it had been written to.
+        memory: keeps it, so that its address is not given to other memory.
         weights: as long as they live their ids are not given to others; with the first that dies
             the build goes.
         run: takes Dynamo's arguments.
     """
 
-    versions: tuple[int, ...]
+    states: tuple[tuple[int, int], ...]
+    memory: list[Tensor]
     weights: list[weakref.ref[Tensor]]
     run: Run
 
@@ -84,7 +87,7 @@ class BoundGraph(ABC):
         build = self.builds.get(tuple(map(id, static)))
         if build is None:
             build = self.build(args)
-        elif build.versions != tuple(map(version_of, static)):
+        elif build.states != tuple(map(state_of, static)):
             warnings.warn(
                 "weights have changed in place: compiling again", FxqWarning, stacklevel=2
             )
@@ -102,7 +105,8 @@ class BoundGraph(ABC):
         bound_to, builds = [args[i] for i in self.static], self.builds
         key = tuple(map(id, bound_to))
         kept = [weakref.ref(weight, lambda _: builds.pop(key, None)) for weight in bound_to]
-        builds[key] = Build(tuple(map(version_of, bound_to)), kept, run)
+        memory = [weight.detach() for weight in bound_to]
+        builds[key] = Build(tuple(map(state_of, bound_to)), memory, kept, run)
         return builds[key]
 
     def _inputs(self) -> list[Node]:

@@ -25,6 +25,7 @@ from fxq.binding import Bound, bind, bind_exported, check_finite, check_model
 from fxq.canonicalize import canonicalize
 from fxq.canonicalize.cleanup import refuse_train_mode
 from fxq.checking import Checked
+from fxq.conditions import Condition, conditions_of
 from fxq.dynamic_shapes import export_shapes, why_not_free
 from fxq.errors import UnsupportedError
 from fxq.graph import is_transform, shape_of, why_unreadable, writes
@@ -101,14 +102,23 @@ def capture(
                 # It has fixed them at the sizes that were traced, which need not be the example's.
                 exported = _try_export(model, bound.values, None).run_decompositions({})
     gm = _unlift(exported)
-    signature, state, conditions = _sign(gm, exported, bound)
+    signature, state, remarks = _sign(gm, exported, bound)
     if dynamic_shapes == "batch" and not notes:
         notes = _fixed_batches(signature, bound.values)
         if notes and lengths:
             notes = (f"{notes[0]}: len() makes a number of it at {lengths[0]}; use .shape[0]",)
     gm = canonicalize(gm)
-    returned, remarks = Checked(gm, signature, state, module).compare(bound.values)
-    return Captured(gm, replace(signature, returned=returned), state, notes + conditions + remarks)
+    try:
+        found = Checked(gm, signature, state, module).compare(bound.values)
+    except UnsupportedError:
+        if dynamic_shapes != "batch" or 1 not in signature.example_sizes.values():
+            raise
+        fixed = capture(model, example_inputs, None)  # tracing takes no branch for a size of 1
+        note = "the batch is fixed at 1: of more samples the model computes otherwise"
+        return replace(fixed, notes=(note, *fixed.notes))
+    conditions = signature.conditions + found.conditions
+    signature = replace(signature, returned=found.returned, conditions=conditions)
+    return Captured(gm, signature, state, notes + remarks + found.notes)
 
 
 def _sign(
@@ -138,7 +148,7 @@ def _sign(
             f"expected a model that writes to buffers, found that it writes to the parameters "
             f"{trained[:3]}; make them buffers, or compress the model after it has been trained"
         )
-    excluded, conditions = _excluded(exported, leaves)
+    conditions, notes = _conditions(exported, leaves)
     out_spec = exported.call_spec.out_spec
     assert out_spec is not None
     signature = Signature(
@@ -151,12 +161,12 @@ def _sign(
         out_spec=out_spec,
         ranges=_ranges(exported),
         example_sizes=free_sizes(leaves, flat),
-        excluded=excluded,
+        conditions=conditions,
         state=tuple(state),
         writes=written,
     )
     copies = {name: value.detach().clone() for name, value in state.items()}
-    return signature, copies, conditions
+    return signature, copies, notes
 
 
 def _export(
@@ -283,27 +293,15 @@ def _ranges(exported: ExportedProgram) -> dict[str, tuple[int, int | None]]:
     return ranges
 
 
-# A condition on sizes that torch.export has no range for: "L['cond']['text'].size()[0] != 3".
-UNEQUAL = re.compile(r"L\['(\w+)'\]((?:\[[^\]]+\])*)\.size\(\)\[(\d+)\] != (\d+)")
-
-
-def _excluded(
+def _conditions(
     exported: ExportedProgram, leaves: Sequence[Any]
-) -> tuple[dict[str, tuple[int, ...]], tuple[str, ...]]:
-    """Return the values of free sizes for which the model takes another branch, and what to say of
-    other such conditions."""
+) -> tuple[tuple[Condition, ...], tuple[str, ...]]:
+    """Return what the free sizes must satisfy for the model to take the branches that were traced,
+    and what to say of conditions in another form."""
     shapes = {leaf.name: leaf.shape for leaf in leaves if isinstance(leaf, Leaf)}
     guards: Sequence[str] = getattr(exported, "_guards_code", None) or ()
-    excluded: dict[str, tuple[int, ...]] = {}
-    notes = []
-    for guard in (guard for guard in guards if "!=" in guard):
-        found = UNEQUAL.fullmatch(guard)
-        size = shapes[found[1] + found[2]][int(found[3])] if found else None
-        if found and isinstance(size, str):
-            excluded[size] = (*excluded.get(size, ()), int(found[4]))
-        else:
-            notes.append(f"holds only where {guard}")
-    return excluded, tuple(notes)
+    conditions, others = conditions_of(guards, shapes)
+    return tuple(conditions), tuple(f"holds only where {guard}" for guard in others)
 
 
 def _module_of(exported: ExportedProgram) -> GraphModule:

@@ -8,15 +8,17 @@ put back afterwards.
 
 import contextlib
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
+from fxq.conditions import Condition
 from fxq.errors import UnsupportedError
 from fxq.graph import hint, val_of
 from fxq.identity import TensorKey
@@ -31,6 +33,20 @@ TOLERANCE = {
     torch.float16: 16 * torch.finfo(torch.float16).eps,
     torch.bfloat16: 16 * torch.finfo(torch.bfloat16).eps,
 }
+
+
+class Found(NamedTuple):
+    """What a comparison tells.
+
+    Args:
+        returned: which results are inputs of the graph (`Signature.returned`).
+        conditions: on the free sizes.
+        notes: what a person should know.
+    """
+
+    returned: dict[int, int]
+    conditions: tuple[Condition, ...]
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -49,10 +65,9 @@ class Checked:
     state: Mapping[str, Tensor]
     module: nn.Module
 
-    def compare(self, values: Mapping[str, Any]) -> tuple[dict[int, int], tuple[str, ...]]:
-        """Compare both on `values`, on `values` again where that could make a difference, and on a
-        second batch; return which results are inputs of the graph (`Signature.returned`), and what
-        a person should know.
+    def compare(self, values: Mapping[str, Any]) -> "Found":
+        """Compare both on `values`, on `values` again where that could make a difference, on a
+        second batch, and with each free size 1, for which tracing does not take branches.
 
         Args:
             values: the example's arguments by name.
@@ -74,10 +89,12 @@ class Checked:
                 if again:
                     raise UnsupportedError(_changes(again))
             self._second_batch(values, state)
+            conditions = tuple(self._without_ones(values, state))
         if not changed:
-            return returned, ()
+            return Found(returned, conditions, ())
         names = ", ".join(changed[:3])
-        return returned, (f"a call of the model sets {names}, a call of the graph does not",)
+        note = f"a call of the model sets {names}, a call of the graph does not"
+        return Found(returned, conditions, (note,))
 
     def _returned(self, values: Mapping[str, Any]) -> dict[int, int]:
         """Return which results of the model are arguments or buffers that it writes to."""
@@ -96,17 +113,36 @@ class Checked:
 
     def _second_batch(self, values: Mapping[str, Any], state: list[Tensor]) -> None:
         for step in (1, 2, 0):  # another size where one is free and the model takes it
-            other = other_batch(self.gm, self.signature, values, step)
-            if other is None:
+            sizes = larger(self.signature, step)
+            if step and not sizes:
                 continue
-            kept = Snapshot(self.module)
+            other = other_batch(self.gm, self.signature, values, sizes)
+            if (expected := self._tried(other)) is not None:
+                self._check(expected, other, state, "a second batch", ())
+                return
+
+    def _tried(self, values: Mapping[str, Any]) -> list[Any] | None:
+        """Return what the model does on values that may mean nothing to it: then None."""
+        kept = Snapshot(self.module)
+        try:
+            return self._run_model(values)
+        except Exception:
+            kept.restore()
+            return None
+
+    def _without_ones(self, values: Mapping[str, Any], state: list[Tensor]) -> Iterator[Condition]:
+        """Yield a condition for each free size of which 1 is computed otherwise."""
+        for name, size in self.signature.example_sizes.items():
+            sizes = {name: 1}
+            if size == 1 or not self.signature.takes(sizes):
+                continue
+            other = other_batch(self.gm, self.signature, values, sizes)
+            if (expected := self._tried(other)) is None:
+                continue
             try:
-                expected = self._run_model(other)
-            except Exception:
-                kept.restore()  # this batch means nothing to the model: no judge
-                continue
-            self._check(expected, other, state, "a second batch", ())
-            return
+                self._check(expected, other, state, f"{name} = 1", ())
+            except UnsupportedError:
+                yield Condition(f"{name} != 1")
 
     def _agree(
         self,
@@ -183,9 +219,15 @@ def _changes(names: Sequence[str]) -> str:
     )
 
 
+def larger(signature: Signature, step: int) -> dict[str, int]:
+    """Return the free sizes that can be `step` larger than in the example, then."""
+    grown = {name: size + step for name, size in signature.example_sizes.items()}
+    return {name: size for name, size in grown.items() if signature.takes({name: size})}
+
+
 def other_batch(
-    gm: GraphModule, signature: Signature, values: Mapping[str, Any], step: int
-) -> dict[str, Any] | None:
+    gm: GraphModule, signature: Signature, values: Mapping[str, Any], sizes: Mapping[str, int]
+) -> dict[str, Any]:
     """Return arguments like `values` with other free sizes and other numbers.
 
     Floating values are shifted by one sample and halved; integers and booleans keep to those of the
@@ -195,17 +237,8 @@ def other_batch(
         gm: the graph, whose inputs tell which sizes are free.
         signature: its signature.
         values: the example's arguments by name.
-        step: by how much free sizes grow; where 0, only the numbers are others.
-    Returns:
-        None where no size is free and `step` is not 0.
+        sizes: the free sizes that are others.
     """
-    sizes = {}
-    for name, size in signature.example_sizes.items():
-        high = signature.ranges.get(name, (1, None))[1] or size + step
-        if size + step <= high and size + step not in signature.excluded.get(name, ()):
-            sizes[name] = size + step
-    if step and not sizes:
-        return None
     nodes = iter([n for n in gm.graph.nodes if n.op == "placeholder"])
     leaves, spec = pytree.tree_flatten(dict(values))
     others = [
@@ -234,6 +267,8 @@ def difference(expected: Sequence[Any], found: Sequence[Any]) -> str | None:
         return f"{len(expected)} values against {len(found)}"
     for index, (a, b) in enumerate(zip(expected, found, strict=True)):
         if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+            if not same_plain(a, b):
+                return f"value {index} is {str(a)[:60]!r} against {str(b)[:60]!r}"
             continue
         if a.shape != b.shape or a.dtype != b.dtype:
             return f"value {index} is {a.dtype} {list(a.shape)} against {b.dtype} {list(b.shape)}"
@@ -241,6 +276,13 @@ def difference(expected: Sequence[Any], found: Sequence[Any]) -> str | None:
         if not relative <= TOLERANCE.get(a.dtype, 0.0):
             return f"value {index} differs by {relative:.1e} of its size"
     return None
+
+
+def same_plain(a: Any, b: Any) -> bool:
+    """Tell whether two results that are not both tensors are the same."""
+    if isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=1e-6) or (math.isnan(a) and math.isnan(b))
+    return not isinstance(a, Tensor) and not isinstance(b, Tensor) and bool(a == b)
 
 
 def relative_difference(expected: Tensor, found: Tensor) -> float:

@@ -55,3 +55,9 @@ def version_of(tensor: Tensor) -> int:
     """Return how often a tensor has been written to; 0 for inference tensors, which do not
     count."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def state_of(tensor: Tensor) -> tuple[int, int]:
+    """Return what changes where a tensor is written to, or given other memory (`.data = `). It says
+    so only while somebody keeps the memory that it had."""
+    return tensor.data_ptr(), version_of(tensor)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 from torch.utils import _pytree as pytree
 
+from fxq.conditions import Condition
 from fxq.dialect import QUANTIZED
 from fxq.errors import FxqWarning, UnsupportedError
 from fxq.files import check_writable, write_tensors
@@ -35,7 +36,7 @@ from fxq.rewriting import propagate
 from fxq.signature import Leaf, Signature
 from fxq.vetting import check_arithmetic, check_graph, check_values
 
-VERSION = 3  # 1 had no checksum, 2 no records of layers
+VERSION = 4  # 1 had no checksum, 2 no records of layers, 3 no conditions on sizes
 # Before the names of state and of records' tensors; no name in a graph has a colon.
 STATE, LAYERS = "state:", "layer:"
 # What a file may cause to be imported: the modules in which two libraries keep the classes that
@@ -214,7 +215,7 @@ def _encode_signature(signature: Signature) -> dict[str, Any]:
         "out_spec": encode_spec(signature.out_spec),
         "ranges": encode(dict(signature.ranges)),
         "example_sizes": encode(dict(signature.example_sizes)),
-        "excluded": encode(dict(signature.excluded)),
+        "conditions": [condition.text for condition in signature.conditions],
         "state": signature.state,
         "writes": signature.writes,
         "returned": encode(dict(signature.returned)),
@@ -232,11 +233,17 @@ def _decode_signature(data: Mapping[str, Any], device: torch.device) -> Signatur
         decode_spec(data["out_spec"]),
         decode(data["ranges"], {}, device),
         decode(data["example_sizes"], {}, device),
-        decode(data.get("excluded", {"dict": []}), {}, device),
+        _decode_conditions(data, device),
         tuple(data.get("state", ())),
         tuple(data.get("writes", ())),
         decode(data.get("returned", {"dict": []}), {}, device),
     )
+
+
+def _decode_conditions(data: Mapping[str, Any], device: torch.device) -> tuple[Condition, ...]:
+    excluded = decode(data.get("excluded", {"dict": []}), {}, device)  # what older files have
+    texts = [f"{name} != {value}" for name, values in excluded.items() for value in values]
+    return tuple(Condition(text) for text in (*texts, *data.get("conditions", ())))
 
 
 def _encode_leaf(leaf: Any) -> dict[str, Any]:

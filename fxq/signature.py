@@ -5,6 +5,7 @@ A graph takes tensors only, in order. A `Signature` knows which argument each co
 call against what the graph was captured with, and says what is wrong in the caller's own words.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from fxq.conditions import Condition
 from fxq.errors import did_you_mean
 
 # Models of transformers take it without naming it among their arguments. It says in which form the
@@ -73,7 +75,7 @@ class Signature:
         out_spec: the pytree of the result; the graph returns its leaves.
         ranges: smallest and largest value (None: any) of the free sizes that the model bounds.
         example_sizes: the free sizes' values in the example.
-        excluded: values of free sizes for which the model computes otherwise.
+        conditions: on the free sizes; where one does not hold the model computes otherwise.
         state: names of the buffers that the model writes to; the graph takes them after the tensors
             of the call.
         writes: which inputs of the graph, by index, the model writes to. The graph returns their
@@ -91,7 +93,7 @@ class Signature:
     out_spec: pytree.TreeSpec
     ranges: Mapping[str, tuple[int, int | None]]
     example_sizes: Mapping[str, int]
-    excluded: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    conditions: tuple[Condition, ...] = ()
     state: tuple[str, ...] = ()
     writes: tuple[int, ...] = ()
     returned: Mapping[int, int] = field(default_factory=dict)
@@ -119,10 +121,10 @@ class Signature:
             if name not in values:
                 raise TypeError(f"{where}: argument {name!r} is missing; the example had it")
         for name, value in values.items():
-            if name not in self.given and value is not None:
+            if name not in self.given:  # its default is no plain value, so it is not None
                 raise ValueError(
                     f"{where}: expected no {name!r}, as in the example, found "
-                    f"{type(value).__name__}; capture again with an example that has it"
+                    f"{_described(value)}; capture again with an example that has it"
                 )
         flat, spec = pytree.tree_flatten([values[name] for name in self.given])
         if spec != self.in_spec:
@@ -137,10 +139,10 @@ class Signature:
                         "it there"
                     )
                 inputs.append(value)
-            elif isinstance(value, Tensor) or value != leaf:
+            elif type(value) is not type(leaf) or value != leaf:  # 0 and False are not the same
                 raise ValueError(
-                    f"{where}: expected the constant {leaf!r} of the example, found {value!r}; "
-                    "capture again with an example that has this value"
+                    f"{where}: expected the constant {_described(leaf)} of the example, found "
+                    f"{_described(value)}; capture again with an example that has this value"
                 )
         self._check_free_sizes(inputs, where)
         return inputs
@@ -148,6 +150,16 @@ class Signature:
     def sizes_of(self, inputs: Sequence[Tensor]) -> dict[str, int]:
         """Return the values of the free sizes in the graph's inputs, with or without its state."""
         return free_sizes(self.tensors, inputs[: len(self.tensors)])
+
+    def takes(self, sizes: Mapping[str, int]) -> bool:
+        """Tell whether the graph is the model's with some free sizes, the others as in the
+        example."""
+        every = {**self.example_sizes, **sizes}
+        for name, size in sizes.items():
+            low, high = self.ranges.get(name, (1, None))
+            if size < low or (high is not None and size > high):
+                return False
+        return all(condition.holds(every) for condition in self.conditions)
 
     def results(self, returned: Sequence[Any]) -> list[Any]:
         """Return the leaves of the result among what the graph returned."""
@@ -179,6 +191,10 @@ class Signature:
                         f"{place!r}, found {size}"
                     )
                 low, high = self.ranges.get(symbol, (1, None))
+                if size == 0:
+                    raise ValueError(
+                        f"{where}: expected at least 1 in dimension {dim} of {leaf.name!r}, found 0"
+                    )
                 if size < low or (high is not None and size > high):
                     raise ValueError(
                         f"{where}: expected {low} to {high or 'any'} in dimension {dim} of "
@@ -186,12 +202,29 @@ class Signature:
                         "model computes otherwise beyond; capture again with an example of that "
                         "size"
                     )
-                if size in self.excluded.get(symbol, ()):
-                    raise ValueError(
-                        f"{where}: expected any but {size} in dimension {dim} of {leaf.name!r}: "
-                        "the model computes otherwise there; capture again with an example of "
-                        "that size"
-                    )
+        known_sizes = {symbol: size for symbol, (size, _) in sizes.items()}
+        for condition in self.conditions:
+            if not condition.holds(known_sizes):
+                raise ValueError(
+                    f"{where}: expected sizes with {condition.written(self._places())}, found "
+                    f"{', '.join(self._found(condition, known_sizes))}: the model computes "
+                    "otherwise there; capture again with an example of that size"
+                )
+
+    def _places(self) -> dict[str, str]:
+        """Return what a person calls each free size: a dimension of the first tensor that has
+        it."""
+        places: dict[str, str] = {}
+        for leaf in self.tensors:
+            for dim, symbol in enumerate(leaf.shape):
+                if isinstance(symbol, str):
+                    places.setdefault(symbol, f"{leaf.name}.shape[{dim}]")
+        return places
+
+    def _found(self, condition: Condition, sizes: Mapping[str, int]) -> list[str]:
+        named = re.findall(r"[A-Za-z_]\w*", condition.text)
+        places = self._places().items()
+        return [f"{place} = {sizes[name]}" for name, place in places if name in named]
 
     def _by_name(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], where: str
@@ -225,6 +258,13 @@ class Signature:
     def tensors(self) -> list[Leaf]:
         """The graph's inputs, in order."""
         return [leaf for leaf in self.leaves if isinstance(leaf, Leaf)]
+
+
+def _described(value: Any) -> str:
+    """Return what a message calls a value: a tensor's form, the beginning of anything else."""
+    if isinstance(value, Tensor):
+        return f"a tensor {value.dtype} {list(value.shape)}"
+    return repr(value)[:60]
 
 
 def free_sizes(leaves: Sequence[Any], values: Sequence[Any]) -> dict[str, int]:
