@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import fxq
@@ -39,6 +38,8 @@ class Manual(nn.Module):
 
 def lively(seed: int = 0, depth: int = 2) -> tuple[nn.Module, Tensor]:
     """A ViT whose weights are not the tiny ones of its initialization: images make a difference."""
+    from timm.models.vision_transformer import VisionTransformer
+
     torch.manual_seed(seed)
     model: nn.Module = VisionTransformer(
         img_size=16, patch_size=4, embed_dim=32, depth=depth, num_heads=2, num_classes=5
