@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import ZOO, seeded
+from families import family
+from small_models import ZOO
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -52,11 +53,11 @@ LARGE = ("hunyuan_video", "unet_condition", "wan", "flux")  # to capture
     "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LARGE)) for n in ZOO]
 )
 def test_total_of_a_family_is_what_torch_counts(name: str) -> None:
-    model, example = seeded(ZOO[name])
+    found = family(name)
 
-    found = fxq.report(fxq.compress(model, example, FLOAT))
+    report = fxq.report(found.compress(FLOAT))
 
-    assert found.flops == counted_by_torch(model, example) > 0
+    assert report.flops == counted_by_torch(found.model, found.example) > 0
 
 
 def scaled_mm(x: Tensor) -> Tensor:

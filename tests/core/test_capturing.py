@@ -2,12 +2,12 @@
 alone."""
 
 import collections
-import hashlib
 from typing import Any
 
 import pytest
 import torch
-from small_models import ZOO, seeded
+from families import digest, family
+from small_models import ZOO
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -49,17 +49,6 @@ if torch.__version__.startswith("2.11."):
 NORMS = (torch.ops.aten.layer_norm.default, torch.ops.aten.rms_norm.default)
 
 
-def digest(model: nn.Module) -> str:
-    """Hash everything a capture could change: values, versions, flags."""
-    content = hashlib.sha256()
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        facts = (name, tensor._version, tensor.requires_grad, tensor.data_ptr(), tensor.dtype)
-        content.update(repr(facts).encode())
-        content.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    content.update(repr([(n, m.training) for n, m in model.named_modules()]).encode())
-    return content.hexdigest()
-
-
 def call(model: nn.Module, inputs: Any) -> list[Tensor]:
     args, kwargs = split_inputs(inputs)
     with torch.no_grad():
@@ -68,10 +57,8 @@ def call(model: nn.Module, inputs: Any) -> list[Tensor]:
 
 @pytest.mark.parametrize("name", ZOO)
 def test_model_families_are_captured_canonically_and_compute_the_same(name: str) -> None:
-    model, example = seeded(ZOO[name])
-    before = digest(model)
-
-    captured = capture(model, example)
+    found = family(name)
+    model, example, captured = found.model, found.example, found.captured
 
     gm, signature = captured.graph_module, captured.signature
     ATEN.check(gm)
@@ -79,8 +66,8 @@ def test_model_families_are_captured_canonically_and_compute_the_same(name: str)
     assert captured.notes == fixed
     kinds = collections.Counter(kind_of(n) for n in gm.graph.nodes)
     norms = sum(n.target in NORMS for n in gm.graph.nodes)
-    found = (kinds["linear"], kinds["conv"], kinds["attention"], kinds["matmul"], norms)
-    assert found == FOUND[name]
+    counts = (kinds["linear"], kinds["conv"], kinds["attention"], kinds["matmul"], norms)
+    assert counts == FOUND[name]
     batch = tree_leaves(example)[0].shape[0]
     for copies in (1,) if fixed else (1, 2, 5):
         inputs = tree_map(
@@ -91,7 +78,7 @@ def test_model_families_are_captured_canonically_and_compute_the_same(name: str)
             results = gm(*signature.flatten(args, kwargs))
         for expected, result in zip(call(model, inputs), results, strict=True):
             torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
-    assert digest(model) == before
+    assert digest(model) == found.before
 
 
 def test_captured_graph_shares_the_models_tensors() -> None:

@@ -15,9 +15,9 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
+from families import family
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import ZOO, seeded
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -118,8 +118,7 @@ def test_same_program_gives_same_bytes(program: Program, path: Path) -> None:
 def test_free_sizes_stay_free_where_a_kernel_would_fix_them(path: Path) -> None:
     # Swin pads: the C++ kernel of aten::pad reads the batch as a number, which fixes it for good.
     pytest.importorskip("timm")
-    model, example = seeded(ZOO["swin"])
-    program = compress(model, example, w8a8.DYNAMIC)
+    program = family("swin").compress(w8a8.DYNAMIC)
     save(program, path)
 
     loaded = load(path)

@@ -63,6 +63,12 @@ def by_hand(x: Tensor, layer: nn.Linear, bits: int = 8) -> Tensor:
     return nn.functional.linear((x / scale).round() * scale, weight, layer.bias)
 
 
+def two_layers() -> nn.Module:
+    """The least that has a norm, two layers and something to fuse between them."""
+    layers = nn.LayerNorm(64), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64)
+    return nn.Sequential(*layers).eval()
+
+
 def data(*shape: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     return [torch.randn(*shape, generator=generator) for _ in range(3)]
@@ -98,7 +104,7 @@ def test_compiled_program_equals_the_simulated_one(
 
 
 def test_sizes_do_not_recompile_one_by_one(decisions: Decisions) -> None:
-    program = fxq.compress(Block().eval(), torch.randn(2, 5, 64), w8a8.DYNAMIC)
+    program = fxq.compress(two_layers(), torch.randn(2, 5, 64), w8a8.DYNAMIC)
     compiled = torch.compile(program, backend="fxq", fullgraph=True)
 
     for batch in (2, 3, 5, 8, 13):
@@ -207,7 +213,7 @@ def test_one_graph_serves_modules_with_different_weights(decisions: Decisions) -
 
 
 def test_the_users_model_is_left_as_it_was(decisions: Decisions) -> None:
-    model, x = Block().eval(), torch.randn(2, 5, 64)
+    model, x = two_layers(), torch.randn(2, 5, 64)
     before = {
         name: (p.clone(), p._version, p.requires_grad) for name, p in model.named_parameters()
     }
@@ -302,11 +308,11 @@ def without_int8(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("recipe", ["w8a8_dynamic", "w8"])
 def test_where_nothing_gains_a_model_stays_float(recipe: str, without_int8: None) -> None:
-    model, x = Block().eval(), torch.randn(2, 5, 64)
+    model, x = two_layers(), torch.randn(2, 5, 64)
     compiled = torch.compile(model, backend="fxq", options={"recipe": recipe})
 
     why = "weight-only" if recipe == "w8" else "no int8 kernel for cpu"
-    told = rf"'{recipe}' changed nothing and left 6 of 6 layers .*: {why}.* \(6\)$"
+    told = rf"'{recipe}' changed nothing and left 2 of 2 layers .*: {why}.* \(2\)$"
     with pytest.warns(FxqWarning, match=told) as warned, torch.no_grad():
         found = compiled(x)
 
@@ -336,16 +342,16 @@ def test_strict_raises_where_a_layer_of_a_model_would_stay_float(without_int8: N
 def test_a_program_without_kernels_computes_what_was_simulated_and_says_so(
     without_int8: None,
 ) -> None:
-    model, x = Block().eval(), torch.randn(2, 5, 64)
+    model, x = two_layers(), torch.randn(2, 5, 64)
     program = fxq.compress(model, x, w8a8.DYNAMIC)
     compiled = torch.compile(program, backend="fxq")
 
-    with pytest.warns(FxqWarning, match=r"no kernel here for 6 of 6 layers.* slower than in float"):
+    with pytest.warns(FxqWarning, match=r"no kernel here for 2 of 2 layers.* slower than in float"):
         found = compiled(x)
 
     assert sqnr_db(program(x), found) > sqnr_db(model(x), found) + 3  # rounding may flip codes
-    assert "no kernel on cpu for 6 layers" in " ".join(str(fxq.report(program)).split())
-    program.get_buffer("graph_module.norm.weight").mul_(1.0)
+    assert "no kernel on cpu for 2 layers" in " ".join(str(fxq.report(program)).split())
+    program.get_buffer("graph_module.0.weight").mul_(1.0)
     with pytest.warns(FxqWarning) as again:
         compiled(x)
     assert ["changed in place" in str(w.message) for w in again] == [True]  # told once
@@ -355,7 +361,7 @@ FRESH = """
 import torch
 from torch import nn
 torch.manual_seed(0)
-model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64)).eval()
+model = nn.Linear(64, 64).eval()
 x = torch.randn(16384, 64)
 with torch.no_grad():
     y = torch.compile(model, backend="fxq")(x)
@@ -441,24 +447,24 @@ class Named(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.graph_module = Block()
+        self.graph_module = nn.Linear(64, 64)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.graph_module(x)
 
 
 def test_an_attribute_named_graph_module_is_quantized(decisions: Decisions) -> None:
-    model, (x, *_) = Named().eval(), data(4, 5, 64)
+    model, (x, *_) = Named().eval(), data(16, 64)
     compiled = torch.compile(model, backend="fxq", options={"strict": True})
 
     with torch.no_grad():
         found = sqnr_db(model(x), compiled(x))
 
-    assert len(decisions[0]) == 6
+    assert len(decisions[0]) == 1
     assert 25 < found < 60  # 8 bits: neither float nor wrong
 
 
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_programs_inside_a_model_stay_and_the_rest_is_quantized(
     count: int, decisions: Decisions
 ) -> None:
@@ -515,7 +521,7 @@ def test_what_a_program_left_float_stays_float(decisions: Decisions) -> None:
 def test_compiled_code_goes_with_the_weights_it_was_compiled_for() -> None:
     seen = []
     for _ in range(2):
-        model = Block().eval().requires_grad_(False)
+        model = two_layers().requires_grad_(False)
         torch.compile(model, backend="fxq", options={"recipe": "float"})(torch.randn(2, 5, 64))
         seen.append(weakref.ref(next(model.parameters())))
         del model

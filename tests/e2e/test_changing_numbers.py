@@ -29,7 +29,7 @@ def test_a_graph_with_a_number_that_changes_is_never_left_to_eager(
     model, x = Scaled().eval().to(dtype), torch.randn(3, 8, dtype=dtype)
     fast = torch.compile(model, backend="fxq", options={"recipe": FLOAT}, fullgraph=True)
 
-    for factor in (1.0, 2.5, 0.3, 7.0):
+    for factor in (1.0, 2.5, 0.3):
         model.factor = factor
         with torch.no_grad():
             found = fast(x)
@@ -37,7 +37,7 @@ def test_a_graph_with_a_number_that_changes_is_never_left_to_eager(
         torch.testing.assert_close(found, model(x))
     # The first takes the number for a constant, the second has it as an input, which Inductor gives
     # back: Dynamo makes constants of it from there on.
-    assert len(built) == 5
+    assert len(built) == 4
 
 
 class Slope(nn.Module):

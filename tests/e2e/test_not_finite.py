@@ -1,5 +1,6 @@
 """NaN and Inf at call time come out as such, in the rows that had them and in no other."""
 
+import functools
 import math
 
 import pytest
@@ -41,6 +42,7 @@ def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 64), nn.Linear(64, 33)).eval()
 
 
+@functools.cache
 def program_of(recipe: Recipe) -> fxq.Program:
     data = [torch.randn(2, 5, 64) for _ in range(4)]
     return fxq.compress(mlp(), data[0], recipe, data if recipe.needs_data else None)

@@ -85,18 +85,23 @@ def llama() -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
 
 
-def generate(model: LlamaForCausalLM, cache: str, prompt: Tensor) -> tuple[Tensor, Tensor]:
+def generate(
+    model: LlamaForCausalLM, cache: str, prompt: Tensor, tokens: int = 6
+) -> tuple[Tensor, Tensor]:
     kwargs = {} if cache == "dynamic" else {"cache_implementation": cache}
     result = model.generate(
-        prompt, do_sample=False, max_new_tokens=6, min_new_tokens=6, pad_token_id=0,
+        prompt, do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens, pad_token_id=0,
         return_dict_in_generate=True, output_logits=True, **kwargs,
     )  # fmt: skip
     return result.sequences, torch.stack(result.logits, 1)
 
 
-@pytest.mark.parametrize("cache", [pytest.param("dynamic", marks=pytest.mark.slow), "static"])
+@pytest.mark.parametrize(
+    ("cache", "compiled"),  # tokens of compiled code: one of each graph, or several
+    [("static", 2), *(pytest.param(c, 6, marks=pytest.mark.slow) for c in ("static", "dynamic"))],
+)
 def test_prefill_and_decode_of_a_llama_quantize_statically(
-    cache: str, every_layer_pays: None
+    cache: str, compiled: int, every_layer_pays: None
 ) -> None:
     model, prompt = llama(), torch.randint(1, 61, (2, 7))
     with hooked(model) as expected:
@@ -114,7 +119,7 @@ def test_prefill_and_decode_of_a_llama_quantize_statically(
         model.forward = torch.compile(
             model.forward, backend="fxq", options={"recipe": seen.recipe, "strict": True}
         )
-        found = generate(model, cache, prompt)[1]
+        found = generate(model, cache, prompt, compiled)[1]
     # Of the first token after the prompt, before tokens may differ; measured 27 dB and more.
     assert sqnr_db(logits[:, 0], found[:, 0]) > 24
 

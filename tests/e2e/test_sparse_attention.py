@@ -8,7 +8,7 @@ import pytest
 import torch
 from small_models import ZOO, seeded
 from sparse_models import JointAttention, additive, below_length, joint_inputs
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.utils._pytree import tree_leaves
 
@@ -147,8 +147,21 @@ def test_quantized_linears_and_sparse_attention_compile_together(
     assert len(compilations) == 2
 
 
+class Blocks(nn.Module):
+    """Two blocks, each of which has an attention and nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        attentions = (nn.ModuleDict({"attn1": JointAttention("none")}) for _ in range(2))
+        self.blocks = nn.ModuleList(attentions)
+
+    def forward(self, video: Tensor, text: Tensor, valid: Tensor) -> Tensor:
+        first, second = (block["attn1"](video, text, valid) for block in self.blocks)
+        return first + second
+
+
 def test_overrides_name_layers_as_in_the_model(compilations: list[Any]) -> None:
-    model, example = seeded(ZOO["wan"])
+    model, example = Blocks().eval(), joint_inputs()
     attention = replace(SMALL, density=0.3, rows=None, overrides=(("blocks.0.attn1", None),))
     with pytest.raises(BackendCompilerFailed, match=r"or 'blocks\.0\.attn1'"):
         outputs(compiled(model, replace(attention, overrides=(("blocks.7", None),))), example)

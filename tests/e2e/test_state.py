@@ -1,6 +1,7 @@
 """What a model keeps and writes, under torch.compile: eager code is the judge, state included."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -264,22 +265,26 @@ def test_check_accepts_what_quantization_costs() -> None:
 
 
 SIZES = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2,
     "num_key_value_heads": 1, "head_dim": 16, "vocab_size": 61, "max_position_embeddings": 64,
     "pad_token_id": 0, "eos_token_id": None, "bos_token_id": 1,
 }  # fmt: skip
-CACHES = {
-    "dynamic": (LlamaForCausalLM, LlamaConfig(**SIZES)),
-    "static": (LlamaForCausalLM, LlamaConfig(**SIZES)),
-    "static, sliding window": (MistralForCausalLM, MistralConfig(**SIZES, sliding_window=6)),
-}
+CACHES: dict[str, tuple[Any, Callable[..., Any]]] = {
+    "dynamic": (LlamaForCausalLM, partial(LlamaConfig, **SIZES)),
+    "static": (LlamaForCausalLM, partial(LlamaConfig, **SIZES)),
+    "static, sliding window": (
+        MistralForCausalLM, partial(MistralConfig, **SIZES, sliding_window=6),
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    "cache", [pytest.param(c, marks=[pytest.mark.slow] * (c != "static")) for c in CACHES]
+    ("cache", "n_layers"),
+    [("static", 1), *(pytest.param(cache, 2, marks=pytest.mark.slow) for cache in CACHES)],
 )
-def test_generate_agrees_with_eager_token_by_token(cache: str) -> None:
-    kind, config = CACHES[cache]
+def test_generate_agrees_with_eager_token_by_token(cache: str, n_layers: int) -> None:
+    kind, build = CACHES[cache]
+    config = build(num_hidden_layers=n_layers)
     torch.manual_seed(0)
     model = kind(config).eval()
     ids = torch.randint(1, 61, (2, 5))

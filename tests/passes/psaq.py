@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import small_models
 import torch
 from torch import Tensor, nn
 
@@ -37,10 +36,15 @@ class Manual(nn.Module):
         return self.head(x.mean(1))
 
 
-def lively(seed: int = 0) -> tuple[nn.Module, Tensor]:
+def lively(seed: int = 0, depth: int = 2) -> tuple[nn.Module, Tensor]:
     """A ViT whose weights are not the tiny ones of its initialization: images make a difference."""
+    from timm.models.vision_transformer import VisionTransformer
+
     torch.manual_seed(seed)
-    model, example = small_models.vit()
+    model: nn.Module = VisionTransformer(
+        img_size=16, patch_size=4, embed_dim=32, depth=depth, num_heads=2, num_classes=5
+    )
+    example = torch.randn(1, 3, 16, 16)
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1:
             matrix = name.endswith("weight")

@@ -1,5 +1,6 @@
 """What the tests of reconstruction share: data, programs, and what a block gave."""
 
+import functools
 from typing import Any
 
 import pytest
@@ -40,6 +41,12 @@ def compressed(kind: type[nn.Module], *steps: Any, **options: Any) -> tuple[fxq.
     data = batches(kind, 5, 0)
     passes = (InsertObservers(W3A6, targets=("linear", "conv")), Calibrate(), *steps, Convert())
     return fxq.compress(model, data[0], Recipe("r", passes), data, **options), model
+
+
+@functools.cache
+def program_of(kind: type[nn.Module], *steps: Any) -> tuple[fxq.Program, nn.Module]:
+    """Do it once for all tests that only read the program."""
+    return compressed(kind, *steps)
 
 
 def error(program: nn.Module, model: nn.Module, kind: type[nn.Module]) -> float:

@@ -1,26 +1,17 @@
 """What the tests of scaling passes share: graphs in fp64 and random factors."""
 
-import functools
 from typing import Any
 
+import families
 import pytest
 import torch
-from small_models import ZOO, seeded
 from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_map
 
-import fxq
 from fxq.passes.common.scaling import ScaleSite, Scaling
-from fxq.rewriting import copy_graph, propagate
+from fxq.rewriting import propagate
 from fxq.signature import split_inputs
-
-
-@functools.cache
-def captured(name: str) -> tuple[fxq.capturing.Captured, Any]:
-    """Return a family captured once, and its example."""
-    model, example = seeded(ZOO[name])
-    return fxq.capture(model, example), example
 
 
 def family(name: str, dtype: torch.dtype = torch.float32) -> tuple[GraphModule, list[Any]]:
@@ -30,8 +21,8 @@ def family(name: str, dtype: torch.dtype = torch.float32) -> tuple[GraphModule, 
         is_float = isinstance(value, Tensor) and value.is_floating_point()
         return value.to(dtype) if is_float else value
 
-    found, example = captured(name)
-    gm = copy_graph(found.graph_module)
+    found = families.family(name)
+    gm = found.graph
     if dtype is torch.float64:
         for node in gm.graph.nodes:
             if node.op == "placeholder":
@@ -41,8 +32,8 @@ def family(name: str, dtype: torch.dtype = torch.float32) -> tuple[GraphModule, 
         gm.load_state_dict(tree_map(cast, dict(gm.state_dict())), assign=True)
         propagate(gm)
         gm.recompile()
-    args, kwargs = split_inputs(example)
-    return gm, tree_map(cast, found.signature.flatten(args, kwargs, "test", None))
+    args, kwargs = split_inputs(found.example)
+    return gm, tree_map(cast, found.captured.signature.flatten(args, kwargs, "test", None))
 
 
 def random_scaling(site: ScaleSite, seed: int) -> Scaling:

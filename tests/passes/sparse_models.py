@@ -1,11 +1,12 @@
 """Small joint-attention models, and what the tests of ReplaceAttention do with them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from families import capture_once
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
@@ -183,6 +184,15 @@ def joint_inputs(n_text: int = 7, lengths: tuple[int, ...] = (7, 3)) -> dict[str
 
 def compress(model: nn.Module, example: Any, attention: ReplaceAttention, **kwargs: Any) -> Program:
     return fxq.compress(model.eval(), example, Recipe("test", (attention,)), **kwargs)
+
+
+def compress_each(
+    model: nn.Module, example: Any, *attentions: ReplaceAttention, strict: bool = True
+) -> Iterator[Program]:
+    """Yield a program for each, of one capture."""
+    found = capture_once(model.eval(), example)
+    for attention in attentions:
+        yield found.compress(Recipe("test", (attention,)), strict)
 
 
 def sparse_nodes(gm: GraphModule) -> list[Node]:

@@ -226,7 +226,7 @@ def test_half_precision_takes_powers_of_two(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("how", [GuardedDilation(W4A4), OptimalDilation(W4A4)])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))])
 @pytest.mark.parametrize("kind", ["wide", "even"])
 def test_where_it_is_judged_it_is_no_worse_than_none(how: Any, kind: str, seed: int) -> None:
     model = normed(seed)

@@ -38,9 +38,15 @@ def batches(n: int = 3, *shape: int) -> list[tuple[Tensor]]:
     return [(torch.randn(*(shape or (4, 9, 64)), generator=generator),) for _ in range(n)]
 
 
-def block(seed: int = 0) -> GraphModule:
+@functools.cache
+def captured(seed: int) -> GraphModule:
     torch.manual_seed(seed)
     return fxq.capture(Block().eval(), batches()[0]).graph_module
+
+
+def block(seed: int = 0) -> GraphModule:
+    """A graph of the caller's own, whose tensors all tests share and none writes to."""
+    return copy_graph(captured(seed))
 
 
 @functools.cache

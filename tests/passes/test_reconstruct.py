@@ -10,7 +10,15 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from reconstruction_cases import FAST, W3A6, batches, compressed, error, results_of_the_last_block
+from reconstruction_cases import (
+    FAST,
+    W3A6,
+    batches,
+    compressed,
+    error,
+    program_of,
+    results_of_the_last_block,
+)
 from test_blocks import W4A8, SmallUNet, Transformer
 from torch import Tensor, nn
 
@@ -38,14 +46,14 @@ from fxq.spec import LayerSpec, MeanSquaredError, QuantSpec
 def test_the_program_comes_closer_to_the_model_on_other_data(
     kind: type[nn.Module], method: Any
 ) -> None:
-    plain, model = compressed(kind)
-    program, _ = compressed(kind, replace(FAST, method=method))
+    plain, model = program_of(kind)
+    program, _ = program_of(kind, replace(FAST, method=method))
 
     assert error(program, model, kind) < 0.8 * error(plain, model, kind)
 
 
 def test_codes_scales_and_files_are_what_was_learned(tmp_path: Path) -> None:
-    program, model = compressed(Transformer, FAST)
+    program, model = program_of(Transformer, FAST)
     (x,) = batches(Transformer, 1, 3)[0]
     fxq.save(program, tmp_path / "p.safetensors")
 
@@ -56,7 +64,7 @@ def test_codes_scales_and_files_are_what_was_learned(tmp_path: Path) -> None:
     records = [row.layer for row in account(program.graph_module) if row.kind == "linear"]
     dids = [next(t.did for t in r.treatments if t.by == "Reconstruct") for r in records]
     assert sum("error of its block" in str(did) for did in dids) >= 12  # all of the two blocks
-    nearest, _ = compressed(Transformer)
+    nearest, _ = program_of(Transformer)
     codes = [
         dict(p.graph_module.named_buffers())["blocks.0.up.weight_codes"] for p in (program, nearest)
     ]
@@ -72,7 +80,7 @@ def test_the_same_seed_gives_the_same_bytes_and_the_users_random_numbers_stay() 
     before = torch.random.get_rng_state()
     replace(FAST, steps=2).run(observed, batches(Transformer, 5, 0))
     assert torch.equal(torch.random.get_rng_state(), before)
-    one, _ = compressed(Transformer, FAST)
+    one, _ = program_of(Transformer, FAST)
     other, _ = compressed(Transformer, FAST)
     third, _ = compressed(Transformer, replace(FAST, seed=1))
     (x,) = batches(Transformer, 1, 3)[0]
@@ -82,7 +90,7 @@ def test_the_same_seed_gives_the_same_bytes_and_the_users_random_numbers_stay() 
 
 @pytest.mark.parametrize("place", ["cpu", "disk"])
 def test_where_values_are_kept_changes_nothing(place: Any) -> None:
-    expected, _ = compressed(SmallUNet, replace(FAST, steps=5))
+    expected, _ = program_of(SmallUNet, replace(FAST, steps=5))
     found, _ = compressed(SmallUNet, replace(FAST, steps=5, place=place))
     x = batches(SmallUNet, 1, 3)[0]
     assert torch.equal(found(*x), expected(*x))
@@ -91,7 +99,7 @@ def test_where_values_are_kept_changes_nothing(place: Any) -> None:
 def test_interrupted_work_goes_on_with_the_block_it_was_at(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected, _ = compressed(Transformer, FAST)
+    expected, _ = program_of(Transformer, FAST)
     kept, lines = tmp_path / "kept", list[str]()
 
     def stop(text: str) -> None:
@@ -175,7 +183,7 @@ def test_each_block_runs_twice_per_batch_outside_of_training(
 
 
 def test_a_block_that_cannot_come_closer_stays_as_calibrated() -> None:
-    plain, _ = compressed(Transformer)
+    plain, _ = program_of(Transformer)
     wild = Reconstruct(steps=4, method=StraightThrough(learning_rate=30.0))
     program, _ = compressed(Transformer, wild)
     (x,) = batches(Transformer, 1, 3)[0]
@@ -222,13 +230,13 @@ def test_bad_input_is_told() -> None:
 
 def test_layer_losses_train_too() -> None:
     program, model = compressed(Transformer, replace(FAST, loss=BlockLoss(layer_weight=0.8)))
-    plain, _ = compressed(Transformer)
+    plain, _ = program_of(Transformer)
     assert error(program, model, Transformer) < error(plain, model, Transformer)
 
 
 def test_inputs_may_mix_both_chains() -> None:
     program, model = compressed(Transformer, replace(FAST, inputs_share=0.5))
-    plain, _ = compressed(Transformer)
+    plain, _ = program_of(Transformer)
     assert error(program, model, Transformer) < error(plain, model, Transformer)
 
 
@@ -280,7 +288,7 @@ def test_two_processes_end_with_the_same_program(tmp_path: Path) -> None:
     mp.spawn(run_rank, (str(tmp_path),), nprocs=2)
 
     one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    nearest, _ = compressed(Transformer)
+    nearest, _ = program_of(Transformer)
 
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)

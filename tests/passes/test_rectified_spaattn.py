@@ -1,10 +1,10 @@
 """ReplaceAttention: what it replaces, what it leaves and why, and that dense stays exact."""
 
-import functools
 from collections import Counter
 from dataclasses import replace
 from typing import Any
 
+import families
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from sparse_models import (
     below_length,
     beside_ones,
     compress,
+    compress_each,
     for_pairs,
     for_repeated_pairs,
     in_any_order,
@@ -32,26 +33,16 @@ from torch.utils._pytree import tree_leaves
 
 import fxq
 from fxq.account import unintended_skips
-from fxq.capturing import Captured
 from fxq.graph import args_of
 from fxq.passes import w8a8
 from fxq.passes.rectified_spaattn import TokenLayout
 from fxq.pipeline import Recipe
 from fxq.program import Program
-from fxq.rewriting import copy_graph
-
-
-@functools.cache
-def captured(family: str) -> Captured:
-    """Capture a family once for all tests."""
-    return fxq.capture(*seeded(ZOO[family]))
 
 
 def compress_family(family: str, *passes: Any) -> tuple[Program, nn.Module, Any]:
-    model, example = seeded(ZOO[family])
-    found, recipe = captured(family), Recipe("test", passes)
-    gm = recipe.apply(copy_graph(found.graph_module))
-    return Program.from_captured(found, gm, recipe=repr(recipe), model=model), model, example
+    found = families.family(family)
+    return found.compress(Recipe("test", passes)), found.model, found.example
 
 
 # Family -> attention replaced, text (start, size), grid known.
@@ -132,8 +123,7 @@ def test_text_is_told_from_visual_tokens(text: Any) -> None:
 def test_padded_text_is_counted_and_has_no_influence(mask: Mask) -> None:
     model, example = JointAttention("last", mask), joint_inputs(lengths=(7, 3))
 
-    program = compress(model, example, SMALL, strict=True)
-    dense = compress(model, example, DENSE)
+    program, dense = compress_each(model, example, SMALL, DENSE)
 
     (node,) = sparse_nodes(program.graph_module)
     assert args_of(node)[4] is not None
@@ -153,8 +143,7 @@ EVERYWHERE = (
 def test_masks_that_show_all_visual_tokens_are_padding_wherever_text_is_valid(mask: Mask) -> None:
     model, example = JointAttention("last", mask), joint_inputs(lengths=(5, 0))
 
-    program = compress(model, example, SMALL, strict=True)
-    dense = compress(model, example, DENSE, strict=True)
+    program, dense = compress_each(model, example, SMALL, DENSE)
 
     assert len(sparse_nodes(program.graph_module)) == 1
     with torch.no_grad():
@@ -216,9 +205,9 @@ def test_empty_and_full_text_never_give_nan(mask: Mask, lengths: tuple[int, int]
     model, example = JointAttention("last", mask), joint_inputs(lengths=lengths)
     attention = replace(SMALL, layout=TokenLayout(prefix_masks=True))
 
-    for variant in (attention, replace(attention, mode="online"), replace(attention, density=1.0)):
-        before = {name: value.clone() for name, value in example.items()}
-        program = compress(model, example, variant, strict=True)
+    variants = attention, replace(attention, mode="online"), replace(attention, density=1.0)
+    before = {name: value.clone() for name, value in example.items()}
+    for program in compress_each(model, example, *variants):
         result = program(**example)
 
         assert result.isfinite().all()
@@ -259,11 +248,12 @@ def test_modes_differ_and_online_is_closest_to_dense() -> None:
     with torch.no_grad():
         expected = model.eval()(**example)
 
+    modes = ("sparse", "paper", "online")
+    variants = (replace(attention, mode=mode) for mode in modes)
     errors = {
-        mode: float((compress(model, example, replace(attention, mode=mode))(**example)
-                     - expected).norm() / expected.norm())
-        for mode in ("sparse", "paper", "online")
-    }  # fmt: skip
+        mode: float((program(**example) - expected).norm() / expected.norm())
+        for mode, program in zip(modes, compress_each(model, example, *variants), strict=True)
+    }
 
     assert errors["online"] < 0.5 * errors["sparse"]
     assert errors["paper"] != errors["sparse"]

@@ -3,11 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
+import families
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import ZOO, seeded
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 import fxq
 from fxq.analysis.positions import Stream, find_positions
@@ -29,7 +30,11 @@ class Attend(nn.Module):
 
 
 def segments(model: nn.Module, example: Any, layout: TokenLayout | None = None) -> list[Any]:
-    positions = find_positions(fxq.capture(model.eval(), example).graph_module)
+    return segments_of(fxq.capture(model.eval(), example).graph_module, layout)
+
+
+def segments_of(gm: GraphModule, layout: TokenLayout | None = None) -> list[Any]:
+    positions = find_positions(gm)
     return [
         find_segments(numbers, positions, layout or TokenLayout())
         for numbers in positions.attention.values()
@@ -175,20 +180,20 @@ def test_what_cannot_be_told_apart_has_a_reason(tokens: Any, reason: str) -> Non
     [("vit", (0, 1), (1, 4, 4)), ("deit", (0, 2), (1, 4, 4)), ("dit", (16, 0), (1, 4, 4))],
 )
 def test_class_tokens_count_as_text(family: str, text: Any, grid: Any) -> None:
-    for found in segments(*seeded(ZOO[family])):
+    for found in segments_of(families.family(family).graph):
         assert (found.text_start, found.text_size) == text
         assert found.grid == grid
 
 
 def test_a_unet_has_a_grid_until_upsampling_repeats_positions() -> None:
-    found = segments(*seeded(ZOO["unet_condition"]))
+    found = segments_of(families.family("unet_condition").graph)
 
     assert [s.grid for s in found[0::2]] == [(1, 8, 8), (1, 4, 4), None, None]
     assert all("cross-attention" in s.reason for s in found[1::2])
 
 
 def test_windows_are_not_one_sequence() -> None:
-    assert all(isinstance(s, Skip) for s in segments(*seeded(ZOO["swin"])))
+    assert all(isinstance(s, Skip) for s in segments_of(families.family("swin").graph))
 
 
 def test_a_grid_needs_every_token_once_in_raster_order() -> None:

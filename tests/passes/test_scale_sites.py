@@ -2,11 +2,12 @@
 
 from collections import Counter
 
+import families
 import pytest
 import torch
 from models import Computed
 from scaling import random_scaling, with_slow
-from small_models import ZOO, seeded
+from small_models import ZOO
 from torch import Tensor, nn
 
 import fxq
@@ -61,8 +62,7 @@ def refusals(sites: ScaleSites) -> dict[str, str]:
 
 @pytest.mark.parametrize("family", with_slow(*ZOO))
 def test_number_of_sites_in_each_family(family: str) -> None:
-    model, example = seeded(ZOO[family])
-    gm = fxq.capture(model, example).graph_module
+    gm = families.family(family).graph
 
     found = scale_sites(gm)
 
