@@ -3,7 +3,7 @@
 import itertools
 import operator
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,13 +32,26 @@ class CheckedBatches:
     def __init__(
         self, captured: Captured, data: Iterable[Any], device: torch.device | None
     ) -> None:
+        if not isinstance(data, Iterable):
+            raise TypeError(
+                f"data: expected batches to iterate over, found {type(data).__name__}; give a list "
+                "or a data loader"
+            )
         self.signature, self.device, self.told = captured.signature, device, False
         self.initial_state = list(captured.state.values())
         self.float_graph = copy_graph(captured.graph_module)  # passes rewrite the other
         self.data = list(data) if isinstance(data, Iterator) else data
 
     def _without_labels(self, batch: Any) -> Any:
-        """Return a batch of a data loader without what stands after the model's only input."""
+        """Return a batch of a data loader without what the model does not take: what stands after
+        its only input, and entries of other names beside all that it was captured with."""
+        if isinstance(batch, Mapping) and set(self.signature.given) <= {
+            *batch, *self.signature.defaults
+        }:  # fmt: skip
+            extra = [name for name in batch if name not in self.signature.known]
+            if extra:
+                self._tell(f"entries of other names are left out: {extra}")
+            return {name: value for name, value in batch.items() if name not in extra}
         if not isinstance(batch, tuple | list) or len(batch) < 2 or not self.signature.given:
             return batch
         others = self.signature.leaves[self.signature.in_spec.child(0).num_leaves :]
@@ -46,15 +59,16 @@ class CheckedBatches:
         if any(isinstance(leaf, Leaf) for leaf in others) or (others and not tensors_only):
             return batch
         extra = [list(v.shape) if isinstance(v, Tensor) else type(v).__name__ for v in batch[1:]]
+        only = self.signature.given[0]
+        self._tell(
+            f"the model takes {only!r} alone; what batches have after it is left out: {extra}"
+        )
+        return tuple(batch[:1])
+
+    def _tell(self, what: str) -> None:
         if not self.told:
             self.told = True
-            warnings.warn(
-                f"data: the model takes {self.signature.given[0]!r} alone; what batches have after "
-                f"it is left out: {extra}",
-                FxqWarning,
-                stacklevel=2,
-            )
-        return tuple(batch[:1])
+            warnings.warn(f"data: {what}", FxqWarning, stacklevel=3)
 
     def __length_hint__(self) -> int:
         return operator.length_hint(self.data)

@@ -3,9 +3,9 @@
 Dynamo hands over a graph whose parameters are inputs. Those that belong to a module are bound as
 constants here, because passes and kernels need the weights' values; each call checks that they are
 still the same tensors with the same memory and version, and binds again where they are not. So a
-weight that changes in place is seen, but for writes that PyTorch does not count: through `.data` and
-through numpy. There may be several sets of weights, because Dynamo runs one graph
-for all instances of a module class.
+weight that changes in place is seen, but for writes that PyTorch does not count: through `.data`,
+and through numpy. There may be several sets of weights, because Dynamo runs one graph for all
+instances of a module class.
 """
 
 import warnings

@@ -29,8 +29,8 @@ from fxq.conditions import Condition, conditions_of
 from fxq.dynamic_shapes import export_shapes, why_not_free
 from fxq.errors import UnsupportedError
 from fxq.graph import is_transform, shape_of, why_unreadable, writes
-from fxq.module_state import restored
-from fxq.signature import Inputs, Leaf, Signature, free_sizes, split_inputs
+from fxq.module_state import restored, spared
+from fxq.signature import Inputs, Leaf, Signature, described, free_sizes, split_inputs
 from fxq.writes import lift_writes
 
 
@@ -77,6 +77,35 @@ def capture(
         UnsupportedError: torch.export cannot capture it, or what it captured is not what the model
             computes; the message has the reason.
     """
+    try:
+        return _capture(model, example_inputs, dynamic_shapes)
+    except Exception as error:
+        if isinstance(model, ExportedProgram) or isinstance(error, TypeError | ValueError):
+            raise
+        if why := _own_error(model, example_inputs):
+            raise ValueError(f"example_inputs: the model itself cannot take them: {why}") from error
+        raise
+
+
+def _own_error(model: nn.Module, example_inputs: Inputs) -> str:
+    """Return what the model raises by itself where it is called with the example, and with what;
+    "" where it runs."""
+    bound = bind(model, example_inputs)
+    forms = [
+        f"{name} {described(value)}" for name, value in bound.values.items() if value is not None
+    ]
+    try:
+        with torch.no_grad(), spared(model):
+            model(**pytree.tree_map_only(Tensor, torch.clone, bound.values))
+    except Exception as error:
+        first = next((line for line in str(error).splitlines() if line.strip()), "")
+        return f"{type(error).__name__}: {first[:200]}; found {', '.join(forms)[:300]}"
+    return ""
+
+
+def _capture(
+    model: nn.Module | ExportedProgram, example_inputs: Inputs, dynamic_shapes: Any
+) -> Captured:
     lengths: list[str] = []
     if isinstance(model, ExportedProgram):
         bound = bind_exported(model, example_inputs)

@@ -242,6 +242,8 @@ def compress(
         UnsupportedError: the model cannot be captured.
         SkippedError: `strict` and something was skipped.
     """
+    if type(strict) is not bool:
+        raise TypeError(f"strict: expected True or False, found {strict!r}")
     if found := [name for name, m in _modules(model) if isinstance(m, Program)]:
         place = f" in {found[0]!r}" if found[0] else ""
         raise TypeError(

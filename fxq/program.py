@@ -235,13 +235,19 @@ def _is_plain(value: Any) -> bool:
 
 
 def check_program(value: Any, what: str) -> None:
-    """Raise TypeError where `what` was given something else than a `Program`."""
+    """Raise TypeError where `what` was given something else than a whole `Program`."""
     if not isinstance(value, Program):
         compiled = hasattr(value, "_orig_mod")
         raise TypeError(
             f"{what}: expected a Program, found {type(value).__name__}; "
             + ("give the program itself, before torch.compile" if compiled else "")
             + ("" if compiled else "fxq.compress(model, example_inputs, recipe) makes one")
+        )
+    if not all("val" in n.meta for n in value.graph_module.graph.find_nodes(op="placeholder")):
+        raise TypeError(
+            f"{what}: expected a program as fxq.compress or fxq.load gives it, found one from a "
+            "pickle (torch.save, copying between processes), which keeps no shapes; it still runs. "
+            "Use fxq.save and fxq.load"
         )
 
 

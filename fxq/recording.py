@@ -63,6 +63,11 @@ def record(
         UnsupportedError: an argument that is no tensor, number, string, None, torch dtype or
             container of these that torch's pytree knows: a cache, a function.
     """
+    if not callable(run):
+        raise TypeError(
+            f"run: expected a function that runs the pipeline, found {type(run).__name__}; give "
+            "lambda: pipeline(...)"
+        )
     sample = Sample(type(module).__qualname__, max_calls, max_bytes, spread, seed)
     calls: dict[int, Call] | Folder = {}
     if path is not None:

@@ -124,11 +124,11 @@ class Signature:
             if name not in self.given:  # its default is no plain value, so it is not None
                 raise ValueError(
                     f"{where}: expected no {name!r}, as in the example, found "
-                    f"{_described(value)}; capture again with an example that has it"
+                    f"{described(value)}; capture again with an example that has it"
                 )
         flat, spec = pytree.tree_flatten([values[name] for name in self.given])
         if spec != self.in_spec:
-            raise TypeError(f"{where}: expected the structure {self.in_spec}, found {spec}")
+            raise TypeError(f"{where}: {self._other_structure(spec, values)}")
         inputs = []
         for leaf, value in zip(self.leaves, flat, strict=True):
             if isinstance(leaf, Leaf):
@@ -141,11 +141,25 @@ class Signature:
                 inputs.append(value)
             elif type(value) is not type(leaf) or value != leaf:  # 0 and False are not the same
                 raise ValueError(
-                    f"{where}: expected the constant {_described(leaf)} of the example, found "
-                    f"{_described(value)}; capture again with an example that has this value"
+                    f"{where}: expected the constant {described(leaf)} of the example, found "
+                    f"{described(value)}; capture again with an example that has this value"
                 )
         self._check_free_sizes(inputs, where)
         return inputs
+
+    def _other_structure(self, spec: pytree.TreeSpec, values: Mapping[str, Any]) -> str:
+        """Return which argument is not nested as in the example, and how it is."""
+        wanted, found = self.in_spec.children(), spec.children()
+        index = next(i for i, want in enumerate(wanted) if want != found[i])
+        name, want = self.given[index], wanted[index]
+        expected = f"a {getattr(want.type, '__name__', '')} of {want.num_leaves} values"
+        if want.is_leaf():
+            leaf = self.leaves[sum(spec.num_leaves for spec in wanted[:index])]
+            expected = "a tensor" if isinstance(leaf, Leaf) else described(leaf)
+        return (
+            f"expected {name!r} to be {expected}, as in the example, found a "
+            f"{type(values[name]).__name__} of {found[index].num_leaves} values"
+        )
 
     def sizes_of(self, inputs: Sequence[Tensor]) -> dict[str, int]:
         """Return the values of the free sizes in the graph's inputs, with or without its state."""
@@ -260,7 +274,7 @@ class Signature:
         return [leaf for leaf in self.leaves if isinstance(leaf, Leaf)]
 
 
-def _described(value: Any) -> str:
+def described(value: Any) -> str:
     """Return what a message calls a value: a tensor's form, the beginning of anything else."""
     if isinstance(value, Tensor):
         return f"a tensor {value.dtype} {list(value.shape)}"

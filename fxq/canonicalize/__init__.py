@@ -18,6 +18,7 @@ from fxq.canonicalize.linear import (
     linear_of_matmul,
     linear_of_rows,
     linear_with_bias,
+    matmul_of_linear,
 )
 from fxq.canonicalize.materialize_constants import materialize_constants
 from fxq.canonicalize.matmul_of_einsum import matmul_of_einsum
@@ -33,6 +34,7 @@ REWRITES: tuple[Callable[[GraphModule], int], ...] = (
     materialize_constants,
     matmul_of_einsum,
     bmm_of_baddbmm,
+    matmul_of_linear,
     linear_of_addmm,
     linear_of_matmul,
     linear_with_bias,

@@ -13,6 +13,24 @@ from fxq.rewriting import insert_call
 aten = torch.ops.aten
 
 
+def matmul_of_linear(gm: GraphModule) -> int:
+    """linear(x, w, bias) equals matmul(x, w.T) + bias; it stands so where w is no matrix, or one of
+    complex numbers: no layer is quantized with such a weight."""
+    count = 0
+    for node in list(gm.graph.find_nodes(op="call_function", target=aten.linear.default)):
+        x, weight, *bias = args_of(node)
+        if val_of(weight).ndim == 2 and not val_of(weight).is_complex():
+            continue
+        if val_of(weight).ndim == 2:
+            weight = insert_call(aten.permute.default, (weight, [1, 0]), before=node)
+        new = insert_call(aten.matmul.default, (x, weight), before=node)
+        if bias and bias[0] is not None:
+            new = insert_call(aten.add.Tensor, (new, bias[0]), before=node)
+        node.replace_all_uses_with(new)
+        count += 1
+    return count
+
+
 def linear_of_addmm(gm: GraphModule) -> int:
     """addmm(bias, x, W) equals linear(x, W.T, bias), provided W and a 1-D bias are constants."""
     count = 0
@@ -23,6 +41,7 @@ def linear_of_addmm(gm: GraphModule) -> int:
             or not is_constant(matrix)
             or not is_constant(bias)
             or val_of(bias).ndim != 1
+            or val_of(matrix).is_complex()
         ):
             continue
         _replace(node, aten.linear.default, (x, _transposed(matrix, node), bias))
@@ -39,7 +58,8 @@ def linear_of_matmul(gm: GraphModule) -> int:
         ):
             continue
         x, matrix = args_of(node)
-        if val_of(matrix).ndim == 2 and not is_constant(x):
+        is_real_matrix = val_of(matrix).ndim == 2 and not val_of(matrix).is_complex()
+        if is_real_matrix and not is_constant(x):
             _replace(node, aten.linear.default, (x, _transposed(matrix, node)))
             count += 1
     return count

@@ -155,10 +155,6 @@ def _fitted(layer: Node, spec: LayerSpec) -> tuple[LayerSpec, str]:
     if not is_constant(layer.args[1]):
         raise UnsupportedError("its weight is computed at run time")
     weight = weight_of(layer)
-    if weight.ndim < 2:
-        raise UnsupportedError("its weight is a vector")
-    if not weight.is_floating_point():
-        raise UnsupportedError(f"its weight is {weight.dtype}")
     scale_shape(weight.shape, block_of(spec.weight.granularity, weight.ndim))
     activation, remark = spec.activation, ""
     if activation is None:
