@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 from fxq.capturing import Captured
 from fxq.errors import FxqWarning
 from fxq.rewriting import copy_graph
-from fxq.signature import Leaf, split_inputs
+from fxq.signature import RETURN_DICT, Leaf, split_inputs
 
 
 def device_of(model: nn.Module | ExportedProgram) -> torch.device | None:
@@ -48,7 +48,8 @@ class CheckedBatches:
         if isinstance(batch, Mapping) and set(self.signature.given) <= {
             *batch, *self.signature.defaults
         }:  # fmt: skip
-            extra = [name for name in batch if name not in self.signature.known]
+            known = (*self.signature.known, RETURN_DICT)
+            extra = [name for name in batch if name not in known]
             if extra:
                 self._tell(f"entries of other names are left out: {extra}")
             return {name: value for name, value in batch.items() if name not in extra}

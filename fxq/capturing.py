@@ -79,8 +79,12 @@ def capture(
     """
     try:
         return _capture(model, example_inputs, dynamic_shapes)
+    except (TypeError, ValueError):
+        raise
     except Exception as error:
-        if isinstance(model, ExportedProgram) or isinstance(error, TypeError | ValueError):
+        # Of torch: what is refused here has no cause.
+        of_torch = error.__cause__ is not None or not isinstance(error, UnsupportedError)
+        if isinstance(model, ExportedProgram) or not of_torch:
             raise
         if why := _own_error(model, example_inputs):
             raise ValueError(f"example_inputs: the model itself cannot take them: {why}") from error

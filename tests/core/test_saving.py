@@ -389,7 +389,7 @@ def break_dtype(tensors: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize(
     ("edit", "edit_tensors", "message"),
     [
-        (lambda c: c.update(version=4), None, "format version 3 or older, found 4; upgrade fxq"),
+        (lambda c: c.update(version=5), None, "format version 4 or older, found 5; upgrade fxq"),
         (lambda c: c.pop("version"), None, "damaged metadata"),
         (lambda c: c.pop("graph"), None, "damaged: KeyError"),
         (lambda c: c["graph"]["nodes"].pop(0), None, "damaged|expected"),
