@@ -1,7 +1,9 @@
 """The static recipes to try first.
 
-    W8A8  8-bit weights and activations
-    W6A6  6-bit weights and activations, in int8 containers
+    W8A8       8-bit weights and activations
+    W8A8_CONV  the same for convolutional networks: batch norms are folded, convolutions quantized
+               but for the first ones and depthwise ones
+    W6A6       6-bit weights and activations, in int8 containers
 
 Each is a static recipe of `w8a8` or `w6a6` in which channels that stretch a range are separated
 (`SeparateOutliers`), with another range rule. With 8 bits it is the whole range seen, wider where
@@ -17,14 +19,17 @@ correction of biases after rounding.
 
 from fxq.passes import w8a8
 from fxq.passes.common import (
+    DEPTHWISE,
+    FIRST,
     Calibrate,
     Convert,
+    FoldBatchNorm,
     HeldOutMargin,
     InsertObservers,
     LeaveFloat,
     SeparateOutliers,
 )
-from fxq.pipeline import Recipe
+from fxq.pipeline import DataPass, Pass, Recipe
 from fxq.spec import LayerSpec, MeanSquaredError, MinMax, PerChannel, PerTensor, QuantSpec
 
 W8A8_LAYER = LayerSpec(
@@ -39,22 +44,36 @@ W6A6_LAYER = LayerSpec(
 )
 
 
-def recommended(name: str, layer: LayerSpec, separate: SeparateOutliers | None = None) -> Recipe:
+def recommended(
+    name: str,
+    layer: LayerSpec,
+    separate: SeparateOutliers | None = None,
+    *,
+    convolutions: bool = False,
+) -> Recipe:
     """Return the recommended recipe for a way of quantizing layers.
 
     Args:
         name: of the recipe.
         layer: how activations and weights are quantized.
         separate: which outliers are separated; as for 8 bits unless given.
+        convolutions: whether they are quantized, too.
     """
     separate = separate or SeparateOutliers(layer)
+    first: tuple[Pass | DataPass, ...] = (separate,)
+    observe = InsertObservers(layer)
+    if convolutions:
+        first = (FoldBatchNorm(), separate)
+        observe = InsertObservers(
+            layer, targets=("linear", "conv"), overrides=((FIRST, None), (DEPTHWISE, None))
+        )
     ranges = layer.activation is not None and isinstance(layer.activation.observer, MinMax)
     margin = (HeldOutMargin(),) if ranges else ()
-    observed = (InsertObservers(layer), Calibrate(), *margin, LeaveFloat())
-    return Recipe(name, (separate, *observed, Convert()))
+    return Recipe(name, (*first, observe, Calibrate(), *margin, LeaveFloat(), Convert()))
 
 
 W8A8 = recommended("recommended_w8a8", W8A8_LAYER)
+W8A8_CONV = recommended("recommended_w8a8_conv", W8A8_LAYER, convolutions=True)
 W6A6 = recommended(  # with a quarter of the codes every layer's outliers count
     "recommended_w6a6", W6A6_LAYER, SeparateOutliers(W6A6_LAYER, most=16, least_share=0.0)
 )
