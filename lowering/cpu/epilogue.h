@@ -119,41 +119,80 @@ struct Epilogue {
 
   __m256 scale(int64_t group) const { return _mm256_loadu_ps(w_scale + group * PANEL); }
 
-  // The sums of one row and group, less what its zero-point adds to them.
-  __m256i centred(int64_t row, int64_t group, __m256i sums) const {
+  // The sums of `ROWS` rows and one group, less what their zero-points add to them.
+  template <int ROWS>
+  void centre(int64_t row, int64_t group, __m256i (&sums)[ROWS]) const {
     const Spread<int32_t>& zero = call.x_zero;
-    const int32_t value = call.shift + (zero.data == nullptr ? 0 : zero.data[row * zero.row_step]);
-    const int32_t* of_weight = row_sums + group * PANEL;
-    return _mm256_sub_epi32(
-        sums, _mm256_mullo_epi32(_mm256_set1_epi32(value),
-                                 _mm256_loadu_si256(reinterpret_cast<const __m256i*>(of_weight))));
+    const __m256i of_weight =
+        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row_sums + group * PANEL));
+    const auto adds = [&](int64_t r) {
+      const int32_t value = call.shift + (zero.data == nullptr ? 0 : zero.data[r * zero.row_step]);
+      return _mm256_mullo_epi32(_mm256_set1_epi32(value), of_weight);
+    };
+    __m256i added = adds(row);
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) {
+      if (r > 0 && zero.row_step) added = adds(row + r);
+      sums[r] = _mm256_sub_epi32(sums[r], added);
+    }
   }
 
   // Store whole numbers, the only ones or those of all groups.
-  void store(int64_t row, __m256i whole) const {
-    if (call.kind != WHOLE) {
-      const __m256 x_scale = all(call.x_scale.data[row * call.x_scale.row_step]);
-      return finish(row, _mm256_mul_ps(_mm256_cvtepi32_ps(whole), _mm256_mul_ps(x_scale, scale(0))));
+  template <int ROWS>
+  void store(int64_t row, const __m256i (&whole)[ROWS]) const {
+    if (call.kind == WHOLE) {
+      for (int r = 0; r < ROWS; ++r)
+        store_first(there, whole[r], static_cast<int32_t*>(call.out) + (row + r) * call.n_out + first);
+      return;
     }
-    store_first(there, whole, static_cast<int32_t*>(call.out) + row * call.n_out + first);
+    __m256 y[ROWS], step = _mm256_mul_ps(x_scale(row), scale(0));
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) {
+      if (r > 0 && call.x_scale.row_step) step = _mm256_mul_ps(x_scale(row + r), scale(0));
+      y[r] = _mm256_mul_ps(_mm256_cvtepi32_ps(whole[r]), step);
+    }
+    finish(row, y);
   }
 
   // Finish and store values in real units, before the bias.
-  void finish(int64_t row, __m256 y) const {
+  template <int ROWS>
+  void finish(int64_t row, __m256 (&y)[ROWS]) const {
     const int64_t at = row * call.n_out + first;
-    if (call.bias != nullptr) y = _mm256_add_ps(y, bias);
+    if (call.bias != nullptr)
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; ++r) y[r] = _mm256_add_ps(y[r], bias);
     for (int64_t j = 0; j < call.n_apart; ++j)
-      y = _mm256_fmadd_ps(all(call.apart[row * call.n_apart + j]),
-                          _mm256_loadu_ps(w_apart + j * PANEL), y);
-    const bool adds = call.residual != nullptr;
-    if (adds && call.residual_first) y = _mm256_add_ps(y, load_first(there, call.residual + at));
-    y = activate(y, call.activation);
-    if (adds && !call.residual_first) y = _mm256_add_ps(y, load_first(there, call.residual + at));
-    if (call.kind == REAL) return store_first(there, y, static_cast<float*>(call.out) + at);
-    store_first(there, quantized(row, y), static_cast<uint8_t*>(call.out) + at);
+      for (int r = 0; r < ROWS; ++r)
+        y[r] = _mm256_fmadd_ps(all(call.apart[(row + r) * call.n_apart + j]),
+                               _mm256_loadu_ps(w_apart + j * PANEL), y[r]);
+    if (call.residual_first) add_residual(at, y);
+    activate(y, call.activation);
+    if (!call.residual_first) add_residual(at, y);
+    if (call.kind == REAL) {
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; ++r)
+        store_first(there, y[r], static_cast<float*>(call.out) + at + r * call.n_out);
+      return;
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r)
+      store_first(there, quantized(row + r, y[r]),
+                  static_cast<uint8_t*>(call.out) + at + r * call.n_out);
+  }
+
+  __m256 x_scale(int64_t row) const {
+    return all(call.x_scale.data[row * call.x_scale.row_step]);
   }
 
  private:
+  template <int ROWS>
+  void add_residual(int64_t at, __m256 (&y)[ROWS]) const {
+    if (call.residual != nullptr)
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; ++r)
+        y[r] = _mm256_add_ps(y[r], load_first(there, call.residual + at + r * call.n_out));
+  }
+
   // Eight codes: round(y * (1 / scale)) + zero_point, clamped.
   int64_t quantized(int64_t row, __m256 y) const {
     const Spread<float>& scale = call.out_scale;

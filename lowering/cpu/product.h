@@ -9,7 +9,7 @@
 // A panel is 16 output channels, two vectors; a step is 4 input channels, whose bytes lie together
 // for each output channel, so that one broadcast of 4 activations meets 8 output channels. Input
 // channels are padded with zero weights to a multiple of `RUN`, and activations are packed likewise:
-// tiles of 6 rows, step by step. What is packed at a time, a slab, is a megabyte a thread: rows of a
+// tiles of 6 rows, step by step. What is packed at a time, a slab, is half a megabyte a thread: rows of a
 // convolution overlap, and all of them together are many times the image.
 
 #pragma once
@@ -26,7 +26,7 @@ constexpr int64_t MOST_ROWS = 96;  // of one piece of work
 constexpr int64_t WORK = 1 << 21;  // multiply-adds, 20 microseconds, that several threads share
 constexpr int64_t CACHED = 1 << 18;  // bytes of weight of one piece of work
 constexpr int64_t MUCH = 1 << 18;  // bytes of activations that several threads pack
-constexpr int64_t SLAB = 1 << 20;  // bytes of packed activations for each thread
+constexpr int64_t SLAB = 1 << 19;  // bytes of packed activations for each thread
 
 // A sum in the order that is written. Compilers know that integers can be summed in any, and keep
 // all terms of a run until its end, in memory.
@@ -35,14 +35,14 @@ inline __m256i in_order(__m256i sum) {
   return sum;
 }
 
-// `sums` [ROWS, 2] of the input channels of one group; x and weight move on to the next. `LONG`
+// `sums` [2, ROWS] of the input channels of one group; x and weight move on to the next. `LONG`
 // sums of a run fit int16.
 template <int ROWS, bool LONG>
 inline void add_group(const uint8_t*& x, const int8_t*& weight, int64_t length,
-                      __m256i (&sums)[ROWS][2]) {
+                      __m256i (&sums)[2][ROWS]) {
   const __m256i ones = _mm256_set1_epi16(1);
   for (int64_t k = 0; k < length; k += RUN) {
-    __m256i acc[ROWS][2];
+    __m256i acc[2][ROWS];
 #pragma GCC unroll 8
     for (int s = 0; s < STEPS; ++s, x += TILE * STEP, weight += PANEL * STEP) {
       const __m256i* w = reinterpret_cast<const __m256i*>(weight);
@@ -54,18 +54,18 @@ inline void add_group(const uint8_t*& x, const int8_t*& weight, int64_t length,
         const __m256i value = _mm256_set1_epi32(four);
         const __m256i a = _mm256_maddubs_epi16(value, low), b = _mm256_maddubs_epi16(value, high);
         if (LONG) {
-          acc[r][0] = s == 0 ? a : in_order(_mm256_add_epi16(acc[r][0], a));
-          acc[r][1] = s == 0 ? b : in_order(_mm256_add_epi16(acc[r][1], b));
+          acc[0][r] = s == 0 ? a : in_order(_mm256_add_epi16(acc[0][r], a));
+          acc[1][r] = s == 0 ? b : in_order(_mm256_add_epi16(acc[1][r], b));
         } else {
-          sums[r][0] = in_order(_mm256_add_epi32(sums[r][0], _mm256_madd_epi16(a, ones)));
-          sums[r][1] = in_order(_mm256_add_epi32(sums[r][1], _mm256_madd_epi16(b, ones)));
+          sums[0][r] = in_order(_mm256_add_epi32(sums[0][r], _mm256_madd_epi16(a, ones)));
+          sums[1][r] = in_order(_mm256_add_epi32(sums[1][r], _mm256_madd_epi16(b, ones)));
         }
       }
     }
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS && LONG; ++r) {
-      sums[r][0] = _mm256_add_epi32(sums[r][0], _mm256_madd_epi16(acc[r][0], ones));
-      sums[r][1] = _mm256_add_epi32(sums[r][1], _mm256_madd_epi16(acc[r][1], ones));
+      sums[0][r] = _mm256_add_epi32(sums[0][r], _mm256_madd_epi16(acc[0][r], ones));
+      sums[1][r] = _mm256_add_epi32(sums[1][r], _mm256_madd_epi16(acc[1][r], ones));
     }
   }
 }
@@ -74,11 +74,12 @@ inline void add_group(const uint8_t*& x, const int8_t*& weight, int64_t length,
 template <int ROWS, bool LONG>
 void tile(const uint8_t* x, const int8_t* weight, int64_t n_in, const Epilogue (&halves)[2],
           int64_t row) {
-  __m256i sums[ROWS][2] = {};
+  __m256i sums[2][ROWS] = {};
   add_group<ROWS, LONG>(x, weight, n_in, sums);
-  for (int i = 0; i < 2; ++i)
-    for (int r = 0; r < ROWS; ++r)
-      halves[i].store(row + r, halves[i].centred(row + r, 0, sums[r][i]));
+  for (int i = 0; i < 2; ++i) {
+    halves[i].centre(row, 0, sums[i]);
+    halves[i].store(row, sums[i]);
+  }
 }
 
 // The same with several groups of input channels, each with its scale.
@@ -86,28 +87,31 @@ template <int ROWS, bool LONG>
 void tile_of_groups(const uint8_t* x, const int8_t* weight, int64_t n_in,
                     const Epilogue (&halves)[2], int64_t row) {
   const Call& call = halves[0].call;
-  __m256i whole[ROWS][2] = {};
-  __m256 scaled[ROWS][2] = {};
+  __m256i whole[2][ROWS] = {};
+  __m256 scaled[2][ROWS] = {};
   for (int64_t g = 0; g < call.groups; ++g) {
-    __m256i sums[ROWS][2] = {};
+    __m256i sums[2][ROWS] = {};
     add_group<ROWS, LONG>(x, weight, n_in / call.groups, sums);
     for (int i = 0; i < 2; ++i) {
       const __m256 scale = halves[i].scale(g);
+      halves[i].centre(row, g, sums[i]);
 #pragma GCC unroll 8
       for (int r = 0; r < ROWS; ++r) {
-        const __m256i centred = halves[i].centred(row + r, g, sums[r][i]);
-        whole[r][i] = _mm256_add_epi32(whole[r][i], centred);
-        scaled[r][i] =
-            _mm256_add_ps(scaled[r][i], _mm256_mul_ps(_mm256_cvtepi32_ps(centred), scale));
+        whole[i][r] = _mm256_add_epi32(whole[i][r], sums[i][r]);
+        scaled[i][r] =
+            _mm256_add_ps(scaled[i][r], _mm256_mul_ps(_mm256_cvtepi32_ps(sums[i][r]), scale));
       }
     }
   }
-  for (int i = 0; i < 2; ++i)
-    for (int r = 0; r < ROWS; ++r) {
-      if (call.kind == WHOLE) halves[i].store(row + r, whole[r][i]);
-      else halves[i].finish(row + r, _mm256_mul_ps(
-          scaled[r][i], all(call.x_scale.data[(row + r) * call.x_scale.row_step])));
+  for (int i = 0; i < 2; ++i) {
+    if (call.kind == WHOLE) {
+      halves[i].store(row, whole[i]);
+    } else {
+      for (int r = 0; r < ROWS; ++r)
+        scaled[i][r] = _mm256_mul_ps(scaled[i][r], halves[i].x_scale(row + r));
+      halves[i].finish(row, scaled[i]);
     }
+  }
 }
 
 // One tile of packed activations, of `rows` of 6 at most, with one panel.

@@ -21,15 +21,15 @@ and the same numbers are used with it.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fxq.graph import args_of, hint, is_op, shape_of, tensor_of
-from fxq.lowering.cpu import avx2_linear
+from fxq.graph import args_of, dtype_of, hint, is_op, shape_of, tensor_of
+from fxq.lowering.cpu import avx2_conv, avx2_linear
 from fxq.lowering.cpu.native import native
 from fxq.lowering.cpu.onednn import cpu_int8
 from fxq.lowering.devices.other import TorchAttention
@@ -66,6 +66,10 @@ CHANNEL_BLOCK = 4  # input channels of a group that oneDNN multiplies at a time
 MIN_CONV_CHANNELS = 8
 # Without groups, int8 has 0.1 to 1.2 times the speed of fp32 below, 1.07 to 2.3 times above.
 MIN_CONV_MACS = 16 << 20
+# Of `avx2_conv`: elements of a window. With 24 to 36 int8 has 0.5 to 1.2 times the speed of fp32,
+# with 64 and more 1.0 to 3.1 times, down to the smallest products.
+MIN_WINDOW = 64
+MIN_AVX2_CONV_MACS = 1 << 20
 MAX_ROWS_EXCESS = 512  # beyond, the excess of a merely large weight costs more than int8 gains
 
 
@@ -105,7 +109,15 @@ def too_small(n_rows: int, n_out: int, n_in: int, limits: Thresholds) -> str | N
     return None
 
 
-TAKES = Takes(casts=False, residual=True, row_codes=True, largest_code=255, apart=16)
+TAKES = Takes(
+    casts=False,
+    activations=avx2_linear.ACTIVATIONS,
+    residual=True,
+    row_codes=True,
+    largest_code=255,
+    apart=16,
+)
+CONV_TAKES = replace(TAKES, residual_first=True, channel_codes=False, row_codes=False, apart=0)
 
 
 @dataclass(frozen=True)
@@ -194,6 +206,32 @@ def conv_slower_than_float(n_outputs: int, weight: Tensor, groups: int) -> str |
 
 
 @dataclass(frozen=True)
+class Avx2Conv(Int8Conv):
+    """`fxq.lowering.cpu.avx2_conv`, with as much of what follows as its epilogue computes."""
+
+    def rewrite(self, layer: Node, operands: ConvOperands, lowering: Lowering) -> Decision:
+        weight, groups = tensor_of(lowering.gm, operands.weight), operands.groups
+        if not avx2_conv.is_faster(weight, groups) or dtype_of(layer) != torch.float32:
+            return Decision(None)
+        if cpu_int8().saturates and isinstance(unavailable := native("avx2_conv"), str):
+            return Decision(None, unavailable)
+        if avx2_conv.packed(weight, groups) is None:
+            return Decision(None)
+        n_outputs, n_in = _n_outputs(layer, lowering), weight[0].numel()
+        if n_in < MIN_WINDOW or n_outputs * weight.numel() < MIN_AVX2_CONV_MACS:
+            return Decision(None)
+        self.fuse(layer, operands, CONV_TAKES)
+        bits = 4 if avx2_linear.is_narrow(weight) else 8
+        return Decision(f"int{bits}_conv (AVX2)")
+
+
+def _n_outputs(layer: Node, lowering: Lowering) -> int:
+    """Return how many elements an output channel of a convolution has."""
+    batch, _, *sizes = (hint(size, lowering.sizes) for size in shape_of(layer))
+    return batch * math.prod(sizes)
+
+
+@dataclass(frozen=True)
 class OneDnnInt8Conv(Int8Conv):
     """`fxq.lowering.cpu.int8_conv`."""
 
@@ -201,8 +239,7 @@ class OneDnnInt8Conv(Int8Conv):
         if not cpu_int8().convolves:
             return super().rewrite(layer, operands, lowering)
         o, weight = operands, tensor_of(lowering.gm, operands.weight)
-        batch, _, *sizes = (hint(size, lowering.sizes) for size in shape_of(layer))
-        if why := conv_slower_than_float(batch * math.prod(sizes), weight, o.groups):
+        if why := conv_slower_than_float(_n_outputs(layer, lowering), weight, o.groups):
             return Decision(None, why)
         codes, zero = _to_unsigned(o, lowering)
         geometry = (o.stride, o.padding, o.dilation, o.groups)
@@ -279,5 +316,12 @@ def _per_row(
 X86 = Device(
     "x86",
     lambda device: device.type == "cpu" and cpu_int8().available,
-    (WeightOnlyLinear(), Avx2Linear(), OneDnnInt8Linear(), OneDnnInt8Conv(), TorchAttention()),
+    (
+        WeightOnlyLinear(),
+        Avx2Linear(),
+        OneDnnInt8Linear(),
+        Avx2Conv(),
+        OneDnnInt8Conv(),
+        TorchAttention(),
+    ),
 )
