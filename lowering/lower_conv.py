@@ -9,6 +9,7 @@ import torch
 from torch.fx import Node
 
 from fxq.graph import args_of, is_constant, is_op, shape_of
+from fxq.lowering import guard_conv_scale  # noqa: F401  registers the operator
 from fxq.lowering.int8_conv import accumulate
 from fxq.lowering.lower_linear import (
     Int8Layer,

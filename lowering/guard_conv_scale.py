@@ -1,0 +1,66 @@
+"""guard_conv_scale: which rows of a convolution's output hold NaN, told from its input.
+
+A kernel that gives its output as codes has no values in which `fxq::guard_scale` could look for
+NaN. Codes times scales are finite, so that an output is NaN just where it reads a row of the input
+whose scale is.
+"""
+
+import torch
+from torch import Tensor
+
+from fxq.lowering.int8_conv import output_sizes, reads_nan
+
+
+def guard_conv_scale(
+    x_scale: Tensor,
+    scale: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    """Return `scale` for each row of a convolution's output, NaN for rows that hold NaN: what
+    `fxq::guard_scale` returns for an output that exists only as codes.
+
+    Args:
+        x_scale: of the convolution's input, guarded.
+        scale: of its output, one element.
+        x: the input's codes, and so on, as above.
+        weight: of the convolution.
+        stride: of the convolution.
+        padding: of the convolution.
+        dilation: of the convolution.
+        groups: of the convolution.
+    Returns:
+        `[B, N, ..., 1]`, fp32.
+    """
+    geometry = (stride, padding, dilation)
+    shape = (len(x), len(weight), *output_sizes(x, weight, *geometry)[:-1], 1)
+    rows = scale.expand(shape).contiguous()
+    if not x_scale.isnan().any():
+        return rows
+    spoiled = reads_nan(x, x_scale, weight, *geometry, groups).any(-1, keepdim=True)
+    return rows.masked_fill(spoiled, torch.nan)
+
+
+def _fake_guard(
+    x_scale: Tensor,
+    scale: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    sizes = output_sizes(x, weight, stride, padding, dilation)
+    return scale.new_empty((x.shape[0], weight.shape[0], *sizes[:-1], 1))
+
+
+# Registered by hand, as int8_linear is, which says why.
+_library = torch.library.Library("fxq", "FRAGMENT")
+_library.define("guard_conv_scale" + torch.library.infer_schema(guard_conv_scale, mutates_args=()))
+_library.impl("guard_conv_scale", guard_conv_scale, "CompositeExplicitAutograd")
+torch.library.register_fake("fxq::guard_conv_scale", _fake_guard, lib=_library)
