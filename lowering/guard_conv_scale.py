@@ -8,7 +8,7 @@ whose scale is.
 import torch
 from torch import Tensor
 
-from fxq.lowering.int8_conv import output_sizes, reads_nan
+from fxq.lowering.int8_conv import output_sizes, reads_nan, spoiled
 
 
 def guard_conv_scale(
@@ -34,15 +34,25 @@ def guard_conv_scale(
         dilation: of the convolution.
         groups: of the convolution.
     Returns:
-        `[B, N, ..., 1]`, fp32.
+        `[B, N, ..., 1]`, fp32; `[B, 1, ..., 1]` without groups, where all channels read the same.
     """
     geometry = (stride, padding, dilation)
-    shape = (len(x), len(weight), *output_sizes(x, weight, *geometry)[:-1], 1)
-    rows = scale.expand(shape).contiguous()
+    rows = scale.expand(_shape(x, weight, *geometry, groups)).contiguous()
     if not x_scale.isnan().any():
         return rows
-    spoiled = reads_nan(x, x_scale, weight, *geometry, groups).any(-1, keepdim=True)
-    return rows.masked_fill(spoiled, torch.nan)
+    return spoiled(rows, reads_nan(x, x_scale, weight, *geometry, groups).any(-1, keepdim=True))
+
+
+def _shape(
+    x: Tensor,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> tuple[int, ...]:
+    channels = 1 if groups == 1 else weight.shape[0]
+    return x.shape[0], channels, *output_sizes(x, weight, stride, padding, dilation)[:-1], 1
 
 
 def _fake_guard(
@@ -55,8 +65,7 @@ def _fake_guard(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
-    sizes = output_sizes(x, weight, stride, padding, dilation)
-    return scale.new_empty((x.shape[0], weight.shape[0], *sizes[:-1], 1))
+    return scale.new_empty(_shape(x, weight, stride, padding, dilation, groups))
 
 
 # Registered by hand, as int8_linear is, which says why.

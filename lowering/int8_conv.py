@@ -96,11 +96,16 @@ def reads_nan(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
-    """Tell which outputs `[B, N, *size]` read a value whose scale is NaN."""
+    """Tell which outputs read a value whose scale is NaN, of each group: `[B, groups, *size]`."""
     marked = padded(x_scale.isnan().float().expand(x.shape), padding)
     kernel = torch.ones((groups, *weight.shape[1:]), device=x.device)
     counts = CONVOLVE[x.ndim - 2](marked, kernel, None, stride, 0, dilation, groups)
-    return (counts > 0.5).repeat_interleave(len(weight) // groups, 1)
+    return counts > 0.5
+
+
+def spoiled(y: Tensor, reads: Tensor) -> Tensor:
+    """Return `y` `[B, N, *size]` with NaN where `reads_nan` says so."""
+    return y.masked_fill(reads.repeat_interleave(y.shape[1] // reads.shape[1], 1), torch.nan)
 
 
 def finish(
@@ -144,7 +149,7 @@ def reference(
     per_sample = sample_scales(x_scale).reshape(-1, *[1] * (x.ndim - 1))
     y = y * (per_sample * w_scale.reshape(channels))
     y = y if bias is None else y + bias.float().reshape(channels)
-    y = y.masked_fill(reads_nan(x, x_scale, weight, *geometry), torch.nan)
+    y = spoiled(y, reads_nan(x, x_scale, weight, *geometry))
     epilogue = (activation, residual, out_scale, out_zero_point, quant_min, quant_max)
     return _channels_last(finish(y, *epilogue))
 
@@ -177,7 +182,7 @@ def int8_conv(
         return _channels_last(_launch(x, _first(x_scale), zero, *product[3:], *epilogue))
     y = _by_sample(x, sample_scales(x_scale), x_zero_point, *product[3:])
     if x_scale.isnan().any():
-        y = y.masked_fill(reads_nan(x, x_scale, weight, *product[6:]), torch.nan)
+        y = spoiled(y, reads_nan(x, x_scale, weight, *product[6:]))
     return _channels_last(finish(y, *epilogue))
 
 
@@ -190,6 +195,8 @@ def _own_kernel(x: Tensor, weight: Tensor, groups: int) -> avx2_conv.Packed | No
 
 def _is_one(values: Tensor) -> bool:
     """Tell whether all are the same number, which NaN is not."""
+    if values.dtype == torch.int32 and values.numel() == 1:
+        return True
     smallest, largest = values.aminmax()
     return bool(smallest == largest)
 

@@ -282,20 +282,21 @@ def test_op_passes_opcheck() -> None:
     opcheck(OPS.int8_conv, (*args, "relu", *tail))
 
 
-def test_the_guard_of_codes_is_that_of_the_values_they_are_of() -> None:
+@pytest.mark.parametrize("groups", [1, 2])
+def test_the_guard_of_codes_is_that_of_the_values_they_are_of(groups: int) -> None:
     x = torch.randn(3, 6, 9, 7)
     x[1, 2, 3, 3] = torch.nan
-    weight = torch.randn(4, 3, 3, 2)
-    geometry = ([2, 1], [1, 0, 0, 1], [1, 2], 2)
+    weight = torch.randn(4, 6 // groups, 3, 2)
     scale, codes = torch.full((1, 1, 1, 1), 0.5), torch.zeros(x.shape, dtype=torch.int8)
-    y = F.conv2d(F.pad(x, (0, 1, 1, 0)), weight, None, (2, 1), 0, (1, 2), 2)
+    y = F.conv2d(F.pad(x, (0, 1, 1, 0)), weight, None, (2, 1), 0, (1, 2), groups)
     for values, result in ((x, y), (x[:1], y[:1])):
-        rows = OPS.guard_scale(values, scale)
-        args = (rows, scale, codes[: len(values)], weight.to(torch.int8), *geometry)
+        args = (OPS.guard_scale(values, scale), scale, codes[: len(values)], weight.to(torch.int8))
+        args = (*args, [2, 1], [1, 0, 0, 1], [1, 2], groups)
 
         found = OPS.guard_conv_scale(*args)
 
         expected = OPS.guard_scale(result, scale)
+        found = found.expand(expected.shape)
         torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
     opcheck(OPS.guard_conv_scale, args)  # compares NaN as unequal: the last has none
     assert 0 < int(OPS.guard_scale(y, scale).isnan().sum()) < y.shape[1] * y.shape[2]
