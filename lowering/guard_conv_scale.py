@@ -5,6 +5,8 @@ NaN. Codes times scales are finite, so that an output is NaN just where it reads
 whose scale is.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -37,8 +39,8 @@ def guard_conv_scale(
         `[B, N, ..., 1]`, fp32; `[B, 1, ..., 1]` without groups, where all channels read the same.
     """
     geometry = (stride, padding, dilation)
-    rows = scale.expand(_shape(x, weight, *geometry, groups)).contiguous()
-    if not x_scale.isnan().any():
+    rows = scale.new_full(_shape(x, weight, *geometry, groups), float(scale))
+    if not math.isnan(float(x_scale.sum())):  # of numbers above 0
         return rows
     return spoiled(rows, reads_nan(x, x_scale, weight, *geometry, groups).any(-1, keepdim=True))
 
