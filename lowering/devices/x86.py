@@ -68,10 +68,12 @@ CHANNEL_BLOCK = 4  # input channels of a group that oneDNN multiplies at a time
 MIN_CONV_CHANNELS = 8
 # Without groups, int8 has 0.1 to 1.2 times the speed of fp32 below, 1.07 to 2.3 times above.
 MIN_CONV_MACS = 16 << 20
-# Of `avx2_conv`: elements of a window. With 24 to 36 int8 has 0.5 to 1.2 times the speed of fp32,
-# with 64 and more 1.0 to 3.1 times, down to the smallest products.
+# Of `avx2_conv`: elements of a window. With 24 to 48 int8 has 0.5 to 1.2 times the speed of fp32.
+# With 64 and more it has about the same for the fewest channels, and up to 3.4 times for many;
+# with less work than this it was faster or slower from run to run. fp32 results are measured:
+# those that go on as codes, or through a sum and an activation function, gain more.
 MIN_WINDOW = 64
-MIN_AVX2_CONV_MACS = 1 << 20
+MIN_AVX2_CONV_MACS = 4 << 20
 MAX_ROWS_EXCESS = 512  # beyond, the excess of a merely large weight costs more than int8 gains
 
 
