@@ -1,16 +1,21 @@
-"""int8_conv: the convolution of quantized activations with a quantized weight.
+"""int8_conv: the convolution of quantized activations with a quantized weight, with its epilogue.
 
     acc = conv(x - x_zero_point, weight)                  int32, exact; padding is real 0
     y   = acc * (x_scale * w_scale) + bias                fp32
+    y   = activation(y + residual)                        fp32
+    out = y, or its codes where out_scale is given
 
-`reference` is the definition. On x86 the op is oneDNN (`fxq.lowering.cpu.int8_conv`), elsewhere the
-reference itself.
+`reference` is the definition. On x86 without VNNI the op is a kernel of fxq's own where that is
+faster (`fxq.lowering.cpu.avx2_conv`), for weights that it multiplies exactly; for others and with
+VNNI it is oneDNN (`fxq.lowering.cpu.int8_conv`), elsewhere the reference itself.
 
 x `[B, C, *size]` int8 or uint8, with one to three spatial axes; x_zero_point int32, one element or
 one per sample `[B, 1, ...]`, on the grid of the codes; weight `[N, C / groups, *kernel]` int8;
 w_scale fp32, N elements or one; bias `[N]`; stride and dilation one number per axis, padding two,
-before and after, in the order of the axes; out `[B, N, *size]` fp32, channels last in memory, as
-kernels write it.
+before and after, in the order of the axes; residual `[B, N, *size]` fp32; out_scale fp32 and
+out_zero_point int32 one element or `[1, N, 1, ...]`; out `[B, N, *size]`, channels last in memory,
+as kernels write it. A residual is added before the activation function, as residual networks do,
+not after it, as in `fxq::int8_linear`.
 
 x_scale fp32 is one element or one per sample; or, where it is guarded against NaN and Inf, one per
 row of x (`[B, C, ..., 1]`): the same number in all rows of a sample, but NaN in a row that holds
@@ -24,8 +29,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fxq.lowering.cpu import avx2_conv
 from fxq.lowering.cpu.int8_conv import can_launch
 from fxq.lowering.cpu.int8_conv import launch as cpu_launch
+from fxq.lowering.int8_linear import activate
+from fxq.numerics import codes_dtype, quantize
 
 CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}  # by the number of spatial axes
 
@@ -34,6 +42,17 @@ def padded(x: Tensor, padding: list[int], value: int = 0) -> Tensor:
     """Return x with `padding` (before and after, axis by axis) around its spatial axes."""
     pairs = [padding[i : i + 2] for i in range(0, len(padding), 2)]
     return F.pad(x, [n for pair in reversed(pairs) for n in pair], value=value)
+
+
+def output_sizes(
+    x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]
+) -> list[int]:
+    """Return the sizes of the output's spatial axes."""
+    return [
+        (size + padding[2 * i] + padding[2 * i + 1] - dilation[i] * (kernel - 1) - 1) // stride[i]
+        + 1
+        for i, (size, kernel) in enumerate(zip(x.shape[2:], weight.shape[2:], strict=True))
+    ]
 
 
 def accumulate(
@@ -77,11 +96,32 @@ def reads_nan(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
-    """Tell which outputs `[B, N, *size]` read a value whose scale is NaN."""
+    """Tell which outputs read a value whose scale is NaN, of each group: `[B, groups, *size]`."""
     marked = padded(x_scale.isnan().float().expand(x.shape), padding)
     kernel = torch.ones((groups, *weight.shape[1:]), device=x.device)
     counts = CONVOLVE[x.ndim - 2](marked, kernel, None, stride, 0, dilation, groups)
-    return (counts > 0.5).repeat_interleave(len(weight) // groups, 1)
+    return counts > 0.5
+
+
+def spoiled(y: Tensor, reads: Tensor) -> Tensor:
+    """Return `y` `[B, N, *size]` with NaN where `reads_nan` says so."""
+    return y.masked_fill(reads.repeat_interleave(y.shape[1] // reads.shape[1], 1), torch.nan)
+
+
+def finish(
+    y: Tensor,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    out_scale: Tensor | None = None,
+    out_zero_point: Tensor | None = None,
+    quant_min: int = -128,
+    quant_max: int = 127,
+) -> Tensor:
+    """Apply the epilogue to `y` `[B, N, *size]`, fp32."""
+    y = activate(y if residual is None else y + residual.float(), activation)
+    if out_scale is None:
+        return y
+    return quantize(y, out_scale, out_zero_point, quant_min, quant_max)
 
 
 def reference(
@@ -95,6 +135,12 @@ def reference(
     padding: list[int],
     dilation: list[int],
     groups: int,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    out_scale: Tensor | None = None,
+    out_zero_point: Tensor | None = None,
+    quant_min: int = -128,
+    quant_max: int = 127,
 ) -> Tensor:
     """Compute the definition above on any device."""
     geometry = (stride, padding, dilation, groups)
@@ -103,8 +149,9 @@ def reference(
     per_sample = sample_scales(x_scale).reshape(-1, *[1] * (x.ndim - 1))
     y = y * (per_sample * w_scale.reshape(channels))
     y = y if bias is None else y + bias.float().reshape(channels)
-    y = y.masked_fill(reads_nan(x, x_scale, weight, *geometry), torch.nan)
-    return _channels_last(y)
+    y = spoiled(y, reads_nan(x, x_scale, weight, *geometry))
+    epilogue = (activation, residual, out_scale, out_zero_point, quant_min, quant_max)
+    return _channels_last(finish(y, *epilogue))
 
 
 def int8_conv(
@@ -118,20 +165,40 @@ def int8_conv(
     padding: list[int],
     dilation: list[int],
     groups: int,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    out_scale: Tensor | None = None,
+    out_zero_point: Tensor | None = None,
+    quant_min: int = -128,
+    quant_max: int = 127,
 ) -> Tensor:
     """Compute `reference` with the fastest exact implementation for the device of `x`."""
-    geometry = (stride, padding, dilation, groups)
-    if not can_launch(x, weight):
-        return reference(x, x_scale, x_zero_point, weight, w_scale, bias, *geometry)
-    others = (weight, w_scale, bias, *geometry)
-    smallest, largest = (float(bound) for bound in x_scale.aminmax())  # NaN where one of them is
-    one_zero = x_zero_point is None or bool((x_zero_point == x_zero_point.flatten()[0]).all())
-    if smallest == largest and one_zero:
-        return _channels_last(_launch(x, smallest, _first(x_zero_point), *others))
-    y = _by_sample(x, sample_scales(x_scale), x_zero_point, *others)
+    product = (x, x_scale, x_zero_point, weight, w_scale, bias, stride, padding, dilation, groups)
+    epilogue = (activation, residual, out_scale, out_zero_point, quant_min, quant_max)
+    if not _own_kernel(x, weight, groups) and not can_launch(x, weight):
+        return reference(*product, *epilogue)
+    if _is_one(x_scale) and (x_zero_point is None or _is_one(x_zero_point)):
+        zero = None if x_zero_point is None else _first(x_zero_point)
+        return _channels_last(_launch(x, _first(x_scale), zero, *product[3:], *epilogue))
+    y = _by_sample(x, sample_scales(x_scale), x_zero_point, *product[3:])
     if x_scale.isnan().any():
-        y = y.masked_fill(reads_nan(x, x_scale, weight, *geometry), torch.nan)
-    return _channels_last(y)
+        y = spoiled(y, reads_nan(x, x_scale, weight, *product[6:]))
+    return _channels_last(finish(y, *epilogue))
+
+
+def _own_kernel(x: Tensor, weight: Tensor, groups: int) -> avx2_conv.Packed | None:
+    """Return the weight for the kernel of fxq's own, None where it is not the one to use."""
+    if x.device.type != "cpu" or not x.numel() or not avx2_conv.is_faster(weight, groups):
+        return None
+    return avx2_conv.packed(weight, groups)
+
+
+def _is_one(values: Tensor) -> bool:
+    """Tell whether all are the same number, which NaN is not."""
+    if values.dtype == torch.int32 and values.numel() == 1:
+        return True
+    smallest, largest = values.aminmax()
+    return bool(smallest == largest)
 
 
 def _by_sample(x: Tensor, scales: Tensor, x_zero_point: Tensor | None, *others: Any) -> Tensor:
@@ -147,23 +214,23 @@ def _by_sample(x: Tensor, scales: Tensor, x_zero_point: Tensor | None, *others: 
     pairs = torch.stack([part.double().expand(len(x)) for part in (scales, zeros)], 1)
     rows, row_of = pairs.unique(dim=0, return_inverse=True)
     parts, order = [], []
-    for number, (scale, zero) in enumerate(rows.tolist()):
+    for number, row in enumerate(rows):
         mine = (row_of == number).nonzero().flatten()
         order.append(mine)
-        parts.append(_launch(x[mine], scale, int(zero), *others))
+        parts.append(_launch(x[mine], row[:1].float(), row[1:].int(), *others))
     if len(parts) == 1:
         return parts[0]
     return torch.cat(parts)[torch.cat(order).argsort()]
 
 
-def _first(zero_point: Tensor | None) -> int:
-    return 0 if zero_point is None else int(zero_point.flatten()[0])
+def _first(values: Tensor) -> Tensor:
+    return values.flatten()[:1]
 
 
 def _launch(
     x: Tensor,
-    x_scale: float,
-    x_zero_point: int,
+    x_scale: Tensor,
+    x_zero_point: Tensor | None,
     weight: Tensor,
     w_scale: Tensor,
     bias: Tensor | None,
@@ -171,13 +238,19 @@ def _launch(
     padding: list[int],
     dilation: list[int],
     groups: int,
+    *epilogue: Any,
 ) -> Tensor:
+    """Call a kernel; scale and zero-point have one element."""
+    if own := _own_kernel(x, weight, groups):
+        others = (w_scale, bias, stride, padding, dilation, *epilogue)
+        return avx2_conv.launch(x, x_scale, x_zero_point, own, *others)
+    zero = 0 if x_zero_point is None else int(x_zero_point)
     codes, sides = x, padding[::2]
     if sides != padding[1::2]:  # the kernel pads both sides alike
-        codes, sides = padded(x, padding, x_zero_point), [0] * len(sides)
-    return cpu_launch(
-        codes, x_scale, x_zero_point, weight, w_scale, bias, stride, sides, dilation, groups
-    )
+        codes, sides = padded(x, padding, zero), [0] * len(sides)
+    geometry = (stride, sides, dilation, groups)
+    y = cpu_launch(codes, float(x_scale), zero, weight, w_scale, bias, *geometry)
+    return finish(y, *epilogue)
 
 
 def _channels_last(y: Tensor) -> Tensor:
@@ -196,13 +269,16 @@ def _fake(
     padding: list[int],
     dilation: list[int],
     groups: int,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    out_scale: Tensor | None = None,
+    out_zero_point: Tensor | None = None,
+    quant_min: int = -128,
+    quant_max: int = 127,
 ) -> Tensor:
-    sizes = [
-        (size + padding[2 * i] + padding[2 * i + 1] - dilation[i] * (kernel - 1) - 1) // stride[i]
-        + 1
-        for i, (size, kernel) in enumerate(zip(x.shape[2:], weight.shape[2:], strict=True))
-    ]
-    y = x.new_empty((x.shape[0], *sizes, weight.shape[0]), dtype=torch.float32)
+    sizes = output_sizes(x, weight, stride, padding, dilation)
+    dtype = torch.float32 if out_scale is None else codes_dtype(quant_max)
+    y = x.new_empty((x.shape[0], *sizes, weight.shape[0]), dtype=dtype)
     return y.movedim(-1, 1)
 
 

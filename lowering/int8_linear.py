@@ -34,7 +34,8 @@ from fxq.lowering.cpu.onednn import cpu_int8
 from fxq.lowering.derived import derived
 from fxq.numerics import codes_dtype, quantize
 
-ACTIVATIONS = ("none", "gelu", "gelu_tanh", "silu")
+ACTIVATIONS = ("none", "gelu", "gelu_tanh", "silu", "relu", "relu6", "hardswish")
+ON_CUDA = ACTIVATIONS[:4]  # those of the Triton kernel
 
 
 def activate(y: Tensor, activation: str) -> Tensor:
@@ -48,6 +49,12 @@ def activate(y: Tensor, activation: str) -> Tensor:
             return F.gelu(y, approximate="tanh")
         case "silu":
             return F.silu(y)
+        case "relu":
+            return F.relu(y)
+        case "relu6":
+            return F.relu6(y)
+        case "hardswish":
+            return F.hardswish(y)
     raise ValueError(f"activation: expected one of {ACTIVATIONS}, found {activation!r}")
 
 
@@ -154,7 +161,7 @@ def int8_linear(
     if out_dtype == torch.int32:
         exact = cpu_accumulators if on_x86 else accumulate
         return exact(x, x_zero_point, weight).to(torch.int32)
-    if x.device.type == "cuda" and apart is None:
+    if x.device.type == "cuda" and apart is None and activation in ON_CUDA:
         return _on_cuda(*product, out_dtype, *epilogue)
     y = cpu_launch(*product) if on_x86 and w_scale.shape[-1] == 1 else scaled(*product)
     if apart is not None and w_apart is not None:

@@ -8,12 +8,22 @@ from typing import Any, ClassVar
 import torch
 from torch.fx import Node
 
-from fxq.graph import args_of, is_op, shape_of
+from fxq.graph import args_of, is_constant, is_op, shape_of
+from fxq.lowering import guard_conv_scale  # noqa: F401  registers the operator
 from fxq.lowering.int8_conv import accumulate
-from fxq.lowering.lower_linear import Int8Layer, Operands, operands_of
+from fxq.lowering.lower_linear import (
+    Int8Layer,
+    Operands,
+    Takes,
+    fusible_epilogue,
+    is_finite,
+    operands_of,
+)
 from fxq.operators import operand
+from fxq.rewriting import insert_call
 
 ops = torch.ops.fxq
+GUARDS = (ops.guard_scale.default, ops.guard_conv_scale.default)  # the scale is their second
 
 
 @dataclass(frozen=True)
@@ -42,10 +52,27 @@ class Int8Conv(Int8Layer):
     def match(self, layer: Node) -> ConvOperands | str:
         return match(layer)
 
+    def fuse(self, layer: Node, o: ConvOperands, takes: Takes) -> None:
+        """Put the kernel in the place of `layer` and of as much of what follows as its epilogue
+        takes in."""
+        guarded = is_op(o.scale, *GUARDS)
+        finite = is_finite(o.bias) and (guarded or is_constant(o.scale))
+        last, (_, *epilogue), guard = fusible_epilogue(layer, takes, finite=finite)
+        geometry = (o.stride, o.padding, o.dilation, o.groups)
+        args = (o.codes, o.scale, o.zero_point, o.weight, o.w_scale, o.bias, *geometry, *epilogue)
+        result = insert_call(ops.int8_conv.default, args, before=last, like=layer)
+        self.replace(layer, result, last=last)
+        if guard is not None:
+            seen = scale = args_of(guard)[1]
+            if guarded:
+                args = (o.scale, scale, o.codes, o.weight, *geometry)
+                seen = insert_call(ops.guard_conv_scale.default, args, before=guard)
+            guard.replace_all_uses_with(seen)
+
     def check(
         self, expected: Any, found: Any, kernel: Node, value: Callable[[Node], Any]
     ) -> tuple[bool, bool]:
-        codes_node, _, zero_node, weight_node, _, _, *geometry = args_of(kernel)
+        codes_node, _, zero_node, weight_node, _, _, *geometry = args_of(kernel)[:10]
         x, weight = value(codes_node), value(weight_node)
         zero = None if zero_node is None else value(zero_node)
         one = torch.ones(1, device=x.device)
@@ -67,7 +94,7 @@ def match(layer: Node) -> ConvOperands | str:
         return "no int8 kernel for a transposed convolution"
     if any(size != 1 for size in shape_of(found.w_scale)[1:]):
         return "no int8 kernel for a weight scale per input channel; use PerChannel(0)"
-    scale = args_of(found.scale)[1] if is_op(found.scale, ops.guard_scale.default) else found.scale
+    scale = args_of(found.scale)[1] if is_op(found.scale, *GUARDS) else found.scale
     if not is_per_sample(scale) or not (
         found.zero_point is None or is_per_sample(found.zero_point)
     ):

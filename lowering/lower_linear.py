@@ -14,7 +14,7 @@ from torch.fx import Node
 from fxq.account import kind_of
 from fxq.constants import constant_value
 from fxq.graph import args_of, dtype_of, hint, is_op, shape_of, tensor_of
-from fxq.lowering.int8_linear import accumulate
+from fxq.lowering.int8_linear import ON_CUDA, accumulate
 from fxq.lowering.rule import Decision, Lowering, Rule
 from fxq.numerics import largest_sum
 from fxq.operators import LINEAR
@@ -22,6 +22,13 @@ from fxq.rewriting import insert_call
 
 aten = torch.ops.aten
 ops = torch.ops.fxq
+# Those without arguments; the name of others depends on theirs.
+ACTIVATION_OF = {
+    aten.silu.default: "silu",
+    aten.relu.default: "relu",
+    aten.relu6.default: "relu6",
+    aten.hardswish.default: "hardswish",
+}
 
 
 @dataclass(frozen=True)
@@ -38,19 +45,24 @@ class Operands:
 
 @dataclass(frozen=True)
 class Takes:
-    """What a kernel's epilogue takes in beside an activation function and codes with one scale or
-    one for each channel.
+    """What a kernel's epilogue takes in beside codes with one scale.
 
     Args:
         casts: one to another dtype, and what follows it, as if it did not round.
+        activations: functions, of `fxq.lowering.int8_linear.ACTIVATIONS`.
         residual: an fp32 tensor of the result's shape that is added.
+        residual_first: that is added before the activation function, not after it.
+        channel_codes: codes with a scale for each channel of the last dimension, not only with one.
         row_codes: codes with a scale for each row, of a size along each axis or 1.
         largest_code: that its codes go to.
         apart: how many channels beside those with codes, in fp32.
     """
 
     casts: bool = True
+    activations: tuple[str, ...] = ON_CUDA
     residual: bool = False
+    residual_first: bool = False
+    channel_codes: bool = True
     row_codes: bool = False
     largest_code: int = 127
     apart: int = 0
@@ -101,7 +113,7 @@ class Int8Linear(Int8Layer):
         """Put the kernel in the place of `layer` and of as much of what follows as its epilogue
         takes in; return the op's arguments from `out_dtype` on."""
         start, apart = channels_apart(layer, takes.apart)
-        finite = _is_finite(o.bias) and not apart  # whose products may be Inf
+        finite = is_finite(o.bias) and not apart  # whose products may be Inf
         last, epilogue, guard = fusible_epilogue(start, takes, finite=finite)
         args = (o.codes, o.scale, o.zero_point, o.weight, o.w_scale, o.bias, *epilogue)
         result = insert_call(ops.int8_linear.default, args, apart, before=last, like=layer)
@@ -213,17 +225,18 @@ def fusible_epilogue(
         the last node taken in, the op's arguments from `out_dtype` on, and the `guard_scale` that
         reads what only exists inside the kernel then.
     """
-    last, dtype, activation = layer, dtype_of(layer), "none"
+    last, dtype = layer, dtype_of(layer)
     cast = _only_user(last, aten._to_copy.default) if takes.casts else None
     if cast and set(cast.kwargs) == {"dtype"}:
         last, dtype = cast, dtype_of(cast)
-    if gelu := _only_user(last, aten.gelu.default):
-        last = gelu
-        activation = "gelu" if gelu.kwargs.get("approximate", "none") == "none" else "gelu_tanh"
-    elif silu := _only_user(last, aten.silu.default):
-        last, activation = silu, "silu"
-    if takes.residual and (found := _residual(last)):
-        return found[0], (dtype, activation, found[1]), None
+    residual = None
+    if takes.residual_first and (found := _residual(last)):
+        last, residual = found
+    last, activation = _activation(last, takes.activations)
+    if takes.residual and not takes.residual_first and (found := _residual(last)):
+        last, residual = found
+    if residual is not None:
+        return last, (dtype, activation, residual), None
     if not finite or dtype == torch.float16:  # whose rounding makes Inf of large values
         return last, (dtype, activation), None
     guard = next((user for user in last.users if is_op(user, ops.guard_scale.default)), None)
@@ -236,8 +249,25 @@ def fusible_epilogue(
 
 def _takes_codes(quantize: Node, values: Node, takes: Takes) -> bool:
     scale, largest = args_of(quantize)[1], args_of(quantize)[4]
-    fits = is_single_or_per_channel(scale) or (takes.row_codes and is_per_row(scale, values))
+    fits = is_single(scale)
+    fits |= takes.channel_codes and is_single_or_per_channel(scale)
+    fits |= takes.row_codes and is_per_row(scale, values)
     return bool(fits and largest <= takes.largest_code)
+
+
+def _activation(values: Node, allowed: tuple[str, ...]) -> tuple[Node, str]:
+    """Return the activation function that is the only user of `values`, and its name; `values` and
+    "none" where there is no such function."""
+    name = "none"
+    user = next(iter(values.users), None)
+    if gelu := _only_user(values, aten.gelu.default):
+        name = "gelu" if gelu.kwargs.get("approximate", "none") == "none" else "gelu_tanh"
+    elif clamp := _only_user(values, aten.hardtanh.default):
+        name = "relu6" if clamp.args[1:] == (0.0, 6.0) else "none"
+    else:
+        for target, found in ACTIVATION_OF.items():
+            name = found if _only_user(values, target) else name
+    return (user, name) if user is not None and name in allowed[1:] else (values, "none")
 
 
 def _residual(values: Node) -> tuple[Node, Node] | None:
@@ -252,7 +282,7 @@ def _residual(values: Node) -> tuple[Node, Node] | None:
     return (add, other) if shape_of(other) == shape_of(values) else None
 
 
-def _is_finite(bias: Node | None) -> bool:
+def is_finite(bias: Node | None) -> bool:
     if bias is None:
         return True
     value = constant_value(bias)

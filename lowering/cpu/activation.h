@@ -11,7 +11,8 @@
 
 namespace {
 
-enum Activation { NONE, GELU, GELU_TANH, SILU };  // in the order of `int8_linear.ACTIVATIONS`
+// In the order of `int8_linear.ACTIVATIONS`.
+enum Activation { NONE, GELU, GELU_TANH, SILU, RELU, RELU6, HARDSWISH };
 
 inline __m256 all(float value) { return _mm256_set1_ps(value); }
 
@@ -66,19 +67,38 @@ inline __m256 gated(__m256 x, __m256 slope) {
   return _mm256_div_ps(x, _mm256_add_ps(e, all(1.0f)));
 }
 
-inline __m256 activate(__m256 x, int activation) {
+inline __m256 gelu(__m256 x) {
+  const __m256 erf = error_function(_mm256_mul_ps(x, all(0.70710678f)));
+  return _mm256_mul_ps(_mm256_mul_ps(x, all(0.5f)), _mm256_add_ps(erf, all(1.0f)));
+}
+
+inline __m256 gelu_tanh(__m256 x) {  // (1 + tanh(u)) / 2 = 1 / (1 + exp(-2u))
+  const __m256 cube = _mm256_mul_ps(_mm256_mul_ps(x, x), x);
+  const __m256 inner = _mm256_fmadd_ps(cube, all(0.044715f), x);
+  return gated(x, _mm256_mul_ps(inner, all(1.59576912f)));  // 2 sqrt(2 / pi)
+}
+
+inline __m256 hardswish(__m256 x) {
+  const __m256 gate = within(0.0f, _mm256_add_ps(x, all(3.0f)), 6.0f);
+  return _mm256_div_ps(_mm256_mul_ps(x, gate), all(6.0f));
+}
+
+template <int ROWS, typename Function>
+inline void each(__m256 (&x)[ROWS], Function function) {
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r) x[r] = function(x[r]);
+}
+
+template <int ROWS>
+inline void activate(__m256 (&x)[ROWS], int activation) {
   switch (activation) {
-    case GELU: {
-      const __m256 erf = error_function(_mm256_mul_ps(x, all(0.70710678f)));
-      return _mm256_mul_ps(_mm256_mul_ps(x, all(0.5f)), _mm256_add_ps(erf, all(1.0f)));
-    }
-    case GELU_TANH: {  // (1 + tanh(u)) / 2 = 1 / (1 + exp(-2u))
-      const __m256 cube = _mm256_mul_ps(_mm256_mul_ps(x, x), x);
-      const __m256 inner = _mm256_fmadd_ps(cube, all(0.044715f), x);
-      return gated(x, _mm256_mul_ps(inner, all(1.59576912f)));  // 2 sqrt(2 / pi)
-    }
-    case SILU: return gated(x, x);
-    default: return x;
+    case GELU: return each(x, gelu);
+    case GELU_TANH: return each(x, gelu_tanh);
+    case SILU: return each(x, [](__m256 one) { return gated(one, one); });
+    case RELU: return each(x, [](__m256 one) { return _mm256_max_ps(all(0.0f), one); });
+    case RELU6: return each(x, [](__m256 one) { return within(0.0f, one, 6.0f); });
+    case HARDSWISH: return each(x, hardswish);
+    default: return;
   }
 }
 

@@ -26,7 +26,8 @@ PANEL = 16  # output channels
 STEP = 4  # input channels of one instruction
 RUN = 32  # input channels of one turn of the loop
 SIGN = 128  # int8 codes become uint8 by adding this to the codes and to their zero-point
-ACTIVATIONS = ("none", "gelu", "gelu_tanh", "silu")  # as `activation.h` numbers them
+# As `activation.h` numbers them.
+ACTIVATIONS = ("none", "gelu", "gelu_tanh", "silu", "relu", "relu6", "hardswish")
 WHOLE, REAL, CODES = range(3)  # results: int32, fp32, codes
 
 

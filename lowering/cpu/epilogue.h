@@ -35,12 +35,23 @@ struct Call {
   int64_t n_apart;
   int activation;
   const float* residual;  // none, or [rows, n_out]
+  bool residual_first;    // it is added before the activation function
   Spread<float> out_scale;
   Spread<int32_t> out_zero;
   int code_min, code_max;
   void* out;  // [rows, n_out], of
   int kind;   // this
   int64_t n_out;
+  int64_t products;  // of neighbouring output channels, each with input channels of its own
+
+  int64_t of_product() const { return n_out / products; }
+  int64_t panels_of_product() const { return (of_product() + PANEL - 1) / PANEL; }
+  int64_t panels() const { return products * panels_of_product(); }
+
+  // The place of an output channel in panels, none of which has channels of two products.
+  int64_t place(int64_t n) const {
+    return n / of_product() * panels_of_product() * PANEL + n % of_product();
+  }
 };
 
 enum Kind { WHOLE, REAL, CODES };  // int32, fp32, int8 or uint8: those of `avx2_linear.KINDS`
@@ -67,21 +78,20 @@ struct Channels {
   std::unique_ptr<float[]> w_apart;  // [panels, n_apart, 16]
   std::unique_ptr<float[]> bias, inverse, out_zero;  // [panels, 16]; 1 / out_scale
   explicit Channels(const Call& c) {
-    const int64_t panels = (c.n_out + PANEL - 1) / PANEL;
+    const int64_t panels = c.panels();
     w_scale.reset(new float[panels * c.groups * PANEL]());
-    for (int64_t n = 0; n < c.n_out; ++n)
-      for (int64_t g = 0; g < c.groups; ++g)
-        w_scale[(n / PANEL * c.groups + g) * PANEL + n % PANEL] = c.w_scale[n * c.w_step + g];
     w_apart.reset(new float[panels * c.n_apart * PANEL]());
-    for (int64_t n = 0; n < c.n_out; ++n)
-      for (int64_t j = 0; j < c.n_apart; ++j)
-        w_apart[(n / PANEL * c.n_apart + j) * PANEL + n % PANEL] = c.w_apart[n * c.n_apart + j];
     for (auto* values : {&bias, &inverse, &out_zero}) values->reset(new float[panels * PANEL]());
     for (int64_t n = 0; n < c.n_out; ++n) {
-      if (c.bias != nullptr) bias[n] = c.bias[n];
+      const int64_t at = c.place(n), panel = at / PANEL, lane = at % PANEL;
+      for (int64_t g = 0; g < c.groups; ++g)
+        w_scale[(panel * c.groups + g) * PANEL + lane] = c.w_scale[n * c.w_step + g];
+      for (int64_t j = 0; j < c.n_apart; ++j)
+        w_apart[(panel * c.n_apart + j) * PANEL + lane] = c.w_apart[n * c.n_apart + j];
+      if (c.bias != nullptr) bias[at] = c.bias[n];
       if (c.out_scale.data != nullptr)
-        inverse[n] = 1.0f / c.out_scale.data[n * c.out_scale.channel_step];
-      if (c.out_zero.data != nullptr) out_zero[n] = c.out_zero.data[n * c.out_zero.channel_step];
+        inverse[at] = 1.0f / c.out_scale.data[n * c.out_scale.channel_step];
+      if (c.out_zero.data != nullptr) out_zero[at] = c.out_zero.data[n * c.out_zero.channel_step];
     }
   }
 };
@@ -94,53 +104,95 @@ struct Epilogue {
   const float* const w_scale;      // [groups, 16]
   const float* const w_apart;      // [n_apart, 16]
   const int32_t* const row_sums;  // [groups, 16]
-  Epilogue(const Call& c, const Channels& channels, int64_t panel, int half)
+  // `begin` is the first channel of the panel, `end` follows the last of its product.
+  Epilogue(const Call& c, const Channels& channels, int64_t panel, int half, int64_t begin,
+           int64_t end)
       : call(c),
-        first(panel * PANEL + 8 * half),
-        there(std::clamp<int64_t>(c.n_out - first, 0, 8)),
-        bias(_mm256_loadu_ps(channels.bias.get() + first)),
-        inverse(_mm256_loadu_ps(channels.inverse.get() + first)),
-        out_zero(_mm256_loadu_ps(channels.out_zero.get() + first)),
+        first(begin + 8 * half),
+        there(std::clamp<int64_t>(end - first, 0, 8)),
+        bias(_mm256_loadu_ps(channels.bias.get() + panel * PANEL + 8 * half)),
+        inverse(_mm256_loadu_ps(channels.inverse.get() + panel * PANEL + 8 * half)),
+        out_zero(_mm256_loadu_ps(channels.out_zero.get() + panel * PANEL + 8 * half)),
         w_scale(channels.w_scale.get() + panel * c.groups * PANEL + 8 * half),
         w_apart(channels.w_apart.get() + panel * c.n_apart * PANEL + 8 * half),
         row_sums(c.row_sums + panel * c.groups * PANEL + 8 * half) {}
 
   __m256 scale(int64_t group) const { return _mm256_loadu_ps(w_scale + group * PANEL); }
 
-  // The sums of one row and group, less what its zero-point adds to them.
-  __m256i centred(int64_t row, int64_t group, __m256i sums) const {
+  // The sums of `ROWS` rows and one group, less what their zero-points add to them.
+  template <int ROWS>
+  void centre(int64_t row, int64_t group, __m256i (&sums)[ROWS]) const {
     const Spread<int32_t>& zero = call.x_zero;
-    const int32_t value = call.shift + (zero.data == nullptr ? 0 : zero.data[row * zero.row_step]);
-    const int32_t* of_weight = row_sums + group * PANEL;
-    return _mm256_sub_epi32(
-        sums, _mm256_mullo_epi32(_mm256_set1_epi32(value),
-                                 _mm256_loadu_si256(reinterpret_cast<const __m256i*>(of_weight))));
+    const __m256i of_weight =
+        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row_sums + group * PANEL));
+    const auto adds = [&](int64_t r) {
+      const int32_t value = call.shift + (zero.data == nullptr ? 0 : zero.data[r * zero.row_step]);
+      return _mm256_mullo_epi32(_mm256_set1_epi32(value), of_weight);
+    };
+    __m256i added = adds(row);
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) {
+      if (r > 0 && zero.row_step) added = adds(row + r);
+      sums[r] = _mm256_sub_epi32(sums[r], added);
+    }
   }
 
   // Store whole numbers, the only ones or those of all groups.
-  void store(int64_t row, __m256i whole) const {
-    if (call.kind != WHOLE) {
-      const __m256 x_scale = all(call.x_scale.data[row * call.x_scale.row_step]);
-      return finish(row, _mm256_mul_ps(_mm256_cvtepi32_ps(whole), _mm256_mul_ps(x_scale, scale(0))));
+  template <int ROWS>
+  void store(int64_t row, const __m256i (&whole)[ROWS]) const {
+    if (call.kind == WHOLE) {
+      for (int r = 0; r < ROWS; ++r)
+        store_first(there, whole[r], static_cast<int32_t*>(call.out) + (row + r) * call.n_out + first);
+      return;
     }
-    store_first(there, whole, static_cast<int32_t*>(call.out) + row * call.n_out + first);
+    __m256 y[ROWS], step = _mm256_mul_ps(x_scale(row), scale(0));
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) {
+      if (r > 0 && call.x_scale.row_step) step = _mm256_mul_ps(x_scale(row + r), scale(0));
+      y[r] = _mm256_mul_ps(_mm256_cvtepi32_ps(whole[r]), step);
+    }
+    finish(row, y);
   }
 
   // Finish and store values in real units, before the bias.
-  void finish(int64_t row, __m256 y) const {
+  template <int ROWS>
+  void finish(int64_t row, __m256 (&y)[ROWS]) const {
     const int64_t at = row * call.n_out + first;
-    if (call.bias != nullptr) y = _mm256_add_ps(y, bias);
+    if (call.bias != nullptr)
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; ++r) y[r] = _mm256_add_ps(y[r], bias);
     for (int64_t j = 0; j < call.n_apart; ++j)
-      y = _mm256_fmadd_ps(all(call.apart[row * call.n_apart + j]),
-                          _mm256_loadu_ps(w_apart + j * PANEL), y);
-    y = activate(y, call.activation);
-    if (call.residual != nullptr)
-      y = _mm256_add_ps(y, load_first(there, call.residual + at));
-    if (call.kind == REAL) return store_first(there, y, static_cast<float*>(call.out) + at);
-    store_first(there, quantized(row, y), static_cast<uint8_t*>(call.out) + at);
+      for (int r = 0; r < ROWS; ++r)
+        y[r] = _mm256_fmadd_ps(all(call.apart[(row + r) * call.n_apart + j]),
+                               _mm256_loadu_ps(w_apart + j * PANEL), y[r]);
+    if (call.residual_first) add_residual(at, y);
+    activate(y, call.activation);
+    if (!call.residual_first) add_residual(at, y);
+    if (call.kind == REAL) {
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; ++r)
+        store_first(there, y[r], static_cast<float*>(call.out) + at + r * call.n_out);
+      return;
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r)
+      store_first(there, quantized(row + r, y[r]),
+                  static_cast<uint8_t*>(call.out) + at + r * call.n_out);
+  }
+
+  __m256 x_scale(int64_t row) const {
+    return all(call.x_scale.data[row * call.x_scale.row_step]);
   }
 
  private:
+  template <int ROWS>
+  void add_residual(int64_t at, __m256 (&y)[ROWS]) const {
+    if (call.residual != nullptr)
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; ++r)
+        y[r] = _mm256_add_ps(y[r], load_first(there, call.residual + at + r * call.n_out));
+  }
+
   // Eight codes: round(y * (1 / scale)) + zero_point, clamped.
   int64_t quantized(int64_t row, __m256 y) const {
     const Spread<float>& scale = call.out_scale;

@@ -1,7 +1,8 @@
 """x86: int8 products and convolutions, where they are exact and no slower than fp32. Without VNNI
-products are fxq's own (`fxq.lowering.cpu.avx2_linear`) where the weight is pair-safe: activations
-keep their codes, scales and zero-points are applied in the kernel, and so is what follows, as far
-as `TAKES` says. Weight-only products are fxq's own too. All else is oneDNN's.
+they are fxq's own (`fxq.lowering.cpu.avx2_linear`, `avx2_conv`) where the weight is pair-safe:
+activations keep their codes, scales and zero-points are applied in the kernel, and so is what
+follows, as far as `TAKES` and `CONV_TAKES` say. Weight-only products are fxq's own too. All else is
+oneDNN's.
 
 For oneDNN the codes of the activations become uint8 (codes and zero-point plus 128: the same
 values). With one scale for the whole tensor the kernel does everything; with a scale per token, or
@@ -14,35 +15,36 @@ before there was `avx2_linear`; for that it is where single products, one and tw
 times fp32 and more (8-bit weights; 4-bit ones begin at half the work). Frozen numbers instead of a
 timing at compile time: the same program must compile to the same graph every time. oneDNN takes
 about 80 microseconds a call before it multiplies anything. Large weights repay that at any number
-of rows, because fp32 has to read four times the bytes; small ones need work. Convolutions, read off
-`cpu_int8_conv_avx2.md`, need it too, and input channels to multiply: depthwise ones are slower in
-int8, and those of images faster or slower, by kernel and stride. They are measured without VNNI,
-and the same numbers are used with it.
+of rows, because fp32 has to read four times the bytes; small ones need work. Its convolutions, read
+off `cpu_int8_conv_avx2.md`, need it too, and input channels to multiply: depthwise ones are slower
+in int8, and those of images faster or slower, by kernel and stride. They are measured without VNNI,
+and the same numbers are used with it. Those of fxq's own need windows of some size instead, because
+each is gathered and its output is written whatever it is multiplied with.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fxq.graph import args_of, hint, is_op, shape_of, tensor_of
-from fxq.lowering.cpu import avx2_linear
+from fxq.graph import dtype_of, hint, shape_of, tensor_of
+from fxq.lowering.cpu import avx2_conv, avx2_linear
 from fxq.lowering.cpu.native import native
 from fxq.lowering.cpu.onednn import cpu_int8
 from fxq.lowering.devices.other import TorchAttention
 from fxq.lowering.lower_conv import ConvOperands, Int8Conv
 from fxq.lowering.lower_linear import Int8Linear, Operands, Takes, is_single, match
+from fxq.lowering.lower_unsigned import SIGN, constant, to_unsigned
 from fxq.lowering.lower_weight_only import WeightOnlyLinear
 from fxq.lowering.rule import Decision, Device, Lowering
 from fxq.numerics import EXACT_IN_FP32, is_pair_safe, largest_sum
-from fxq.rewriting import add_buffer, insert_call
+from fxq.rewriting import insert_call
 
 aten = torch.ops.aten
 ops = torch.ops.fxq
-SIGN = 128  # uint8 codes are int8 codes plus this
 
 
 class Thresholds(NamedTuple):
@@ -66,6 +68,12 @@ CHANNEL_BLOCK = 4  # input channels of a group that oneDNN multiplies at a time
 MIN_CONV_CHANNELS = 8
 # Without groups, int8 has 0.1 to 1.2 times the speed of fp32 below, 1.07 to 2.3 times above.
 MIN_CONV_MACS = 16 << 20
+# Of `avx2_conv`: elements of a window. With 24 to 48 int8 has 0.5 to 1.2 times the speed of fp32.
+# With 64 and more it has about the same for the fewest channels, and up to 3.4 times for many;
+# with less work than this it was faster or slower from run to run. fp32 results are measured:
+# those that go on as codes, or through a sum and an activation function, gain more.
+MIN_WINDOW = 64
+MIN_AVX2_CONV_MACS = 4 << 20
 MAX_ROWS_EXCESS = 512  # beyond, the excess of a merely large weight costs more than int8 gains
 
 
@@ -105,7 +113,15 @@ def too_small(n_rows: int, n_out: int, n_in: int, limits: Thresholds) -> str | N
     return None
 
 
-TAKES = Takes(casts=False, residual=True, row_codes=True, largest_code=255, apart=16)
+TAKES = Takes(
+    casts=False,
+    activations=avx2_linear.ACTIVATIONS,
+    residual=True,
+    row_codes=True,
+    largest_code=255,
+    apart=16,
+)
+CONV_TAKES = replace(TAKES, residual_first=True, channel_codes=False, row_codes=False, apart=0)
 
 
 @dataclass(frozen=True)
@@ -139,7 +155,7 @@ class OneDnnInt8Linear(Int8Linear):
         n_rows = _n_rows(operands, lowering)
         if why := slower_than_float(n_rows, *weight.shape, exact=exact):
             return Decision(None, why)
-        codes, zero = _to_unsigned(operands, lowering)
+        codes, zero = to_unsigned(operands, lowering)
         if is_single(operands.scale):
             o = operands
             args = (codes, o.scale, zero, o.weight, o.w_scale, o.bias, torch.float32)
@@ -193,6 +209,37 @@ def conv_slower_than_float(n_outputs: int, weight: Tensor, groups: int) -> str |
     return None
 
 
+def own_conv_pays(n_outputs: int, weight: Tensor, groups: int) -> bool:
+    """Tell whether `avx2_conv` is faster than fp32 and oneDNN; `conv_slower_than_float` has the
+    arguments."""
+    enough = n_outputs * weight.numel() >= MIN_AVX2_CONV_MACS
+    return enough and weight[0].numel() >= MIN_WINDOW and avx2_conv.is_faster(weight, groups)
+
+
+@dataclass(frozen=True)
+class Avx2Conv(Int8Conv):
+    """`fxq.lowering.cpu.avx2_conv`, with as much of what follows as its epilogue computes."""
+
+    def rewrite(self, layer: Node, operands: ConvOperands, lowering: Lowering) -> Decision:
+        weight, groups = tensor_of(lowering.gm, operands.weight), operands.groups
+        pays = own_conv_pays(_n_outputs(layer, lowering), weight, groups)
+        if not pays or dtype_of(layer) != torch.float32:
+            return Decision(None)
+        if cpu_int8().saturates and isinstance(unavailable := native("avx2_conv"), str):
+            return Decision(None, unavailable)
+        if avx2_conv.packed(weight, groups) is None:
+            return Decision(None)
+        self.fuse(layer, operands, CONV_TAKES)
+        bits = 4 if avx2_linear.is_narrow(weight) else 8
+        return Decision(f"int{bits}_conv (AVX2)")
+
+
+def _n_outputs(layer: Node, lowering: Lowering) -> int:
+    """Return how many elements an output channel of a convolution has."""
+    batch, _, *sizes = (hint(size, lowering.sizes) for size in shape_of(layer))
+    return batch * math.prod(sizes)
+
+
 @dataclass(frozen=True)
 class OneDnnInt8Conv(Int8Conv):
     """`fxq.lowering.cpu.int8_conv`."""
@@ -201,43 +248,13 @@ class OneDnnInt8Conv(Int8Conv):
         if not cpu_int8().convolves:
             return super().rewrite(layer, operands, lowering)
         o, weight = operands, tensor_of(lowering.gm, operands.weight)
-        batch, _, *sizes = (hint(size, lowering.sizes) for size in shape_of(layer))
-        if why := conv_slower_than_float(batch * math.prod(sizes), weight, o.groups):
+        if why := conv_slower_than_float(_n_outputs(layer, lowering), weight, o.groups):
             return Decision(None, why)
-        codes, zero = _to_unsigned(o, lowering)
+        codes, zero = to_unsigned(o, lowering)
         geometry = (o.stride, o.padding, o.dilation, o.groups)
         args = (codes, o.scale, zero, o.weight, o.w_scale, o.bias, *geometry)
         self.replace(layer, insert_call(ops.int8_conv.default, args, before=layer))
         return Decision("int8_conv (oneDNN)")
-
-
-def _to_unsigned(o: Operands, lowering: Lowering) -> tuple[Node, Node | None]:
-    """Return the activations' codes as uint8 with their zero-point, made once per quantize."""
-    key = (o.codes, o.zero_point)
-    if not is_op(o.codes, ops.quantize.default):
-        return key
-    if key not in lowering.shared:
-        source, scale, _, low, high = args_of(o.codes)
-        zero = _plus_sign(o, lowering)
-        args = (source, scale, zero, low + SIGN, high + SIGN)
-        codes = insert_call(ops.quantize.default, args, before=o.codes)
-        lowering.shared[key] = codes, zero
-    return lowering.shared[key]
-
-
-def _plus_sign(o: Operands, lowering: Lowering) -> Node:
-    zero = o.zero_point
-    if zero is None:
-        value = torch.full([1] * len(shape_of(o.scale)), SIGN, dtype=torch.int32)
-        return _constant("unsigned_zero_point", value, o.codes, lowering)
-    if zero.op == "get_attr":
-        value = tensor_of(lowering.gm, zero) + SIGN
-        return _constant(f"{zero.target}_unsigned", value, o.codes, lowering)
-    return insert_call(aten.add.Tensor, (zero, SIGN), after=zero)
-
-
-def _constant(name: str, value: Tensor, like: Node, lowering: Lowering) -> Node:
-    return add_buffer(lowering.gm, name, value.to(lowering.device), like=like)
 
 
 def _per_row(
@@ -251,20 +268,20 @@ def _per_row(
     weight, w_scale = tensor_of(lowering.gm, o.weight), tensor_of(lowering.gm, o.w_scale)
     name = str(o.weight.target)
     w_rows = w_scale.reshape(-1).expand(len(weight))
-    unit = _constant("unit_scale", torch.ones(1, 1), layer, lowering)
-    w_row = _constant(f"{name}_row_scale", w_rows, layer, lowering)
+    unit = constant("unit_scale", torch.ones(1, 1), layer, lowering)
+    w_row = constant(f"{name}_row_scale", w_rows, layer, lowering)
     centre = zero
     single = zero is None or is_single(zero)
     if not single:
         value = torch.tensor([[SIGN]], dtype=torch.int32)
-        centre = None if codes is o.codes else _constant("sign", value, layer, lowering)
+        centre = None if codes is o.codes else constant("sign", value, layer, lowering)
     exact = single or largest_sum(weight) < EXACT_IN_FP32
     dtype = torch.float32 if exact else torch.int32
     args = (codes, unit, centre, o.weight, unit, None, dtype)
     y = kernel = insert_call(ops.int8_linear.default, args, before=layer)
     if not single:
         sums = weight.sum(1, dtype=torch.int32).to(dtype)
-        sums_node = _constant(f"{name}_row_sums", sums, layer, lowering)
+        sums_node = constant(f"{name}_row_sums", sums, layer, lowering)
         shift = insert_call(aten.mul.Tensor, (o.zero_point, sums_node), before=layer)
         y = insert_call(aten.sub.Tensor, (y, shift), before=layer)
     if not exact:
@@ -279,5 +296,12 @@ def _per_row(
 X86 = Device(
     "x86",
     lambda device: device.type == "cpu" and cpu_int8().available,
-    (WeightOnlyLinear(), Avx2Linear(), OneDnnInt8Linear(), OneDnnInt8Conv(), TorchAttention()),
+    (
+        WeightOnlyLinear(),
+        Avx2Linear(),
+        OneDnnInt8Linear(),
+        Avx2Conv(),
+        OneDnnInt8Conv(),
+        TorchAttention(),
+    ),
 )

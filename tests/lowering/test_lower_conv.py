@@ -3,6 +3,7 @@
 The judge is the simulated graph, which convolves in float, and the float model.
 """
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 
 import fxq
 from fxq.lowering import int8_conv
+from fxq.lowering.cpu import avx2_conv
+from fxq.lowering.cpu.native import native
 from fxq.lowering.cpu.onednn import CpuInt8, cpu_int8
 from fxq.lowering.devices import x86
 from fxq.lowering.devices.x86 import conv_slower_than_float
@@ -33,7 +36,18 @@ needs_x86 = pytest.mark.skipif(not cpu_int8().convolves, reason="no oneDNN int8 
 
 @pytest.fixture(autouse=True)
 def any_size_pays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(x86, "MIN_CONV_MACS", 0)
+    for limit in ("MIN_CONV_MACS", "MIN_AVX2_CONV_MACS", "MIN_WINDOW"):
+        monkeypatch.setattr(x86, limit, 0)
+
+
+@pytest.fixture(params=["AVX2", "oneDNN"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of the kernel of all but depthwise convolutions."""
+    own = request.param == "AVX2"
+    if own and (not cpu_int8().saturates or isinstance(native("avx2_conv"), str)):
+        pytest.skip("needs AVX2 without VNNI, and a compiler")
+    monkeypatch.setattr(avx2_conv, "is_faster", lambda weight, _: own and weight.shape[1] > 1)
+    return f"int8_conv ({request.param})"
 
 
 def decisions_of(program: fxq.Program) -> list[Decision]:
@@ -59,7 +73,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 @needs_x86
 @pytest.mark.parametrize("name", MODELS)
-def test_every_convolution_is_lowered_and_verified(name: str) -> None:
+def test_every_convolution_is_lowered_and_verified(name: str, kernel: str) -> None:
     make, shape = MODELS[name]
     model, x = make(), torch.randn(shape)
     program = fxq.compress(model, x, STATIC, data=[x])
@@ -67,7 +81,7 @@ def test_every_convolution_is_lowered_and_verified(name: str) -> None:
     lowered, decisions = lower(program.graph_module, CPU)
     result = lowered(x)[0]
 
-    assert {d.kernel for d in decisions.values()} == {"int8_conv (oneDNN)"}
+    assert {d.kernel for d in decisions.values()} == {kernel}
     assert sqnr_db(program(x), result) > 30.0  # codes at ties may fall to the neighbour
     assert sqnr_db(model(x), result) > 25.0
     verification = fxq.verify(program, x, model=model)
@@ -76,7 +90,7 @@ def test_every_convolution_is_lowered_and_verified(name: str) -> None:
 
 
 @needs_x86
-def test_where_no_kernel_pays_a_layer_stays_float_while_compiling() -> None:
+def test_where_no_kernel_pays_a_layer_stays_float_while_compiling(kernel: str) -> None:
     spec = LayerSpec(DYNAMIC_TENSOR, w8a8.WEIGHT)
     recipe = Recipe("dynamic", (InsertObservers(spec, CONV), Convert()))
     model = nn.Sequential(nn.Conv2d(8, 16, 3), nn.Conv2d(16, 16, 3, groups=16)).eval()
@@ -86,15 +100,15 @@ def test_where_no_kernel_pays_a_layer_stays_float_while_compiling() -> None:
         found = torch.compile(model, backend="fxq", options={"recipe": recipe})(x)
 
     program = fxq.compress(model, x, recipe)
-    kernel, declined = decisions_of(program)
-    assert (kernel.kernel, declined.kernel) == ("int8_conv (oneDNN)", None)
+    taken, declined = decisions_of(program)
+    assert (taken.kernel, declined.kernel) == (kernel, None)
     first = Recipe("first", (InsertObservers(spec, CONV, (("1", None),)), Convert()))
     assert sqnr_db(fxq.compress(model, x, first)(x), found) > 60.0
     assert sqnr_db(program(x), found) < 60.0
 
 
 @needs_x86
-def test_a_row_that_is_not_finite_spoils_what_reads_it_and_nothing_else() -> None:
+def test_a_row_that_is_not_finite_spoils_what_reads_it_and_nothing_else(kernel: str) -> None:
     model, x = convs(), torch.randn(3, 8, 11, 10)
     program = fxq.compress(model, x, STATIC, data=[x])
     lowered, _ = lower(program.graph_module, CPU)
@@ -108,11 +122,13 @@ def test_a_row_that_is_not_finite_spoils_what_reads_it_and_nothing_else() -> Non
 
 
 @needs_x86
-def test_the_check_sees_a_wrong_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_check_sees_a_wrong_sum(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(2, 8, 9, 9)
     program = fxq.compress(nn.Conv2d(8, 8, 3).eval(), x, STATIC, data=[x])
-    right = int8_conv.cpu_launch
-    monkeypatch.setattr(int8_conv, "cpu_launch", lambda *args: right(*args) + 1)
+    for module, name in ((int8_conv, "cpu_launch"), (avx2_conv, "launch")):
+        right = getattr(module, name)
+        wrong = functools.partial(lambda right, *args: right(*args) + 1, right)
+        monkeypatch.setattr(module, name, wrong)
 
     verification = fxq.verify(program, x)
 

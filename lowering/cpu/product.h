@@ -1,0 +1,245 @@
+// The product of codes on x86-64 with AVX2, exact without VNNI, slab by slab of its rows.
+//
+// `vpmaddubsw` multiplies unsigned with signed bytes and adds pairs of products in int16, where it
+// saturates. With pair-safe weights of 8 bits a pair comes to at most 255 * 128 < 2^15; every pair
+// is widened to int32 at once, two instructions of the multiplier for one. Where |w| <= 8 a pair is
+// at most 4080 in magnitude, eight come to 32640 < 2^15, and are added in int16 before they are
+// widened: one instruction and an eighth.
+//
+// A panel is 16 output channels, two vectors; a step is 4 input channels, whose bytes lie together
+// for each output channel, so that one broadcast of 4 activations meets 8 output channels. Input
+// channels are padded with zero weights to a multiple of `RUN`, and activations are packed likewise:
+// tiles of 6 rows, step by step. What is packed at a time, a slab, is half a megabyte a thread: rows of a
+// convolution overlap, and all of them together are many times the image.
+
+#pragma once
+#include "epilogue.h"
+
+
+namespace {
+
+constexpr int64_t STEP = 4;        // input channels of one instruction
+constexpr int64_t STEPS = 8;       // whose sums int16 holds where |w| <= 8
+constexpr int64_t RUN = STEP * STEPS;
+constexpr int64_t TILE = 6;        // rows: times 2 vectors, 12 accumulators of 16 registers
+constexpr int64_t MOST_ROWS = 96;  // of one piece of work
+constexpr int64_t WORK = 1 << 21;  // multiply-adds, 20 microseconds, that several threads share
+constexpr int64_t CACHED = 1 << 18;  // bytes of weight of one piece of work
+constexpr int64_t MUCH = 1 << 18;  // bytes of activations that several threads pack
+constexpr int64_t SLAB = 1 << 19;  // bytes of packed activations for each thread
+
+// A sum in the order that is written. Compilers know that integers can be summed in any, and keep
+// all terms of a run until its end, in memory.
+inline __m256i in_order(__m256i sum) {
+  asm("" : "+x"(sum));
+  return sum;
+}
+
+// `sums` [2, ROWS] of the input channels of one group; x and weight move on to the next. `LONG`
+// sums of a run fit int16.
+template <int ROWS, bool LONG>
+inline void add_group(const uint8_t*& x, const int8_t*& weight, int64_t length,
+                      __m256i (&sums)[2][ROWS]) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  for (int64_t k = 0; k < length; k += RUN) {
+    __m256i acc[2][ROWS];
+#pragma GCC unroll 8
+    for (int s = 0; s < STEPS; ++s, x += TILE * STEP, weight += PANEL * STEP) {
+      const __m256i* w = reinterpret_cast<const __m256i*>(weight);
+      const __m256i low = _mm256_loadu_si256(w), high = _mm256_loadu_si256(w + 1);
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; ++r) {
+        int32_t four;
+        std::memcpy(&four, x + r * STEP, STEP);
+        const __m256i value = _mm256_set1_epi32(four);
+        const __m256i a = _mm256_maddubs_epi16(value, low), b = _mm256_maddubs_epi16(value, high);
+        if (LONG) {
+          acc[0][r] = s == 0 ? a : in_order(_mm256_add_epi16(acc[0][r], a));
+          acc[1][r] = s == 0 ? b : in_order(_mm256_add_epi16(acc[1][r], b));
+        } else {
+          sums[0][r] = in_order(_mm256_add_epi32(sums[0][r], _mm256_madd_epi16(a, ones)));
+          sums[1][r] = in_order(_mm256_add_epi32(sums[1][r], _mm256_madd_epi16(b, ones)));
+        }
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS && LONG; ++r) {
+      sums[0][r] = _mm256_add_epi32(sums[0][r], _mm256_madd_epi16(acc[0][r], ones));
+      sums[1][r] = _mm256_add_epi32(sums[1][r], _mm256_madd_epi16(acc[1][r], ones));
+    }
+  }
+}
+
+// One tile with one panel, whose channels share a scale.
+template <int ROWS, bool LONG>
+void tile(const uint8_t* x, const int8_t* weight, int64_t n_in, const Epilogue (&halves)[2],
+          int64_t row) {
+  __m256i sums[2][ROWS] = {};
+  add_group<ROWS, LONG>(x, weight, n_in, sums);
+  for (int i = 0; i < 2; ++i) {
+    halves[i].centre(row, 0, sums[i]);
+    halves[i].store(row, sums[i]);
+  }
+}
+
+// The same with several groups of input channels, each with its scale.
+template <int ROWS, bool LONG>
+void tile_of_groups(const uint8_t* x, const int8_t* weight, int64_t n_in,
+                    const Epilogue (&halves)[2], int64_t row) {
+  const Call& call = halves[0].call;
+  __m256i whole[2][ROWS] = {};
+  __m256 scaled[2][ROWS] = {};
+  for (int64_t g = 0; g < call.groups; ++g) {
+    __m256i sums[2][ROWS] = {};
+    add_group<ROWS, LONG>(x, weight, n_in / call.groups, sums);
+    for (int i = 0; i < 2; ++i) {
+      const __m256 scale = halves[i].scale(g);
+      halves[i].centre(row, g, sums[i]);
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; ++r) {
+        whole[i][r] = _mm256_add_epi32(whole[i][r], sums[i][r]);
+        scaled[i][r] =
+            _mm256_add_ps(scaled[i][r], _mm256_mul_ps(_mm256_cvtepi32_ps(sums[i][r]), scale));
+      }
+    }
+  }
+  for (int i = 0; i < 2; ++i) {
+    if (call.kind == WHOLE) {
+      halves[i].store(row, whole[i]);
+    } else {
+      for (int r = 0; r < ROWS; ++r)
+        scaled[i][r] = _mm256_mul_ps(scaled[i][r], halves[i].x_scale(row + r));
+      halves[i].finish(row, scaled[i]);
+    }
+  }
+}
+
+// One tile of packed activations, of `rows` of 6 at most, with one panel.
+template <int ROWS, bool LONG>
+void meet(int64_t rows, const uint8_t* x, const int8_t* weight, int64_t n_in,
+          const Epilogue (&halves)[2], int64_t row) {
+  if constexpr (ROWS > 1)
+    if (rows < ROWS) return meet<ROWS - 1, LONG>(rows, x, weight, n_in, halves, row);
+  if (halves[0].call.groups == 1) tile<ROWS, LONG>(x, weight, n_in, halves, row);
+  else tile_of_groups<ROWS, LONG>(x, weight, n_in, halves, row);
+}
+
+// Rows of codes in memory. Those of a product lie at the corners of a grid with axes for batch and
+// up to three of space; each is gathered from runs of neighbouring bytes, which for a linear is one.
+struct Rows {
+  const uint8_t* x;
+  uint32_t flip;            // makes int8 codes unsigned
+  int64_t count;            // of all
+  int64_t size[3];          // of the axes of space
+  int64_t step[4];          // bytes from one to the next along batch and those axes
+  int64_t product_step;     // from a product's input channels to those of the next
+  const int64_t* runs;      // [n_runs], bytes from the first run of a row to each
+  int64_t n_runs, length;   // of each run
+  int64_t width() const { return n_runs * length; }
+  int64_t padded() const { return (width() + RUN - 1) / RUN * RUN; }
+
+  const uint8_t* at(int64_t row) const {
+    const uint8_t* place = x;
+    for (int axis = 2; axis >= 0; row /= size[axis], --axis)
+      if (size[axis] > 1) place += row % size[axis] * step[axis + 1];
+    return place + row * step[0];
+  }
+};
+
+// Copy `n` bytes, few as a rule.
+inline void copy(const uint8_t* from, int64_t n, uint8_t* to) {
+  if (n > 128) {
+    std::memcpy(to, from, n);
+  } else if (n >= 16) {
+    for (int64_t i = 0; i < n - 16; i += 16) std::memcpy(to + i, from + i, 16);
+    std::memcpy(to + n - 16, from + n - 16, 16);
+  } else if (n >= 4) {
+    for (int64_t i = 0; i < n - 4; i += 4) std::memcpy(to + i, from + i, 4);
+    std::memcpy(to + n - 4, from + n - 4, 4);
+  } else {
+    for (int64_t i = 0; i < n; ++i) to[i] = from[i];
+  }
+}
+
+// Four steps of a tile's rows, `padded` bytes apart: `to` gets each step of all rows together.
+inline void turn(const uint8_t* from, int64_t padded, __m128i flip, uint8_t* to) {
+  __m128i rows[TILE];
+#pragma GCC unroll 6
+  for (int r = 0; r < TILE; ++r)
+    rows[r] = _mm_xor_si128(
+        flip, _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + r * padded)));
+  const __m128i a = _mm_unpacklo_epi32(rows[0], rows[1]), b = _mm_unpackhi_epi32(rows[0], rows[1]);
+  const __m128i c = _mm_unpacklo_epi32(rows[2], rows[3]), d = _mm_unpackhi_epi32(rows[2], rows[3]);
+  const __m128i e = _mm_unpacklo_epi32(rows[4], rows[5]), f = _mm_unpackhi_epi32(rows[4], rows[5]);
+  // Steps 0 and 1 of two rows each are in a, c and e; 2 and 3 in b, d and f.
+  const __m128i packed[] = {_mm_unpacklo_epi64(a, c), _mm_unpacklo_epi64(e, _mm_srli_si128(a, 8)),
+                            _mm_unpackhi_epi64(c, e), _mm_unpacklo_epi64(b, d),
+                            _mm_unpacklo_epi64(f, _mm_srli_si128(b, 8)),
+                            _mm_unpackhi_epi64(d, f)};
+  std::memcpy(to, packed, sizeof(packed));
+}
+
+// The tile from `row` on of one product; what is beyond its rows and runs meets no weight but zeros.
+void pack(const Rows& rows, int64_t product, int64_t row, uint8_t* scratch, uint8_t* packed) {
+  const int64_t padded = rows.padded();
+  for (int64_t r = 0; r < std::min(TILE, rows.count - row); ++r) {
+    const uint8_t* place = rows.at(row + r) + product * rows.product_step;
+    uint8_t* to = scratch + r * padded;
+    for (int64_t j = 0; j < rows.n_runs; ++j, to += rows.length)
+      copy(place + rows.runs[j], rows.length, to);
+  }
+  const __m128i flip = _mm_set1_epi32(static_cast<int32_t>(rows.flip));
+  for (int64_t k = 0; k < padded; k += 4 * STEP)
+    turn(scratch + k, padded, flip, packed + k * TILE);
+}
+
+// The products of a slab of `count` packed rows, from `first` on, with all panels. Panels that the
+// second-level cache holds meet a tile of rows, one by one, then the next tile: what is written lies
+// together.
+template <bool LONG>
+void multiply_slab(const Call& call, const Channels& channels, const int8_t* weight, int64_t padded,
+                   const uint8_t* packed, int64_t first, int64_t count, int threads) {
+  const int64_t panels = call.panels(), pieces = (count + MOST_ROWS - 1) / MOST_ROWS;
+  const int64_t block = std::max<int64_t>(1, CACHED / (PANEL * padded));
+  const int64_t blocks = (panels + block - 1) / block;
+  const int64_t wide = call.of_product(), per = call.panels_of_product();
+#pragma omp parallel for num_threads(threads) collapse(2) \
+    schedule(dynamic, 1) if (count * padded * PANEL * panels > WORK)
+  for (int64_t b = 0; b < blocks; ++b)
+    for (int64_t piece = 0; piece < pieces; ++piece)
+      for (int64_t row = piece * MOST_ROWS; row < std::min((piece + 1) * MOST_ROWS, count);
+           row += TILE)
+        for (int64_t p = b * block; p < std::min((b + 1) * block, panels); ++p) {
+          const int64_t product = call.products == 1 ? 0 : p / per;
+          const int64_t begin = product * wide + (p - product * per) * PANEL;
+          const int64_t end = (product + 1) * wide;
+          meet<TILE, LONG>(count - row, packed + (row * call.products + product * TILE) * padded,
+                           weight + p * PANEL * padded, padded,
+                           {{call, channels, p, 0, begin, end}, {call, channels, p, 1, begin, end}},
+                           first + row);
+        }
+}
+
+// All of a call: `weight` [panels, padded / 4, 16, 4], of codes up to 8 in magnitude where `narrow`.
+void multiply(const Call& call, const Rows& rows, const int8_t* weight, bool narrow, int threads) {
+  const int64_t padded = rows.padded(), row_bytes = padded * call.products;
+  const int64_t most = std::max<int64_t>(1, threads * SLAB / (row_bytes * MOST_ROWS)) * MOST_ROWS;
+  const Channels channels(call);
+  const int64_t slab = std::min(most, (rows.count + TILE - 1) / TILE * TILE);
+  const std::unique_ptr<uint8_t[]> packed(new uint8_t[slab * row_bytes]);
+  for (int64_t first = 0; first < rows.count; first += slab) {
+    const int64_t count = std::min(slab, rows.count - first), tiles = (count + TILE - 1) / TILE;
+#pragma omp parallel num_threads(threads) if (count * row_bytes > MUCH)
+    {
+      const std::unique_ptr<uint8_t[]> scratch(new uint8_t[TILE * padded]());
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < tiles * call.products; ++i)
+        pack(rows, i % call.products, first + i / call.products * TILE, scratch.get(),
+             packed.get() + i * TILE * padded);
+    }
+    (narrow ? multiply_slab<true> : multiply_slab<false>)(
+        call, channels, weight, padded, packed.get(), first, count, threads);
+  }
+}
+
+}  // namespace
