@@ -114,7 +114,7 @@ def is_faster(weight: Tensor, groups: int) -> bool:
     ones, but slow here too.
     """
     n_in = weight.shape[1]
-    return groups == 1 or n_in >= PANEL or (n_in > 1 and n_in % ONEDNN_BLOCK != 0)
+    return groups == 1 or n_in >= 2 * PANEL or (n_in > 1 and n_in % ONEDNN_BLOCK != 0)
 
 
 class Window(NamedTuple):

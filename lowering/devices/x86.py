@@ -68,11 +68,13 @@ CHANNEL_BLOCK = 4  # input channels of a group that oneDNN multiplies at a time
 MIN_CONV_CHANNELS = 8
 # Without groups, int8 has 0.1 to 1.2 times the speed of fp32 below, 1.07 to 2.3 times above.
 MIN_CONV_MACS = 16 << 20
-# Of `avx2_conv`: elements of a window. With 24 to 48 int8 has 0.5 to 1.2 times the speed of fp32.
-# With 64 and more it has about the same for the fewest channels, and up to 3.4 times for many;
-# with less work than this it was faster or slower from run to run. fp32 results are measured:
-# those that go on as codes, or through a sum and an activation function, gain more.
-MIN_WINDOW = 64
+# Of `avx2_conv`: elements of a window, without groups and with. With 24 to 72 int8 has 0.3 to 1.0
+# times the speed of fp32, with these and more 1.0 to 3.2 times; in groups, 0.8 to 0.9 below. fp32
+# results are measured: those that go on as codes, or through an activation function, gain more.
+MIN_WINDOW, MIN_WINDOW_OF_GROUP = 128, 256
+# With less than `MIN_CONV_CHANNELS`, as images have: 0.7 for a 7x7 kernel, 1.5 to 1.8 for patches.
+MIN_WINDOW_OF_IMAGE = 512
+MIN_CONV_OUTPUTS = avx2_linear.PANEL  # channels of a group: what is left of a panel is zeros
 MIN_AVX2_CONV_MACS = 4 << 20
 MAX_ROWS_EXCESS = 512  # beyond, the excess of a merely large weight costs more than int8 gains
 
@@ -212,8 +214,13 @@ def conv_slower_than_float(n_outputs: int, weight: Tensor, groups: int) -> str |
 def own_conv_pays(n_outputs: int, weight: Tensor, groups: int) -> bool:
     """Tell whether `avx2_conv` is faster than fp32 and oneDNN; `conv_slower_than_float` has the
     arguments."""
+    window, channels = weight[0].numel(), weight.shape[1]
+    least = MIN_WINDOW if groups == 1 else MIN_WINDOW_OF_GROUP
+    if groups == 1 and channels < MIN_CONV_CHANNELS:
+        least = MIN_WINDOW_OF_IMAGE
     enough = n_outputs * weight.numel() >= MIN_AVX2_CONV_MACS
-    return enough and weight[0].numel() >= MIN_WINDOW and avx2_conv.is_faster(weight, groups)
+    fills = len(weight) // groups >= MIN_CONV_OUTPUTS
+    return enough and fills and window >= least and avx2_conv.is_faster(weight, groups)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from fxq.pipeline import Recipe
 from fxq.spec import LayerSpec, QuantSpec
 
 CPU = torch.device("cpu")
+WINDOWS = ("MIN_WINDOW", "MIN_WINDOW_OF_GROUP", "MIN_WINDOW_OF_IMAGE", "MIN_CONV_OUTPUTS")
 OPS = torch.ops.fxq
 CONV = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 pytestmark = pytest.mark.skipif(
@@ -43,7 +44,7 @@ def _everything(monkeypatch: pytest.MonkeyPatch) -> None:
     """Outputs start as poison, and the kernel takes all that it can."""
     monkeypatch.setattr(buffers, "allocate", poisoned)
     monkeypatch.setattr(avx2_conv, "is_faster", lambda *_: True)
-    for limit in ("MIN_AVX2_CONV_MACS", "MIN_WINDOW"):
+    for limit in ("MIN_AVX2_CONV_MACS", *WINDOWS):
         monkeypatch.setattr(x86, limit, 0)
 
 
@@ -402,7 +403,7 @@ def test_weights_of_4_bits_say_so() -> None:
 
 @pytest.mark.parametrize(
     ("shape", "groups", "own"),
-    [((16, 8, 3, 3), 1, True), ((64, 4, 3, 3), 16, False), ((64, 16, 3, 3), 4, True),
+    [((16, 8, 3, 3), 1, True), ((64, 4, 3, 3), 16, False), ((64, 16, 3, 3), 4, False), ((64, 32, 3, 3), 2, True),
      ((66, 22, 3, 3), 3, True), ((66, 11, 3, 3), 6, True), ((8, 1, 3, 3), 8, False)],
 )  # fmt: skip
 def test_which_kernel_is_faster(

@@ -28,6 +28,7 @@ from fxq.pipeline import Recipe
 from fxq.spec import LayerSpec, PerChannel, PerTensor, QuantSpec
 
 CPU = torch.device("cpu")
+WINDOWS = ("MIN_WINDOW", "MIN_WINDOW_OF_GROUP", "MIN_WINDOW_OF_IMAGE", "MIN_CONV_OUTPUTS")
 CONV: Any = ("linear", "conv")
 STATIC = Recipe("static", (InsertObservers(w8a8.STATIC_LAYER, CONV), Calibrate(), Convert()))
 DYNAMIC_TENSOR = QuantSpec(symmetric=False, granularity=PerTensor(), dynamic=True)
@@ -36,7 +37,7 @@ needs_x86 = pytest.mark.skipif(not cpu_int8().convolves, reason="no oneDNN int8 
 
 @pytest.fixture(autouse=True)
 def any_size_pays(monkeypatch: pytest.MonkeyPatch) -> None:
-    for limit in ("MIN_CONV_MACS", "MIN_AVX2_CONV_MACS", "MIN_WINDOW"):
+    for limit in ("MIN_CONV_MACS", "MIN_AVX2_CONV_MACS", *WINDOWS):
         monkeypatch.setattr(x86, limit, 0)
 
 
