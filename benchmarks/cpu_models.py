@@ -118,6 +118,7 @@ MODELS: dict[str, Callable[[bool], nn.Module]] = {
     "deit_small": image_model("deit_small_patch16_224", num_classes=0, global_pool="", depth=12),
     "swin_tiny": image_model("swin_tiny_patch4_window7_224"),
     "resnet50": image_model("resnet50"),
+    "mobilenet_v2": image_model("mobilenetv2_100"),
     "llama": llama,
     "decode": llama,
 }
@@ -210,6 +211,9 @@ VARIANTS: dict[str, Callable[[Task], Candidate]] = {
     BASE: prepare_float,
     "Inductor fp32, freezing": functools.partial(prepare_float, inductor={"freezing": True}),
     "fxq recommended": functools.partial(prepare_fxq, recipe=recommended.W8A8),
+    "fxq recommended, convolutions too": functools.partial(
+        prepare_fxq, recipe=recommended.W8A8_CONV
+    ),
     "fxq static": functools.partial(prepare_fxq, recipe=w8a8.STATIC),
     "fxq static, convolutions too": functools.partial(prepare_fxq, recipe=w8a8.STATIC_CONV),
     "fxq static per token": functools.partial(prepare_fxq, recipe=w8a8.STATIC_PER_TOKEN),
@@ -220,7 +224,15 @@ VARIANTS: dict[str, Callable[[Task], Candidate]] = {
     "torchao PT2E reduce_range": functools.partial(prepare_pt2e, reduce_range=True),
     "torchao quantize_ int8 dynamic": prepare_quantize_,
 }
-ONLY_FOR = {"fxq static, convolutions too": ("resnet50",)}
+CONVOLUTIONAL = ("resnet50", "mobilenet_v2")
+
+
+def is_for(variant: str, model: str) -> bool:
+    """Tell whether a variant says anything of a model: convolutions are quantized in networks of
+    such, and nowhere else."""
+    if not variant.startswith("fxq"):
+        return True
+    return variant.endswith("convolutions too") == (model in CONVOLUTIONAL)
 
 
 def first_call(candidate: Candidate, inputs: peers.Inputs) -> Callable[..., Tensor]:
@@ -254,7 +266,7 @@ def time_variants(model: str, batch: int, rounds: int, smoke: bool) -> list[dict
     rows: dict[str, dict[str, Cell]] = {}
     variants = []
     for name, prepare in VARIANTS.items():
-        if model not in ONLY_FOR.get(name, (model,)):
+        if not is_for(name, model):
             continue
         row: dict[str, Cell] = {"model": model, "batch": batch, "variant": name}
         rows[name] = row

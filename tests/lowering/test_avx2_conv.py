@@ -403,7 +403,8 @@ def test_weights_of_4_bits_say_so() -> None:
 
 @pytest.mark.parametrize(
     ("shape", "groups", "own"),
-    [((16, 8, 3, 3), 1, True), ((64, 4, 3, 3), 16, False), ((64, 16, 3, 3), 4, False), ((64, 32, 3, 3), 2, True),
+    [((16, 8, 3, 3), 1, True), ((64, 4, 3, 3), 16, False), ((64, 16, 3, 3), 4, False),
+     ((64, 32, 3, 3), 2, True),
      ((66, 22, 3, 3), 3, True), ((66, 11, 3, 3), 6, True), ((8, 1, 3, 3), 8, False)],
 )  # fmt: skip
 def test_which_kernel_is_faster(
