@@ -165,7 +165,7 @@ def make_task(name: str, batch: int, smoke: bool) -> Task:
         found = [torch.randint(512, (batch, TOKENS[name])) for _ in range(1 + N_CALIBRATION)]
     else:
         found = [torch.randn(batch, 3, 224, 224) for _ in range(1 + N_CALIBRATION)]
-    return Task(model, (found[0],), [(x,) for x in found[1:]], name != "resnet50")
+    return Task(model, (found[0],), [(x,) for x in found[1:]], name not in CONVOLUTIONAL)
 
 
 def prepare_float(task: Task, inductor: dict[str, Any] | None = None) -> Candidate:
