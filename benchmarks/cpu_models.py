@@ -369,6 +369,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add_common_arguments(parser)
     parser.add_argument("--cases", nargs="+", default=list(CASES), help="model:batch")
+    parser.add_argument("--name", help="of the table, after the instruction set")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.smoke:
@@ -390,7 +391,7 @@ def main() -> None:
         parsed(case)
     machine = Machine.here()
     table = Table(
-        name=f"cpu_models_{args.isa}",
+        name="_".join(filter(None, ("cpu_models", args.isa, args.name))),
         title=f"Whole models, {args.isa}",
         settings={"rounds": args.rounds, "calibration batches": N_CALIBRATION},
         machine=machine,

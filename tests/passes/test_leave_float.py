@@ -119,6 +119,7 @@ def test_costly_by_hand() -> None:
     errors, work = [6.0, 1.0, 2.0, 1.0], [0.5, 0.02, 0.03, 0.05]
     # shares of the errors 0.6, 0.1, 0.2, 0.1: 1.2, 5, 6.7 and 2 times the work
     assert costly(errors, work, 0.05, 4.0) == [2, 1]
+    assert costly(errors, work, 0.2, 4.0) == [2, 1]
     assert costly(errors, work, 0.04, 4.0) == [2]
     assert costly(errors, work, 0.025, 4.0) == [1]
     assert costly(errors, work, 1.0, 1.0) == [2, 1, 3, 0]
