@@ -5,17 +5,14 @@ call's arguments, in order, and returns the tensors among the results; a `Signat
 both hang together. Parameters and buffers are get_attr nodes that share the model's own tensors.
 """
 
-import contextlib
 import inspect
-import re
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 from torch.fx import GraphModule
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
@@ -25,9 +22,17 @@ from fxq.binding import Bound, bind, bind_exported, check_finite, check_model
 from fxq.canonicalize import canonicalize
 from fxq.canonicalize.cleanup import refuse_train_mode
 from fxq.checking import Checked
-from fxq.conditions import Condition, conditions_of
-from fxq.dynamic_shapes import export_shapes, why_not_free
 from fxq.errors import UnsupportedError
+from fxq.exporting import (
+    conditions_on_sizes,
+    export,
+    fixed_batches,
+    n_free_sizes,
+    noting_lengths,
+    ranges_of,
+    refusing,
+    try_export,
+)
 from fxq.graph import is_transform, shape_of, why_unreadable, writes
 from fxq.module_state import restored, spared
 from fxq.signature import Inputs, Leaf, Signature, described, free_sizes, split_inputs
@@ -120,24 +125,24 @@ def _capture(
         bound = bind(model, example_inputs)
         module = model
         # Tracing leaves fake tensors in what the model keeps.
-        with restored(model), _noting_lengths(lengths), without_inert_regions():
-            exported, notes = _export(model, bound.values, dynamic_shapes)
+        with restored(model), noting_lengths(lengths), without_inert_regions():
+            exported, notes = export(model, bound.values, dynamic_shapes)
     check_finite(bound.values)
     refuse_train_mode(exported.graph_module)
     if why := why_unreadable(exported.graph):
         raise UnsupportedError(why)
     if any(writes(node) or is_transform(node) for node in exported.graph.nodes):
         # A pass may put a read in front of a write to the same memory: leave no writes.
-        free = _free_sizes(exported)
-        with _refusing(type(module).__name__):
+        free = n_free_sizes(exported)
+        with refusing(type(module).__name__):
             exported = exported.run_decompositions({})
-            if _free_sizes(exported) < free and dynamic_shapes == "batch" and module is model:
+            if n_free_sizes(exported) < free and dynamic_shapes == "batch" and module is model:
                 # It has fixed them at the sizes that were traced, which need not be the example's.
-                exported = _try_export(model, bound.values, None).run_decompositions({})
+                exported = try_export(model, bound.values, None).run_decompositions({})
     gm = _unlift(exported)
     signature, state, remarks = _sign(gm, exported, bound)
     if dynamic_shapes == "batch" and not notes:
-        notes = _fixed_batches(signature, bound.values)
+        notes = fixed_batches(signature, bound.values)
         if notes and lengths:
             notes = (f"{notes[0]}: len() makes a number of it at {lengths[0]}; use .shape[0]",)
     gm = canonicalize(gm)
@@ -181,7 +186,7 @@ def _sign(
             f"expected a model that writes to buffers, found that it writes to the parameters "
             f"{trained[:3]}; make them buffers, or compress the model after it has been trained"
         )
-    conditions, notes = _conditions(exported, leaves)
+    conditions, notes = conditions_on_sizes(exported, leaves)
     out_spec = exported.call_spec.out_spec
     assert out_spec is not None
     signature = Signature(
@@ -192,7 +197,7 @@ def _sign(
         in_spec=in_spec,
         leaves=tuple(leaves),
         out_spec=out_spec,
-        ranges=_ranges(exported),
+        ranges=ranges_of(exported),
         example_sizes=free_sizes(leaves, flat),
         conditions=conditions,
         state=tuple(state),
@@ -200,141 +205,6 @@ def _sign(
     )
     copies = {name: value.detach().clone() for name, value in state.items()}
     return signature, copies, notes
-
-
-def _export(
-    model: nn.Module, values: dict[str, Any], dynamic_shapes: Any
-) -> tuple[ExportedProgram, tuple[str, ...]]:
-    if dynamic_shapes != "batch":
-        shapes = None if dynamic_shapes is None else export_shapes(values, dynamic_shapes)
-        try:
-            return _try_export(model, values, shapes), ()
-        except UnsupportedError as error:
-            if why := why_not_free(str(error.__cause__)):
-                raise ValueError(why) from error
-            raise
-    leaves, spec = pytree.tree_flatten(values)
-    sizes = [t.shape[0] for t in leaves if isinstance(t, Tensor) and t.ndim]
-    batch = sizes[0] if sizes else None
-
-    has_batch = [isinstance(t, Tensor) and t.ndim > 0 and t.shape[0] == batch for t in leaves]
-    try:
-        while any(has_batch):
-            # Tracing takes a size of 1 for a constant, and broadcasts on the strength of it:
-            # capture two samples instead.
-            flat = [
-                torch.cat([v, v]) if free and batch == 1 else v
-                for v, free in zip(leaves, has_batch, strict=True)
-            ]
-            dynamic = [{0: Dim.AUTO} if free else None for free in has_batch]
-            traced, shapes = (pytree.tree_unflatten(x, spec) for x in (flat, dynamic))
-            exported = _try_export(model, traced, shapes)
-            stays = _free_batches(exported, has_batch)
-            if batch != 1 or stays == has_batch:
-                return exported, ()
-            has_batch = stays  # a model may fix a size, as `len(x)` does: then to the example's
-        return _try_export(model, values, None), ()
-    except UnsupportedError as error:
-        note = f"the batch is fixed at {batch}: capturing it free failed ({error.__cause__})"
-        return _try_export(model, values, None), (note[:300],)
-
-
-@contextlib.contextmanager
-def _noting_lengths(places: list[str]) -> Iterator[None]:
-    """Note where in the user's code `len` of a tensor is taken, which must be a number, while the
-    size is free."""
-    length = Tensor.__len__
-
-    def noting(self: Tensor) -> int:
-        if self.ndim and type(self.shape[0]) is not int:
-            frame = sys._getframe(1)
-            places.append(f"{frame.f_code.co_filename}:{frame.f_lineno}")
-        return length(self)
-
-    Tensor.__len__ = noting  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        Tensor.__len__ = length  # type: ignore[method-assign]
-
-
-def _free_sizes(exported: ExportedProgram) -> int:
-    """Count the sizes of tensors among the inputs that are free."""
-    inputs = [n for n in exported.graph.nodes if n.op == "placeholder"]
-    shapes = [shape_of(n) for n in inputs if isinstance(n.meta["val"], Tensor)]
-    return sum(not isinstance(size, int) for shape in shapes for size in shape)
-
-
-def _free_batches(exported: ExportedProgram, wanted: Sequence[bool]) -> list[bool]:
-    """Return which of the sizes that were asked to be free are."""
-    inputs = [n for n in exported.graph.nodes if n.op == "placeholder"][-len(wanted) :]
-    return [
-        free and not isinstance(shape_of(node)[0], int)
-        for node, free in zip(inputs, wanted, strict=True)
-    ]
-
-
-def _fixed_batches(signature: Signature, values: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return what to say where the model fixes sizes that `_export` wanted to be free."""
-    leaves = [leaf for leaf in signature.tensors if leaf.shape]
-    fixed = [leaf for leaf in leaves if isinstance(leaf.shape[0], int)]
-    if fixed and len(fixed) == len(leaves):
-        return (f"the model fixes its batch at {fixed[0].shape[0]}",)
-    tensors = (v for v in pytree.tree_leaves(dict(values)) if isinstance(v, Tensor) and v.ndim)
-    batch = next((len(value) for value in tensors), None)
-    names = [leaf.name for leaf in fixed if leaf.shape[0] == batch]
-    return (f"the model fixes the first size of {', '.join(names)} at {batch}",) if names else ()
-
-
-def _try_export(model: nn.Module, values: dict[str, Any], dynamic_shapes: Any) -> ExportedProgram:
-    with torch.no_grad(), _refusing(type(model).__name__):
-        return torch.export.export(model, (), values, dynamic_shapes=dynamic_shapes)
-
-
-@contextlib.contextmanager
-def _refusing(name: str) -> Iterator[None]:
-    """Turn what torch.export raises, a dozen kinds, into an `UnsupportedError`."""
-    hooks = nn.modules.module._global_buffer_registration_hooks
-    before = set(hooks)
-    try:
-        yield
-    except Exception as error:
-        # That of torch 2.11 leaves its hook on every module, and Dynamo breaks graphs at hooks.
-        for key in set(hooks) - before:
-            del hooks[key]
-        reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
-        remedy = "(torch.export.draft_export shows the place in its source)"
-        if found := re.match(r"Found <class '[\w.]*?(\w+)'> in output, which is not", reason):
-            reason = f"a call returns a {found[1]}, which no graph can return."
-            remedy = "A cache is not made where the example has use_cache=False."
-        raise UnsupportedError(
-            f"{name} cannot be captured by torch.export: {reason.strip()} {remedy}"
-        ) from error
-
-
-def _ranges(exported: ExportedProgram) -> dict[str, tuple[int, int | None]]:
-    """Return the bounds the model's own branches put on free sizes.
-
-    A lower bound of 2 is torch.export's own, which keeps sizes of 0 and 1 apart while tracing.
-    """
-    ranges = {}
-    for symbol, found in exported.range_constraints.items():
-        low = int(found.lower) if found.lower > 2 else 1
-        high = int(found.upper) if found.upper < sys.maxsize // 2 else None
-        if low > 1 or high is not None:
-            ranges[str(symbol)] = (low, high)
-    return ranges
-
-
-def _conditions(
-    exported: ExportedProgram, leaves: Sequence[Any]
-) -> tuple[tuple[Condition, ...], tuple[str, ...]]:
-    """Return what the free sizes must satisfy for the model to take the branches that were traced,
-    and what to say of conditions in another form."""
-    shapes = {leaf.name: leaf.shape for leaf in leaves if isinstance(leaf, Leaf)}
-    guards: Sequence[str] = getattr(exported, "_guards_code", None) or ()
-    conditions, others = conditions_of(guards, shapes)
-    return tuple(conditions), tuple(f"holds only where {guard}" for guard in others)
 
 
 def _module_of(exported: ExportedProgram) -> GraphModule:
