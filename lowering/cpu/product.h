@@ -9,8 +9,8 @@
 // A panel is 16 output channels, two vectors; a step is 4 input channels, whose bytes lie together
 // for each output channel, so that one broadcast of 4 activations meets 8 output channels. Input
 // channels are padded with zero weights to a multiple of `RUN`, and activations are packed likewise:
-// tiles of 6 rows, step by step. What is packed at a time, a slab, is half a megabyte a thread: rows of a
-// convolution overlap, and all of them together are many times the image.
+// tiles of 6 rows, step by step. What is packed at a time, a slab, is half a megabyte a thread: rows
+// of a convolution overlap, and all of them together are many times the image.
 
 #pragma once
 #include "epilogue.h"
@@ -220,13 +220,25 @@ void multiply_slab(const Call& call, const Channels& channels, const int8_t* wei
         }
 }
 
+// Memory for what a call packs, kept by the thread that calls: fresh memory of this size comes from
+// the system page by page, at every call, which can take as long as a small product.
+inline uint8_t* workspace(int64_t bytes) {
+  static thread_local std::unique_ptr<uint8_t[]> kept;
+  static thread_local int64_t size = 0;
+  if (bytes > size) {
+    kept.reset(new uint8_t[bytes]);
+    size = bytes;
+  }
+  return kept.get();
+}
+
 // All of a call: `weight` [panels, padded / 4, 16, 4], of codes up to 8 in magnitude where `narrow`.
 void multiply(const Call& call, const Rows& rows, const int8_t* weight, bool narrow, int threads) {
   const int64_t padded = rows.padded(), row_bytes = padded * call.products;
   const int64_t most = std::max<int64_t>(1, threads * SLAB / (row_bytes * MOST_ROWS)) * MOST_ROWS;
   const Channels channels(call);
   const int64_t slab = std::min(most, (rows.count + TILE - 1) / TILE * TILE);
-  const std::unique_ptr<uint8_t[]> packed(new uint8_t[slab * row_bytes]);
+  uint8_t* const packed = workspace(slab * row_bytes);
   for (int64_t first = 0; first < rows.count; first += slab) {
     const int64_t count = std::min(slab, rows.count - first), tiles = (count + TILE - 1) / TILE;
 #pragma omp parallel num_threads(threads) if (count * row_bytes > MUCH)
@@ -235,10 +247,10 @@ void multiply(const Call& call, const Rows& rows, const int8_t* weight, bool nar
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < tiles * call.products; ++i)
         pack(rows, i % call.products, first + i / call.products * TILE, scratch.get(),
-             packed.get() + i * TILE * padded);
+             packed + i * TILE * padded);
     }
     (narrow ? multiply_slab<true> : multiply_slab<false>)(
-        call, channels, weight, padded, packed.get(), first, count, threads);
+        call, channels, weight, padded, packed, first, count, threads);
   }
 }
 
