@@ -234,7 +234,7 @@ def launch(
     steps = (out_scale, out_zero_point)
     step, zero = (None if value is None else value.contiguous() for value in steps)
     call(
-        x.data_ptr(), address(found.fields), address(found.runs),
+        address(x, strided=True), address(found.fields), address(found.runs),
         SIGN if x.dtype == torch.int8 else 0, address(x_zero_point), address(x_scale),
         address(panels.codes), address(panels.row_sums), panels.is_narrow,
         address(w_scale), int(w_scale.numel() > 1), address(bias),

@@ -83,9 +83,10 @@ def _build(source: str) -> Any:
     return CppCodeCache.load(source, extra_flags=FLAGS)
 
 
-def address(tensor: Tensor | None) -> int | None:
-    """Return where a contiguous tensor starts, for a C function; None for none."""
+def address(tensor: Tensor | None, *, strided: bool = False) -> int | None:
+    """Return where a tensor starts, for a C function; None for none. It is contiguous, but where
+    the function is told its strides."""
     if tensor is None:
         return None
-    assert tensor.is_contiguous()
+    assert strided or tensor.is_contiguous()
     return tensor.data_ptr()
