@@ -63,7 +63,7 @@ def diffusion(zoo: ModuleType, model: nn.Module) -> Study:
     t = torch.randint(1000, (len(x),), generator=generator)
     noisy = zoo.ddim().add_noise(x, torch.randn(x.shape, generator=generator), t)
     call = lambda m, x, t, y: m(x, timestep=t, class_labels=y).sample  # noqa: E731
-    return Study(Outputs(model, call), (noisy, t, y))
+    return Study(Outputs(model, call).eval(), (noisy, t, y))
 
 
 def stories(zoo: ModuleType) -> Study:
@@ -72,7 +72,7 @@ def stories(zoo: ModuleType) -> Study:
     tokens = [encode(text[:400])[:64] for text in zoo.tinystories()]
     rows = torch.tensor([t for t in tokens if len(t) == 64][: N_CALIBRATION + N_JUDGES])
     call = lambda m, x: m(input_ids=x, use_cache=False).logits  # noqa: E731
-    return Study(Outputs(zoo.stories260k(), call), (rows,))
+    return Study(Outputs(zoo.stories260k(), call).eval(), (rows,))
 
 
 def pixels(zoo: ModuleType) -> Study:
