@@ -108,7 +108,7 @@ def judged(study: Study, recipe: Recipe, seed: int) -> tuple[float, float, float
     seconds = time.perf_counter() - began
     pairs = [
         [module(*(x[part] for x in study.inputs)) for module in (study.model, program)]
-        for part in judge.split(32)
+        for part in judge.split(BATCH)
     ]
     exact, found = (torch.cat(outputs) for outputs in zip(*pairs, strict=True))
     worst = min(sqnr_db(a, b) for a, b in zip(exact, found, strict=True))
