@@ -122,13 +122,16 @@ class Checked:
                 return
 
     def _tried(self, values: Mapping[str, Any]) -> list[Any] | None:
-        """Return what the model does on values that may mean nothing to it: then None."""
+        """Return what the model does on values that may mean nothing to it: then None. What it
+        keeps is afterwards as before."""
         kept = Snapshot(self.module)
         try:
-            return self._run_model(values)
+            found = self._run_model(values)
+            return list(pytree.tree_map_only(Tensor, torch.clone, found))
         except Exception:
-            kept.restore()
             return None
+        finally:
+            kept.restore()
 
     def _without_ones(self, values: Mapping[str, Any], state: list[Tensor]) -> Iterator[Condition]:
         """Yield a condition for each free size of which 1 is computed otherwise."""

@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
 from fxq.account import flops_of
-from fxq.calibrate import NO_DATA, Batches, all_reduce, batch_size, n_processes
+from fxq.calibrate import NO_DATA, Batches, all_reduce, batch_size, gather, n_processes
 from fxq.dialect import OBSERVED, Dialect
 from fxq.errors import FxqWarning
 from fxq.layer import Skip, treat
@@ -101,11 +101,11 @@ class LeaveFloat(DataPass):
             )
         except RuntimeError as error:  # what autograd raises, NotImplementedError included
             why = str(error).partition("\n")[0]
-        has_data = torch.tensor(bool(pieces), dtype=torch.int64)
-        if n_processes() > 1:
-            sums, has_data = all_reduce(sums, "SUM"), all_reduce(has_data, "MAX")
-        if not has_data:
+        if not any(gather(bool(pieces))):
             raise ValueError(NO_DATA)
+        why = next(filter(None, gather(why)), "")  # of any process: all leave the same layers
+        if n_processes() > 1:
+            sums = all_reduce(sums, "SUM")
         errors: list[float] = sums.tolist()
         if not why and not all(math.isfinite(error) for error in errors):
             why = "a gradient or a quantized value is not finite"

@@ -143,6 +143,25 @@ def test_one_sample_is_taken_where_the_model_computes_it_likewise() -> None:
     assert program.signature.conditions == ()
 
 
+def test_one_sample_is_taken_by_a_model_that_counts_its_calls() -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(64, 64)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls.add_(1)
+            return self.linear(x) * self.calls
+
+    model = Counts().eval()
+    program = fxq.compress(model, vector(4), "float")
+    assert float(model.calls) == 0
+    for batch in (1, 3, 1):
+        x = vector(batch)
+        assert sqnr_db(model(x), program(x)) > 100
+
+
 def test_results_that_are_no_tensors_follow_the_sizes_or_are_refused() -> None:
     class Told(nn.Module):
         def __init__(self, text: bool) -> None:
