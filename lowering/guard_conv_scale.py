@@ -7,10 +7,10 @@ whose scale is.
 
 import math
 
-import torch
 from torch import Tensor
 
 from fxq.lowering.int8_conv import output_sizes, reads_nan, spoiled
+from fxq.lowering.registering import register
 
 
 def guard_conv_scale(
@@ -57,8 +57,7 @@ def _shape(
     return x.shape[0], channels, *output_sizes(x, weight, stride, padding, dilation)[:-1], 1
 
 
-def _fake_guard(
-    x_scale: Tensor,
+def _fake(
     scale: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -66,12 +65,9 @@ def _fake_guard(
     padding: list[int],
     dilation: list[int],
     groups: int,
+    **_: object,
 ) -> Tensor:
     return scale.new_empty(_shape(x, weight, stride, padding, dilation, groups))
 
 
-# Registered by hand, as int8_linear is, which says why.
-_library = torch.library.Library("fxq", "FRAGMENT")
-_library.define("guard_conv_scale" + torch.library.infer_schema(guard_conv_scale, mutates_args=()))
-_library.impl("guard_conv_scale", guard_conv_scale, "CompositeExplicitAutograd")
-torch.library.register_fake("fxq::guard_conv_scale", _fake_guard, lib=_library)
+register(guard_conv_scale, guard_conv_scale, _fake)

@@ -33,6 +33,8 @@ from fxq.lowering.cpu import avx2_conv
 from fxq.lowering.cpu.int8_conv import can_launch
 from fxq.lowering.cpu.int8_conv import launch as cpu_launch
 from fxq.lowering.int8_linear import activate
+from fxq.lowering.kernels import buffers
+from fxq.lowering.registering import register
 from fxq.numerics import codes_dtype, quantize
 
 CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}  # by the number of spatial axes
@@ -171,19 +173,22 @@ def int8_conv(
     out_zero_point: Tensor | None = None,
     quant_min: int = -128,
     quant_max: int = 127,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Compute `reference` with the fastest exact implementation for the device of `x`."""
+    """Compute `reference` with the fastest exact implementation for the device of `x`, in `out`
+    where that is given."""
     product = (x, x_scale, x_zero_point, weight, w_scale, bias, stride, padding, dilation, groups)
     epilogue = (activation, residual, out_scale, out_zero_point, quant_min, quant_max)
     if not _own_kernel(x, weight, groups) and not can_launch(x, weight):
-        return reference(*product, *epilogue)
+        return buffers.placed(reference(*product, *epilogue), out)
     if _is_one(x_scale) and (x_zero_point is None or _is_one(x_zero_point)):
         zero = None if x_zero_point is None else _first(x_zero_point)
-        return _channels_last(_launch(x, _first(x_scale), zero, *product[3:], *epilogue))
+        y = _launch(x, _first(x_scale), zero, *product[3:], *epilogue, out=out)
+        return buffers.placed(_channels_last(y), out)
     y = _by_sample(x, sample_scales(x_scale), x_zero_point, *product[3:])
     if x_scale.isnan().any():
         y = spoiled(y, reads_nan(x, x_scale, weight, *product[6:]))
-    return _channels_last(finish(y, *epilogue))
+    return buffers.placed(_channels_last(finish(y, *epilogue)), out)
 
 
 def _own_kernel(x: Tensor, weight: Tensor, groups: int) -> avx2_conv.Packed | None:
@@ -239,11 +244,12 @@ def _launch(
     dilation: list[int],
     groups: int,
     *epilogue: Any,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Call a kernel; scale and zero-point have one element."""
     if own := _own_kernel(x, weight, groups):
         others = (w_scale, bias, stride, padding, dilation, *epilogue)
-        return avx2_conv.launch(x, x_scale, x_zero_point, own, *others)
+        return avx2_conv.launch(x, x_scale, x_zero_point, own, *others, out=out)
     zero = 0 if x_zero_point is None else int(x_zero_point)
     codes, sides = x, padding[::2]
     if sides != padding[1::2]:  # the kernel pads both sides alike
@@ -260,21 +266,13 @@ def _channels_last(y: Tensor) -> Tensor:
 
 def _fake(
     x: Tensor,
-    x_scale: Tensor,
-    x_zero_point: Tensor | None,
     weight: Tensor,
-    w_scale: Tensor,
-    bias: Tensor | None,
     stride: list[int],
     padding: list[int],
     dilation: list[int],
-    groups: int,
-    activation: str = "none",
-    residual: Tensor | None = None,
-    out_scale: Tensor | None = None,
-    out_zero_point: Tensor | None = None,
-    quant_min: int = -128,
-    quant_max: int = 127,
+    out_scale: Tensor | None,
+    quant_max: int,
+    **_: object,
 ) -> Tensor:
     sizes = output_sizes(x, weight, stride, padding, dilation)
     dtype = torch.float32 if out_scale is None else codes_dtype(quant_max)
@@ -282,8 +280,4 @@ def _fake(
     return y.movedim(-1, 1)
 
 
-# Registered by hand, as int8_linear is, which says why.
-_library = torch.library.Library("fxq", "FRAGMENT")
-_library.define("int8_conv" + torch.library.infer_schema(int8_conv, mutates_args=()))
-_library.impl("int8_conv", int8_conv, "CompositeExplicitAutograd")
-torch.library.register_fake("fxq::int8_conv", _fake, lib=_library)
+register(reference, int8_conv, _fake)

@@ -27,6 +27,8 @@ from torch import Tensor
 
 from fxq.lowering.cpu.native import native
 from fxq.lowering.cpu.weight_only_linear import launch
+from fxq.lowering.kernels import buffers
+from fxq.lowering.registering import register
 from fxq.numerics import expand_blocks
 
 PANEL = 16  # output channels
@@ -94,24 +96,25 @@ def reference(x: Tensor, codes: Tensor, factors: Tensor, bias: Tensor | None, n_
 
 
 def weight_only_linear(
-    x: Tensor, codes: Tensor, factors: Tensor, bias: Tensor | None, n_out: int
+    x: Tensor,
+    codes: Tensor,
+    factors: Tensor,
+    bias: Tensor | None,
+    n_out: int,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Compute `reference` with the fastest implementation for the device of `x`."""
+    """Compute `reference` with the fastest implementation for the device of `x`, in `out` where
+    that is given."""
     if x.device.type == "cpu" and not isinstance(native("weight_only_linear"), str):
         rows = math.prod(x.shape[:-1])
-        y = launch(x.reshape(rows, x.shape[-1]), codes, factors, bias, n_out, bits_of(codes))
-        return y.reshape(*x.shape[:-1], n_out)
-    return reference(x, codes, factors, bias, n_out)
+        flat = None if out is None else out.reshape(rows, n_out)
+        y = launch(x.reshape(rows, x.shape[-1]), codes, factors, bias, n_out, bits_of(codes), flat)
+        return buffers.placed(y.view(*x.shape[:-1], n_out), out)
+    return buffers.placed(reference(x, codes, factors, bias, n_out), out)
 
 
-def _fake(x: Tensor, codes: Tensor, factors: Tensor, bias: Tensor | None, n_out: int) -> Tensor:
+def _fake(x: Tensor, n_out: int, **_: object) -> Tensor:
     return x.new_empty((*x.shape[:-1], n_out))
 
 
-# By hand, as `fxq::int8_linear`: torch.library.custom_op adds 70 microseconds to every call.
-_library = torch.library.Library("fxq", "FRAGMENT")
-_library.define(
-    "weight_only_linear" + torch.library.infer_schema(weight_only_linear, mutates_args=())
-)
-_library.impl("weight_only_linear", weight_only_linear, "CompositeExplicitAutograd")
-torch.library.register_fake("fxq::weight_only_linear", _fake, lib=_library)
+register(reference, weight_only_linear, _fake)

@@ -61,7 +61,7 @@ def in_float64(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None) -> 
 def test_kernel_and_reference_give_the_product(
     shape: tuple[int, int, int], bits: int, affine: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(buffers, "allocate", poisoned)
+    monkeypatch.setattr(buffers, "fresh", poisoned)
     codes, scale, zero = weight(*shape, bits, affine)
     packed, bias = pack(codes, scale, zero), torch.randn(shape[0])
 
