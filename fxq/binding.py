@@ -22,12 +22,21 @@ class Bound:
         names: parameters that can be given by position, in order.
         known: every parameter the model takes.
         defaults: values of parameters that a call may leave out.
+        n_args: how many of the values were given by position: the first ones.
     """
 
     values: dict[str, Any]
     names: tuple[str, ...]
     known: tuple[str, ...]
     defaults: dict[str, Any]
+    n_args: int
+
+    def split(self, values: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return values as the example gives them, by position and by keyword: hooks of a model
+        see the difference."""
+        names = [*values]
+        by_position = tuple(values[name] for name in names[: self.n_args])
+        return by_position, {name: values[name] for name in names[self.n_args :]}
 
 
 def check_model(model: Any) -> None:
@@ -80,7 +89,7 @@ def bind(model: nn.Module, example: Inputs) -> Bound:
     plain = (type(None), bool, int, float, str)
     defaults = {n: parameters[n].default for n in known if isinstance(parameters[n].default, plain)}
     given = {n: (defaults | values)[n] for n in known if n in defaults | values}
-    return Bound(given, names, known, defaults)
+    return Bound(given, names, known, defaults, len(args))
 
 
 def bind_exported(program: ExportedProgram, example: Inputs) -> Bound:
@@ -109,7 +118,7 @@ def bind_exported(program: ExportedProgram, example: Inputs) -> Bound:
         raise TypeError(
             f"example_inputs: expected arguments nested as they were exported, {spec}, found others"
         )
-    return Bound(values, names, known, {})
+    return Bound(values, names, known, {}, len(names))
 
 
 def check_finite(values: Mapping[str, Any]) -> None:

@@ -105,7 +105,8 @@ def _own_error(model: nn.Module, example_inputs: Inputs) -> str:
     ]
     try:
         with torch.no_grad(), spared(model):
-            model(**pytree.tree_map_only(Tensor, torch.clone, bound.values))
+            args, kwargs = bound.split(pytree.tree_map_only(Tensor, torch.clone, bound.values))
+            model(*args, **kwargs)
     except Exception as error:
         first = next((line for line in str(error).splitlines() if line.strip()), "")
         return f"{type(error).__name__}: {first[:200]}; found {', '.join(forms)[:300]}"
@@ -126,7 +127,7 @@ def _capture(
         module = model
         # Tracing leaves fake tensors in what the model keeps.
         with restored(model), noting_lengths(lengths), without_inert_regions():
-            exported, notes = export(model, bound.values, dynamic_shapes)
+            exported, notes = export(model, bound, dynamic_shapes)
     check_finite(bound.values)
     refuse_train_mode(exported.graph_module)
     if why := why_unreadable(exported.graph):
@@ -138,7 +139,7 @@ def _capture(
             exported = exported.run_decompositions({})
             if n_free_sizes(exported) < free and dynamic_shapes == "batch" and module is model:
                 # It has fixed them at the sizes that were traced, which need not be the example's.
-                exported = try_export(model, bound.values, None).run_decompositions({})
+                exported = try_export(model, bound, bound.values, None).run_decompositions({})
     gm = _unlift(exported)
     signature, state, remarks = _sign(gm, exported, bound)
     if dynamic_shapes == "batch" and not notes:
@@ -147,7 +148,7 @@ def _capture(
             notes = (f"{notes[0]}: len() makes a number of it at {lengths[0]}; use .shape[0]",)
     gm = canonicalize(gm)
     try:
-        found = Checked(gm, signature, state, module).compare(bound.values)
+        found = Checked(gm, signature, state, module, bound).compare(bound.values)
     except UnsupportedError:
         if dynamic_shapes != "batch" or 1 not in signature.example_sizes.values():
             raise

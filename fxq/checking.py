@@ -7,7 +7,6 @@ put back afterwards.
 """
 
 import contextlib
-import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
+from fxq.binding import Bound
 from fxq.conditions import Condition
 from fxq.errors import UnsupportedError
 from fxq.graph import hint, val_of
@@ -58,12 +58,14 @@ class Checked:
         signature: how a call of the model becomes a call of the graph.
         state: what the model's buffers that it writes to hold before the first call, by name.
         module: the model.
+        bound: the example, which tells how to call the model.
     """
 
     gm: GraphModule
     signature: Signature
     state: Mapping[str, Tensor]
     module: nn.Module
+    bound: Bound
 
     def compare(self, values: Mapping[str, Any]) -> "Found":
         """Compare both on `values`, on `values` again where that could make a difference, on a
@@ -165,13 +167,10 @@ class Checked:
         return [results, arguments, kept]
 
     def _call(self, given: Mapping[str, Any]) -> list[Any]:
-        """Call the model with arguments by name, and return the leaves of its result."""
-        # What torch.export made takes arguments as they were given there.
-        positional = self.signature.names if isinstance(self.module, GraphModule) else ()
-        args = list(itertools.takewhile(given.__contains__, positional))
-        keywords = {name: value for name, value in given.items() if name not in args}
+        """Call the model as the example does, and return the leaves of its result."""
+        args, kwargs = self.bound.split(given)
         with torch.no_grad(), _same_seed(pytree.tree_leaves(dict(given))):
-            results = self.module(*(given[name] for name in args), **keywords)
+            results = self.module(*args, **kwargs)
         return pytree.tree_leaves(results)
 
     def _check(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
+from fxq.binding import Bound
 from fxq.conditions import Condition, conditions_of
 from fxq.dynamic_shapes import export_shapes, why_not_free
 from fxq.errors import UnsupportedError
@@ -24,14 +25,15 @@ from fxq.signature import Leaf, Signature
 
 
 def export(
-    model: nn.Module, values: dict[str, Any], dynamic_shapes: Any
+    model: nn.Module, bound: Bound, dynamic_shapes: Any
 ) -> tuple[ExportedProgram, tuple[str, ...]]:
     """Return a model as torch.export has it, with sizes free as `fxq.capture` says, and why the
     batch is not where it is not."""
+    values = bound.values
     if dynamic_shapes != "batch":
         shapes = None if dynamic_shapes is None else export_shapes(values, dynamic_shapes)
         try:
-            return try_export(model, values, shapes), ()
+            return try_export(model, bound, values, shapes), ()
         except UnsupportedError as error:
             if why := why_not_free(str(error.__cause__)):
                 raise ValueError(why) from error
@@ -51,15 +53,15 @@ def export(
             ]
             dynamic = [{0: Dim.AUTO} if free else None for free in has_batch]
             traced, shapes = (pytree.tree_unflatten(x, spec) for x in (flat, dynamic))
-            exported = try_export(model, traced, shapes)
+            exported = try_export(model, bound, traced, shapes)
             stays = _free_batches(exported, has_batch)
             if batch != 1 or stays == has_batch:
                 return exported, ()
             has_batch = stays  # a model may fix a size, as `len(x)` does: then to the example's
-        return try_export(model, values, None), ()
+        return try_export(model, bound, values, None), ()
     except UnsupportedError as error:
         note = f"the batch is fixed at {batch}: capturing it free failed ({error.__cause__})"
-        return try_export(model, values, None), (note[:300],)
+        return try_export(model, bound, values, None), (note[:300],)
 
 
 @contextlib.contextmanager
@@ -109,10 +111,14 @@ def fixed_batches(signature: Signature, values: Mapping[str, Any]) -> tuple[str,
     return (f"the model fixes the first size of {', '.join(names)} at {batch}",) if names else ()
 
 
-def try_export(model: nn.Module, values: dict[str, Any], dynamic_shapes: Any) -> ExportedProgram:
-    """Call torch.export with arguments by name; what it raises becomes an `UnsupportedError`."""
+def try_export(
+    model: nn.Module, bound: Bound, values: Mapping[str, Any], dynamic_shapes: Any
+) -> ExportedProgram:
+    """Call torch.export with `values`, given as the example gives them; what it raises becomes an
+    `UnsupportedError`."""
+    args, kwargs = bound.split(values)
     with torch.no_grad(), refusing(type(model).__name__):
-        return torch.export.export(model, (), values, dynamic_shapes=dynamic_shapes)
+        return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,8 @@ struct Window {
   int64_t batch, inner[3], before[3], outer[3];  // sizes without padding, padding, sizes with it
   int64_t groups, channels, wide;  // channels of a group, and bytes that they have in the copy
   int64_t x_step[5];               // bytes of x from one to the next: batch, channel, space
+  int64_t line() const { return outer[2] * groups * wide; }       // bytes along the last axis,
+  int64_t lines() const { return batch * outer[0] * outer[1]; }  // of the copy
 };
 
 // One line along the last axis, without its padding.
@@ -28,20 +30,17 @@ void copy_line(const Window& w, const uint8_t* x, uint8_t* to) {
 }
 
 // The image with `zero` around it and between its groups' channels.
-std::unique_ptr<uint8_t[]> copied(const Window& w, const uint8_t* x, uint8_t zero, int threads) {
-  const int64_t bytes = w.groups * w.wide, line = w.outer[2] * bytes;
-  const int64_t lines = w.batch * w.outer[0] * w.outer[1];
-  std::unique_ptr<uint8_t[]> image(new uint8_t[lines * line]);
+void copy_image(const Window& w, const uint8_t* x, uint8_t zero, int threads, uint8_t* image) {
+  const int64_t bytes = w.groups * w.wide, line = w.line(), lines = w.lines();
 #pragma omp parallel for num_threads(threads) schedule(static) if (lines * line > MUCH)
   for (int64_t i = 0; i < lines; ++i) {
-    std::memset(image.get() + i * line, zero, line);
+    std::memset(image + i * line, zero, line);
     const int64_t y = i % w.outer[1] - w.before[1];
     const int64_t z = i / w.outer[1] % w.outer[0] - w.before[0], b = i / w.outer[1] / w.outer[0];
     if (y >= 0 && y < w.inner[1] && z >= 0 && z < w.inner[0])
       copy_line(w, x + b * w.x_step[0] + z * w.x_step[2] + y * w.x_step[3],
-                image.get() + i * line + w.before[2] * bytes);
+                image + i * line + w.before[2] * bytes);
   }
-  return image;
 }
 
 }  // namespace
@@ -79,10 +78,11 @@ extern "C" void fxq_avx2_conv(
                   n_out,
                   products};
   const Window& w = *static_cast<const Window*>(window);
-  std::unique_ptr<uint8_t[]> image;
+  const Workspace<IMAGE> image(w.copied ? w.lines() * w.line() : 0);
   if (w.copied) {
-    image = copied(w, x, static_cast<uint8_t>(x_zero == nullptr ? 0 : *x_zero), threads);
-    x = image.get();
+    const uint8_t zero = x_zero == nullptr ? 0 : static_cast<uint8_t>(*x_zero);
+    copy_image(w, x, zero, threads, image.data);
+    x = image.data;
   }
   const Rows rows{x,
                   shift ? 0x80808080u : 0,

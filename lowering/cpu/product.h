@@ -27,6 +27,7 @@ constexpr int64_t WORK = 1 << 21;  // multiply-adds, 20 microseconds, that sever
 constexpr int64_t CACHED = 1 << 18;  // bytes of weight of one piece of work
 constexpr int64_t MUCH = 1 << 18;  // bytes of activations that several threads pack
 constexpr int64_t SLAB = 1 << 19;  // bytes of packed activations for each thread
+constexpr int64_t MOST_KEPT = 1 << 24;  // bytes that a thread keeps from call to call
 
 // A sum in the order that is written. Compilers know that integers can be summed in any, and keep
 // all terms of a run until its end, in memory.
@@ -220,17 +221,30 @@ void multiply_slab(const Call& call, const Channels& channels, const int8_t* wei
         }
 }
 
-// Memory for what a call packs, kept by the thread that calls: fresh memory of this size comes from
-// the system page by page, at every call, which can take as long as a small product.
-inline uint8_t* workspace(int64_t bytes) {
-  static thread_local std::unique_ptr<uint8_t[]> kept;
-  static thread_local int64_t size = 0;
-  if (bytes > size) {
-    kept.reset(new uint8_t[bytes]);
-    size = bytes;
+// Memory for what a call packs, or copies, kept by the thread that calls unless it is much: fresh
+// memory of this size comes from the system page by page, at every call, which can take as long as a
+// small product.
+enum Use { PACKED, IMAGE };
+
+template <Use>
+class Workspace {
+ public:
+  explicit Workspace(int64_t bytes) {
+    static thread_local std::unique_ptr<uint8_t[]> kept;
+    static thread_local int64_t size = 0;
+    if (bytes > MOST_KEPT) {
+      once.reset(new uint8_t[bytes]);
+    } else if (bytes > size) {
+      kept.reset(new uint8_t[bytes]);
+      size = bytes;
+    }
+    data = once ? once.get() : kept.get();
   }
-  return kept.get();
-}
+  uint8_t* data;
+
+ private:
+  std::unique_ptr<uint8_t[]> once;
+};
 
 // All of a call: `weight` [panels, padded / 4, 16, 4], of codes up to 8 in magnitude where `narrow`.
 void multiply(const Call& call, const Rows& rows, const int8_t* weight, bool narrow, int threads) {
@@ -238,7 +252,8 @@ void multiply(const Call& call, const Rows& rows, const int8_t* weight, bool nar
   const int64_t most = std::max<int64_t>(1, threads * SLAB / (row_bytes * MOST_ROWS)) * MOST_ROWS;
   const Channels channels(call);
   const int64_t slab = std::min(most, (rows.count + TILE - 1) / TILE * TILE);
-  uint8_t* const packed = workspace(slab * row_bytes);
+  const Workspace<PACKED> workspace(slab * row_bytes);
+  uint8_t* const packed = workspace.data;
   for (int64_t first = 0; first < rows.count; first += slab) {
     const int64_t count = std::min(slab, rows.count - first), tiles = (count + TILE - 1) / TILE;
 #pragma omp parallel num_threads(threads) if (count * row_bytes > MUCH)

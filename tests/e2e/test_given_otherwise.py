@@ -150,3 +150,25 @@ def test_a_product_with_a_weight_that_is_no_real_matrix_stays_float_and_is_liste
         assert row.layer.skip is not None
         assert "in a form that is not a linear" in row.layer.skip.reason
         assert sqnr_db(model(x), program(x)) > 25
+
+
+@pytest.mark.parametrize("example", [X * 255, {"input": X * 255}], ids=["position", "keyword"])
+def test_hooks_of_the_model_itself_see_the_call_as_it_is_made(example: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.GELU()).eval()
+    seen = []
+
+    def normalize(_: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        seen.append((len(args), [*kwargs]))
+        return tuple(a / 255 for a in args), {name: a / 255 for name, a in kwargs.items()}
+
+    model.register_forward_pre_hook(normalize, with_kwargs=True)
+    model.register_forward_hook(lambda _, args, y: y + sum(a.mean() for a in args))
+    program = fxq.compress(model, example, "float")
+
+    forms = {(n, *names) for n, names in seen}
+    assert forms == ({(0, "input")} if isinstance(example, dict) else {(1,)})
+    x = torch.randn(7, 64) * 100
+    given = {"input": x} if isinstance(example, dict) else (x,)
+    expected = model(**given) if isinstance(example, dict) else model(*given)
+    assert sqnr_db(expected, program(x)) > 80
