@@ -11,6 +11,7 @@ from fxq.graph import args_of, is_constant, is_op, tensor_of
 from fxq.lowering.devices import device_at
 from fxq.lowering.devices.other import OTHER
 from fxq.lowering.rule import TAKEN, Decision, Device, Lowering, Rule
+from fxq.lowering.strides import keep_strides
 from fxq.rewriting import add_buffer, copy_graph, erase_dead
 
 ops = torch.ops.fxq
@@ -33,6 +34,7 @@ def lower(
     lowered = lowering.gm
     fold_dequantized_weights(lowered)
     erase_dead(lowered)
+    keep_strides(lowered, gm)
     lowered.graph.lint()
     LOWERED.check(lowered, after="lowering")
     return lowered, decisions
