@@ -38,7 +38,7 @@ def _(
     quant_max: int,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    return x.new_empty(x.shape, dtype=dtype or numerics.codes_dtype(quant_max))
+    return torch.empty_like(x, dtype=dtype or numerics.codes_dtype(quant_max))
 
 
 @torch.library.custom_op("fxq::dequantize", mutates_args=())
@@ -51,7 +51,7 @@ def dequantize(
 
 @dequantize.register_fake
 def _(codes: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return codes.new_empty(codes.shape, dtype=dtype)
+    return torch.empty_like(codes, dtype=dtype)
 
 
 def _choose_qparams(

@@ -184,7 +184,7 @@ def test_opcheck(bits: int) -> None:
 
     args = (torch.randn(2, 3, 32), *pack(codes, scale, zero), torch.randn(24), 24)
 
-    opcheck(torch.ops.fxq.weight_only_linear, args)
+    opcheck(torch.ops.fxq.weight_only_linear.default, args)
 
 
 @pytest.fixture
