@@ -6,7 +6,6 @@ arguments and buffers, and depend on nothing else that a call changes. Whatever 
 put back afterwards.
 """
 
-import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from fxq.errors import UnsupportedError
 from fxq.graph import hint, val_of
 from fxq.identity import TensorKey
 from fxq.module_state import Snapshot, spared
+from fxq.seeding import same_seed
 from fxq.signature import Leaf, Signature
 
 # Largest relative difference of one sample's results that rounding explains: rewrites keep the
@@ -169,7 +169,7 @@ class Checked:
     def _call(self, given: Mapping[str, Any]) -> list[Any]:
         """Call the model as the example does, and return the leaves of its result."""
         args, kwargs = self.bound.split(given)
-        with torch.no_grad(), _same_seed(pytree.tree_leaves(dict(given))):
+        with torch.no_grad(), same_seed(pytree.tree_leaves(dict(given))):
             results = self.module(*args, **kwargs)
         return pytree.tree_leaves(results)
 
@@ -184,7 +184,7 @@ class Checked:
         """Raise where the graph differs from what the model did; return the state after."""
         leaves = [v for v in pytree.tree_leaves(_cloned(values)) if isinstance(v, Tensor)]
         inputs = [*leaves, *state]
-        with torch.no_grad(), _same_seed(inputs):
+        with torch.no_grad(), same_seed(inputs):
             try:
                 found = list(self.gm(*inputs))
             except Exception as error:
@@ -308,11 +308,3 @@ def relative_difference(expected: Tensor, found: Tensor) -> float:
 
 def _cloned(values: Mapping[str, Any]) -> dict[str, Any]:
     return dict(pytree.tree_map_only(Tensor, torch.clone, dict(values)))
-
-
-@contextlib.contextmanager
-def _same_seed(tensors: Sequence[Any]) -> Iterator[None]:
-    """Let random operators give the same numbers in every run, and leave the generators alone."""
-    with torch.random.fork_rng({t.device for t in tensors if isinstance(t, Tensor) and t.is_cuda}):
-        torch.manual_seed(0)
-        yield

@@ -22,6 +22,7 @@ from fxq.account import kind_of
 from fxq.graph import owner_name
 from fxq.module_state import spared
 from fxq.numerics import sqnr_db
+from fxq.seeding import same_seed, seeded
 from fxq.teacher_forcing import Call, compare_layer
 
 # Layers of 4 x 4 bits are at 10 to 15 dB, of 8 x 8 bits above 20. An unrelated weight gives about
@@ -152,7 +153,8 @@ def judge(
     modules = {path: _module(model, path) for path in by_module}
     with torch.no_grad(), spared(model), _recording(modules) as calls:
         own_args, own_kwargs = tree_map_only(Tensor, torch.clone, (tuple(args), dict(kwargs)))
-        expected = model(*own_args, **own_kwargs)
+        with same_seed(tree_leaves((own_args, own_kwargs))):
+            expected = model(*own_args, **own_kwargs)
         found = {
             check.node: check
             for path, nodes in by_module.items()
@@ -186,8 +188,7 @@ def far_from_float(
     if sqnr_db >= FAR_DB:
         return ""
     recorder = Recorder(gm)
-    with torch.no_grad():
-        recorder.run(*leaves)
+    seeded(recorder.run, leaves)
     worst = judge(gm, recorder.values, None, model, args, kwargs).worst[:N_SHOWN]
     listing = ", ".join(f"{layer.module} {layer.alone_db:.1f} dB" for layer in worst)
     return (

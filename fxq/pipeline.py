@@ -32,6 +32,7 @@ from fxq.judging import far_from_float, outputs_sqnr_db
 from fxq.program import Program
 from fxq.progress import Progress, Reported, reporting
 from fxq.rewriting import propagate
+from fxq.seeding import seeded
 from fxq.signature import split_inputs
 from fxq.sparsity import check_masks
 
@@ -258,9 +259,7 @@ def compress(
     ):
         captured = capture(model, example_inputs, dynamic_shapes)
         example = captured.inputs(example_inputs)
-        expected = captured.signature.results(
-            captured.graph_module(*example)
-        )  # before it is rewritten
+        float_results = seeded(captured.graph_module, example)  # before it is rewritten
         batches = None if data is None else CheckedBatches(captured, data, device_of(model))
         gm = recipe.apply(captured.graph_module, batches, report, kept, history)
         if strict and (skips := unintended_skips(gm)):
@@ -269,8 +268,8 @@ def compress(
                 f"strict=True, and recipe {recipe.name!r} left in float\n  {listing}"
             )
         program = Program.from_captured(captured, gm, recipe=repr(recipe), model=model)
-        found = captured.signature.results(program.graph_module(*example))
-        program.sqnr_db, _ = outputs_sqnr_db(captured.signature.results(expected), found)
+        results = (float_results, seeded(program.graph_module, example))
+        program.sqnr_db, _ = outputs_sqnr_db(*map(captured.signature.results, results))
         report(f"outputs on the example: {program.sqnr_db:.1f} dB against float")
         call = split_inputs(example_inputs)
         if far := far_from_float(program.sqnr_db, program.graph_module, example, model, *call):

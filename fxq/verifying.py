@@ -25,6 +25,7 @@ from fxq.lowering.lower import lower
 from fxq.lowering.rule import REPLACED, Replaced
 from fxq.numerics import sqnr_db
 from fxq.program import Program, check_program
+from fxq.seeding import seeded
 from fxq.signature import Inputs, split_inputs
 
 
@@ -115,7 +116,7 @@ def verify(
     lowered, _ = lower(program.graph_module, program.device, sizes)
     with torch.no_grad():
         simulated = Recorder(program.graph_module)
-        results = program.signature.results(simulated.run(*leaves))
+        results = program.signature.results(seeded(simulated.run, leaves))
         replay = _Replay(lowered, simulated.values)
         checks = [replay.check(node) for node in lowered.graph.nodes if REPLACED in node.meta]
         if model is None:
