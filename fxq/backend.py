@@ -81,6 +81,9 @@ class Options:
         for name in ("check", "strict"):
             if not isinstance(value := (options or {}).get(name, False), bool):
                 raise TypeError(f"option {name!r}: expected True or False, found {value!r}")
+        inductor = (options or {}).get("inductor")
+        if inductor is not None and not isinstance(inductor, Mapping):
+            raise TypeError(f"option 'inductor': expected a mapping, found {inductor!r}")
         return cls(**(options or {}))
 
 

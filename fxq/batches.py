@@ -16,6 +16,25 @@ from fxq.rewriting import copy_graph
 from fxq.signature import RETURN_DICT, Leaf, split_inputs
 
 
+def checked_device(device: torch.device | str, what: str) -> torch.device:
+    """Return a device that is there, as tensors on it say it ("cuda" becomes "cuda:0").
+
+    Args:
+        device: as a caller gives it.
+        what: the argument's name, for the error.
+    Raises:
+        ValueError: no such device here, or one without memory.
+    """
+    try:
+        found = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{what}: expected cpu or cuda, found {device!r}: {reason}") from error
+    if found.type == "meta":
+        raise ValueError(f"{what}: expected cpu or cuda, found {device!r}, which has no values")
+    return found
+
+
 def device_of(model: nn.Module | ExportedProgram) -> torch.device | None:
     """Return the device of a model's first tensor, None where it has none."""
     tensors = itertools.chain(model.parameters(), model.buffers())

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
@@ -47,7 +48,16 @@ def check_model(model: Any) -> None:
             "model: expected the model itself, found what torch.compile made of it; compress the "
             "model (._orig_mod), and compile the program"
         )
-    training = [name or "the model" for name, module in model.named_modules() if module.training]
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            "model: expected a torch.nn.Module in Python, found TorchScript (torch.jit.trace or "
+            "torch.jit.script); compress the module that it was made of"
+        )
+    training = [
+        repr(name) if name else "the model"
+        for name, module in model.named_modules()
+        if module.training
+    ]
     if training:
         raise ValueError(
             f"model: expected eval mode, found {training[0]} in train mode; call model.eval() first"

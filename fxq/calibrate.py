@@ -125,8 +125,9 @@ def warn_of_missing_data(observers: Sequence[RangeObserver]) -> None:
     """Warn of ranges that are not known: where only zeros came, and rows that no value reached."""
     if zeros := [observer.name for observer in observers if observer.saw_only_zeros]:
         warnings.warn(
-            f"calibration saw only zeros at {', '.join(zeros)}: their range is not known and "
-            "their scale is 1; give data that reaches them, or leave them float with overrides",
+            f"calibration saw only zeros at {', '.join(map(repr, zeros))}: their range is not "
+            "known and their scale is 1; give data that reaches them, or leave them float with "
+            "overrides",
             FxqWarning,
             stacklevel=3,
         )

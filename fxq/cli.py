@@ -41,18 +41,6 @@ def parse_argument(text: str) -> tuple[str, Any]:
     return name, value
 
 
-def check_device(text: str) -> str:
-    """Return the name of a device that is there."""
-    import torch
-
-    try:
-        torch.empty(0, device=text)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device: expected cpu or cuda, found {text!r}: {reason}") from error
-    return text
-
-
 @app.command()
 def compress(
     model: Annotated[str, typer.Option(help="timm:<name>")],
@@ -88,6 +76,7 @@ def compress(
     """
     import fxq
     from fxq.adapters.timm_images import image_batches, load_model
+    from fxq.batches import checked_device
     from fxq.files import check_writable
     from fxq.progress import reporting
     from fxq.scorecard import measure
@@ -100,10 +89,11 @@ def compress(
         check_writable(out)
     say(f"loading {name}")
     arguments = dict(map(parse_argument, model_arg or []))
-    module = load_model(name, checkpoint, arguments, check_device(device))
+    place = str(checked_device(device, "--device"))
+    module = load_model(name, checkpoint, arguments, place)
     folder = image_batches(module, arguments, data, 2 * calibration_images, batch_size)
     say(f"reading {len(folder.paths)} pictures from {data}")
-    batches = [batch.to(device) for batch in folder]
+    batches = [batch.to(place) for batch in folder]
     n_calibrate = max(1, len(batches) // 2)
     held_out = batches[n_calibrate:] or batches
     say(f"compressing with {recipe}")
@@ -140,7 +130,7 @@ def main() -> None:
     """Run the command line; a user's mistake ends in one line, not in a traceback."""
     try:
         app()
-    except (ValueError, TypeError, FileNotFoundError, NotImplementedError) as error:
+    except (ValueError, TypeError, OSError, NotImplementedError) as error:
         message = f"[bold red]fxq:[/bold red] {escape(str(error))}"
         Console(stderr=True).print(message, highlight=False)
         sys.exit(2)

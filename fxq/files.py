@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -14,9 +15,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
     Raises:
         KeyError: a dtype that safetensors cannot hold.
+        OSError: the disk does not take it.
     """
     with _in_full(path) as partial:
-        save_file(dict(tensors), partial, dict(metadata))
+        try:
+            save_file(dict(tensors), partial, dict(metadata))
+        except SafetensorError as error:
+            raise OSError(f"{path}: expected to write a file, found that {error}") from error
 
 
 def write_text(path: Path, text: str) -> None:

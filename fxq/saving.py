@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 from torch.utils import _pytree as pytree
 
+from fxq.batches import checked_device
 from fxq.conditions import Condition
 from fxq.dialect import QUANTIZED
 from fxq.errors import FxqWarning, UnsupportedError
@@ -97,12 +98,12 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Pr
         device: where its tensors and constants go.
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a file of fxq, of a newer fxq, damaged, or with a result type that is not
-            known here; the message says which.
+        ValueError: no such device; not a file of fxq, of a newer fxq, damaged, or with a result
+            type that is not known here; the message says which.
     """
     if Path(path).is_dir():
         raise ValueError(f"{path}: expected a file that fxq.save wrote, found a folder")
-    device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0", as tensors say it
+    device = checked_device(device, "device")
     try:
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}

@@ -1,5 +1,6 @@
 """timm models by name, and a folder of pictures as their calibration batches."""
 
+import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,8 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from fxq.errors import did_you_mean
 
 IMAGES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
 
@@ -31,9 +30,9 @@ def load_model(
 
     base = name.partition(".")[0]
     if not timm.is_model(base):
-        raise ValueError(
-            f"timm has no model {name!r}; {did_you_mean(base, timm.list_models())[:200]}"
-        )
+        near = difflib.get_close_matches(base, timm.list_models(), 3)
+        known = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() has them all"
+        raise ValueError(f"--model: timm has no model {name!r}; {known}")
     model: nn.Module = timm.create_model(name, pretrained=checkpoint is None, **arguments)
     if checkpoint is not None:
         from safetensors import SafetensorError

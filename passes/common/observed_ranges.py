@@ -82,7 +82,7 @@ class ObservedRanges(Pass):
             if len(named) == len(found):
                 raise ValueError(
                     f"recipe: expected the weights it was observed with, found others in "
-                    f"{named[0]} and {len(named) - 1} more layers; observe this model"
+                    f"{named[0]!r} and {len(named) - 1} more layers; observe this model"
                 )
         for node, layer in found:
             seen = self._find(layer)
