@@ -28,7 +28,13 @@ MOVES = COPIES | of(
 )  # fmt: skip
 INDEX_COPY, INDEX_PUT = (aten.index_copy.default,), (aten.index_put.default,)
 SLICE_SCATTER, SELECT_SCATTER = (aten.slice_scatter.default,), (aten.select_scatter.default,)
+SELECT, SLICE, CAT = (aten.select.int,), (aten.slice.Tensor,), (aten.cat.default,)
+WHERE, OVERWRITE = (aten.where.self,), of(Movement.OVERWRITE)
 SAME = (aten.clone.default, aten.contiguous.default)
+WRITES = (
+    *INDEX_COPY, *INDEX_PUT, *SLICE_SCATTER, *SELECT_SCATTER, *WHERE, *OVERWRITE,
+    aten.index_add.default,
+)  # fmt: skip
 
 
 class NoCacheError(Exception):
@@ -86,7 +92,7 @@ def find_caches(gm: GraphModule) -> tuple[list[Cache], dict[str, tuple[str, list
 def _fill(cache: Cache) -> None:
     """Follow a cache's values, or raise NoCacheError where it cannot hold codes."""
     state = cache.state
-    cache.products |= dict.fromkeys(_products_after(state))
+    cache.products |= dict.fromkeys(_products_after(state, cache.value))
     if "source" not in state.meta:
         raise NoCacheError("an argument of the call: its dtype is the caller's; make it a buffer")
     if dtype_of(state) not in FLOATS:
@@ -95,7 +101,7 @@ def _fill(cache: Cache) -> None:
         raise NoCacheError(f"expected fixed sizes, found {list(shape_of(state))}")
     _walk(cache, cache.value, ())
     if state not in cache.kept:
-        raise NoCacheError("a call writes all of it, so nothing is kept from call to call")
+        raise NoCacheError("its new value is not its old one with rows written over it")
     cache.reads = [
         (node, user)
         for node in cache.kept
@@ -130,8 +136,8 @@ def _walk(cache: Cache, node: Node, lacks: tuple[int, ...]) -> None:
         cache.rows[node] = lacks
         return
     cache.kept[node] = lacks
-    for part, missing, axis in parts:
-        cache.written |= set() if axis is None else {axis}
+    for part, missing, moved in parts:
+        cache.written |= moved
         _walk(cache, part, missing)
 
 
@@ -141,33 +147,48 @@ def _holds(cache: Cache, node: Node) -> bool:
     return node is cache.state or any(_holds(cache, part) for part, _, _ in parts or ())
 
 
-Part = tuple[Node, tuple[int, ...], int | None]  # operand, the axes it lacks, the axis of the move
+Part = tuple[Node, tuple[int, ...], set[int]]  # operand, the axes it lacks, those of the move
 
 
 def _parts(cache: Cache, node: Node, lacks: tuple[int, ...]) -> list[Part] | None:
     """Return what a node puts together; None where it does more than to put together."""
-    axes = [axis for axis in range(len(shape_of(cache.state))) if axis not in lacks]
+    every = range(len(shape_of(cache.state)))
+    axes = [axis for axis in every if axis not in lacks]
 
-    def along(dim: int) -> int:
-        return axes[dim % len(axes)]
+    def along(name: str = "dim") -> int:
+        return axes[operand(node, name) % len(axes)]
 
     if is_op(node, *INDEX_COPY, *SLICE_SCATTER, *SELECT_SCATTER):
         source = operand(node, "source" if is_op(node, *INDEX_COPY) else "src")
-        axis = along(operand(node, "dim"))
+        axis = along()
         missing = (*lacks, axis) if is_op(node, *SELECT_SCATTER) else lacks
-        return [(operand(node, "self"), lacks, axis), (source, missing, axis)]
+        return [(operand(node, "self"), lacks, {axis}), (source, missing, {axis})]
     if is_op(node, *INDEX_PUT):
         return _parts_of_index_put(node, lacks, axes)
-    if is_op(node, aten.slice.Tensor):
-        return [(operand(node, "self"), lacks, along(operand(node, "dim")))]
-    if is_op(node, aten.cat.default):
-        axis = along(operand(node, "dim"))
-        return [(part, lacks, axis) for part in operand(node, "tensors")]
-    if is_op(node, aten.where.self):
-        return [(operand(node, name), lacks, None) for name in ("self", "other")]
-    if is_op(node, aten.copy.default):
-        return [(operand(node, name), lacks, None) for name in ("self", "src")]
-    return [(args_of(node)[0], lacks, None)] if is_op(node, *SAME) else None
+    if is_op(node, *SELECT):  # only of what a select_scatter puts back along the same axis
+        whole = [axis for axis in every if axis not in lacks[:-1]]
+        if lacks and whole[operand(node, "dim") % len(whole)] != lacks[-1]:
+            return None
+        return [(operand(node, "self"), lacks[:-1], set(lacks[-1:]))]
+    if is_op(node, *SLICE):
+        return [(operand(node, "self"), lacks, {along()})]
+    if is_op(node, *CAT):
+        axis = along()
+        return [(part, lacks, {axis}) for part in operand(node, "tensors")]
+    if is_op(node, *WHERE):
+        return _parts_of_where(node, lacks, axes)
+    if is_op(node, *OVERWRITE):
+        return [(operand(node, name), lacks, set()) for name in ("self", "src")]
+    return [(args_of(node)[0], lacks, set())] if is_op(node, *SAME) else None
+
+
+def _parts_of_where(node: Node, lacks: tuple[int, ...], axes: list[int]) -> list[Part]:
+    """Rows go along the axes in which the condition has more than one element."""
+    sizes = shape_of(operand(node, "condition"))
+    varying = {
+        axis for axis, size in zip(reversed(axes), reversed(sizes), strict=False) if size != 1
+    }
+    return [(operand(node, name), lacks, varying) for name in ("self", "other")]
 
 
 def _parts_of_index_put(node: Node, lacks: tuple[int, ...], axes: list[int]) -> list[Part] | None:
@@ -180,7 +201,7 @@ def _parts_of_index_put(node: Node, lacks: tuple[int, ...], axes: list[int]) -> 
     if dims > 1 or dtype_of(index) in (torch.bool, torch.uint8):
         return None
     missing = lacks if dims else (*lacks, axis)
-    return [(operand(node, "self"), lacks, axis), (operand(node, "values"), missing, axis)]
+    return [(operand(node, "self"), lacks, {axis}), (operand(node, "values"), missing, {axis})]
 
 
 def _check_rows(cache: Cache) -> None:
@@ -207,13 +228,15 @@ def _products_from(user: Node) -> Iterator[Node]:
         for further in user.users:
             yield from _products_from(further)
     elif movement_of(user) is not Movement.SHAPE_ONLY or not is_op(user, aten.sym_size.int):
-        raise NoCacheError(f"{user.target} ({user.name}) reads it, which is no product of attention")
+        raise NoCacheError(
+            f"{user.target} ({user.name}) reads it, which is no product of attention"
+        )
 
 
-def _products_after(state: Node) -> Iterator[Node]:
-    """Yield the products that values of a tensor come to through moves and writes, whatever else
+def _products_after(*nodes: Node) -> Iterator[Node]:
+    """Yield the products that values of nodes come to through moves and writes, whatever else
     reads them."""
-    seen, reached = {state}, [state]
+    seen, reached = {*nodes}, [*nodes]
     while reached:
         for user in reached.pop().users:
             if user in seen:
@@ -221,10 +244,7 @@ def _products_after(state: Node) -> Iterator[Node]:
             seen.add(user)
             if kind_of(user) in PRODUCTS:
                 yield user
-            elif is_op(
-                user, *MOVES, *INDEX_COPY, *INDEX_PUT, *SLICE_SCATTER, *SELECT_SCATTER,
-                aten.where.self,
-            ):  # fmt: skip
+            elif is_op(user, *MOVES, *WRITES):
                 reached.append(user)
 
 

@@ -22,7 +22,7 @@ the model has when it is captured: a prompt, then a token at a time.
 
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar
 
@@ -59,7 +59,7 @@ class QuantizeCache(DataPass):
         observer: how the range of the rows is found.
     """
 
-    observer: Observer = MinMax()
+    observer: Observer = field(default_factory=MinMax)
 
     reads: ClassVar[Dialect] = QUANTIZED
     writes: ClassVar[Dialect] = QUANTIZED
@@ -78,18 +78,16 @@ class QuantizeCache(DataPass):
         """Likewise, but each batch once in all calls with the same checkpoint."""
         caches, left = find_caches(gm)
         name = type(self).__name__
-        for cache, (why, products) in left.items():
+        for buffer, (why, products) in left.items():
             for product in products:
-                treat(product, name, Skip(f"its cache {cache} stays float: {why}", intended=False))
-        _tell(caches, {cache: why for cache, (why, _) in left.items()})
+                treat(product, name, Skip(f"its cache {buffer} stays float: {why}", intended=False))
+        _tell(caches, {buffer: why for buffer, (why, _) in left.items()})
         if not caches:
             return PassResult(gm, modified=False)
         observers = {cache.name: self._observer(cache) for cache in caches}
         observed = _observed(gm, caches, observers)
         with counted_steps(observed, data) as batches:
-            calibrate(
-                observed, batches, observers=[*observers.values()], checkpoint=checkpoint
-            )
+            calibrate(observed, batches, observers=[*observers.values()], checkpoint=checkpoint)
         warn_of_missing_data([*observers.values()])
         for cache in caches:
             _store(gm, cache, observers[cache.name].qparams()[0])
