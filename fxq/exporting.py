@@ -30,6 +30,10 @@ def export(
     batch is not where it is not."""
     if dynamic_shapes != "batch":
         shapes = None if dynamic_shapes is None else export_shapes(values, dynamic_shapes)
+        if (
+            shapes is not None
+        ):  # a part of a larger tensor: torch would compare its strides to sizes
+            values = pytree.tree_map_only(Tensor, torch.clone, values)
         try:
             return try_export(model, values, shapes), ()
         except UnsupportedError as error:

@@ -1,7 +1,6 @@
 """A language model with its cache in the program, token by token, compiled once for each kind of
 call. Judges: transformers' `generate` with its own static cache, and the eager model."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -90,9 +89,9 @@ def test_the_loop_compiles_once_for_a_prompt_and_once_for_a_token(
     assert len(built) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["float", "w8"])
-def test_a_real_model_reads_codes_as_well_as_values(shared_data: Path, recipe: str) -> None:
-    story = Story(shared_data)
+def test_a_real_model_reads_codes_as_well_as_values(story: Story, recipe: str) -> None:
     model, length = story.model, 96
     rows = torch.cat([batch["input_ids"] for batch in story.data])[:32, :length]
     decoder = StaticDecoder(model, 8, length)
