@@ -1,6 +1,6 @@
 """A decode step of a language model whose cache is state: tokens per second, and bytes.
 
-    python benchmarks/decoding.py --threads 1        # about 2 minutes, most of it compiling
+    python benchmarks/decoding.py --threads 1        # about 4 minutes, most of it compiling
 
 A Llama of random weights writes one token for each sequence with a cache that is almost full. fp32
 is `torch.compile` alone on the same model with the same cache; beside it `weight_only.W8`, with a
