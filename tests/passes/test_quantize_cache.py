@@ -138,7 +138,7 @@ def test_a_cache_holds_codes_and_reads_like_the_float_one(write: Write, written_
     assert {name: value.dtype for name, value in program.state.items()} == {
         "keys": torch.int8, "values": torch.int8,
     }  # fmt: skip
-    assert sqnr_db(expected, found) > 30  # measured 35 to 42
+    assert sqnr_db(expected, found) > 45  # measured 54 to 56
     codes = torch.stack([program.state["keys"], program.state["values"]]).float()
     kept = torch.stack([judge.keys, judge.values])
     # A value that is half a code off by float rounding may go either way.
