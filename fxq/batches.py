@@ -4,16 +4,19 @@ import itertools
 import operator
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.fx import GraphModule
 
 from fxq.capturing import Captured
 from fxq.errors import FxqWarning
 from fxq.rewriting import copy_graph
 from fxq.signature import RETURN_DICT, Leaf, split_inputs
+from fxq.writes import as_stored
 
 
 def checked_device(device: torch.device | str, what: str) -> torch.device:
@@ -110,3 +113,22 @@ class CheckedBatches:
             if state:
                 with torch.no_grad():
                     state = self.signature.next_state(inputs, self.float_graph(*inputs))
+
+
+@dataclass(frozen=True)
+class StoredBatches:
+    """Batches of a graph that keeps buffers of the model in a form of its own.
+
+    Args:
+        gm: the graph.
+        data: batches with these buffers as the model has them.
+    """
+
+    gm: GraphModule
+    data: Iterable[Sequence[Any]]
+
+    def __length_hint__(self) -> int:
+        return operator.length_hint(self.data)
+
+    def __iter__(self) -> Iterator[Sequence[Any]]:
+        return (as_stored(self.gm, inputs) for inputs in self.data)

@@ -32,6 +32,10 @@ def export(
     values = bound.values
     if dynamic_shapes != "batch":
         shapes = None if dynamic_shapes is None else export_shapes(values, dynamic_shapes)
+        if (
+            shapes is not None
+        ):  # a part of a larger tensor: torch would compare its strides to sizes
+            values = pytree.tree_map_only(Tensor, torch.clone, values)
         try:
             return try_export(model, bound, values, shapes), ()
         except UnsupportedError as error:

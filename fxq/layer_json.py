@@ -25,8 +25,8 @@ TYPES = {
     for kind in (
         Layer, Treatment, Skip, Concentration, Induction, spec.LayerSpec, spec.QuantSpec,
         formats.Integer, formats.Float8, rows.ByTimestep, rows.ByStep, rows.ByPosition,
-        spec.PerTensor, spec.PerChannel, spec.PerGroup, spec.PerToken, spec.MinMax,
-        spec.MovingAverage, spec.Percentile, spec.MeanSquaredError, spec.Entropy,
+        spec.PerTensor, spec.PerChannel, spec.PerGroup, spec.PerToken, spec.PerAxes,
+        spec.MinMax, spec.MovingAverage, spec.Percentile, spec.MeanSquaredError, spec.Entropy,
     )
 }  # fmt: skip
 

@@ -11,7 +11,7 @@ import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -22,7 +22,7 @@ from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
 from fxq.account import unintended_skips
-from fxq.batches import CheckedBatches, device_of
+from fxq.batches import CheckedBatches, StoredBatches, device_of
 from fxq.capturing import capture
 from fxq.checkpoint import Checkpoint
 from fxq.dialect import Dialect
@@ -35,6 +35,7 @@ from fxq.rewriting import propagate
 from fxq.seeding import seeded
 from fxq.signature import split_inputs
 from fxq.sparsity import check_masks
+from fxq.writes import as_stored
 
 Batches = Iterable[Sequence[Any]]  # each batch: the graph's inputs in order
 
@@ -163,7 +164,7 @@ class Recipe:
                             "weight-only recipe"
                         )
                     kept = checkpoint if index == last else None
-                    result = step.resume(gm, Reported(data, name, report), kept)
+                    result = step.resume(gm, Reported(StoredBatches(gm, data), name, report), kept)
                 else:
                     result = step.run(gm)
                 gm = result.graph_module
@@ -262,6 +263,9 @@ def compress(
         float_results = seeded(captured.graph_module, example)  # before it is rewritten
         batches = None if data is None else CheckedBatches(captured, data, device_of(model))
         gm = recipe.apply(captured.graph_module, batches, report, kept, history)
+        example = as_stored(gm, example)
+        state = example[len(captured.signature.tensors) :]
+        captured = replace(captured, state=dict(zip(captured.state, state, strict=True)))
         if strict and (skips := unintended_skips(gm)):
             listing = "\n  ".join(f"{name}: {why}" for name, why in skips.items())
             raise SkippedError(

@@ -53,7 +53,15 @@ class PerToken:
     """
 
 
-Granularity = PerTensor | PerChannel | PerGroup | PerToken
+@dataclass(frozen=True)
+class PerAxes:
+    """One scale per index of several axes: a cache `[B, H, T, D]` with axes (1, 3) `-> [1, H, 1,
+    D]`."""
+
+    axes: tuple[int, ...]
+
+
+Granularity = PerTensor | PerChannel | PerGroup | PerToken | PerAxes
 
 
 def block_of(granularity: Granularity, ndim: int, *, dynamic: bool = False) -> tuple[int, ...]:
@@ -75,6 +83,10 @@ def block_of(granularity: Granularity, ndim: int, *, dynamic: bool = False) -> t
             if not -ndim <= axis < ndim:
                 raise ValueError(f"PerChannel(axis={axis}) needs more than {ndim} dimensions")
             return tuple(1 if i == axis % ndim else ALL for i in range(ndim))
+        case PerAxes(axes):
+            if any(not 0 <= axis < ndim for axis in axes):
+                raise ValueError(f"PerAxes({axes}) needs axes from 0 on, below {ndim}")
+            return tuple(1 if i in axes else ALL for i in range(ndim))
         case PerGroup(size):
             return (1,) * (ndim - 1) + (size,)
         case PerToken():

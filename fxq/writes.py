@@ -27,6 +27,10 @@ from fxq.rewriting import insert_call
 
 aten = torch.ops.aten
 
+# Keys in the meta of an input that is written to: which result is its new value, and, of a buffer
+# that a pass keeps in another form than the model, what makes that form of the model's values.
+WRITTEN, STORED = "fxq_written", "fxq_stored"
+
 
 class Functionalized:
     """A function without in-place writes: what it writes to its arguments it returns, after its own
@@ -87,9 +91,32 @@ def lift_writes(gm: GraphModule) -> tuple[dict[str, Tensor], tuple[int, ...]]:
         gm.graph.erase_node(copy)
         values.append(value)
         written.append(inputs.index(target))
-    output.args = ((*output.args[0], *values),)  # type: ignore[misc]
+    results = args_of(output)[0]
+    for place, index in enumerate(written, len(results)):
+        inputs[index].meta[WRITTEN] = place
+    output.args = ((*results, *values),)
     give_own_memory(gm, {inputs[index] for index in written})
     return state, tuple(written)
+
+
+def written_inputs(gm: GraphModule) -> list[tuple[Node, Node]]:
+    """Return the inputs of a captured graph that the model writes to, each with its new value.
+
+    Those with a "source" in their meta are buffers, and that is their name; others are arguments.
+    """
+    results: Any = args_of(gm.graph.output_node())[0]
+    inputs = gm.graph.find_nodes(op="placeholder", sort=True)
+    return [(node, results[node.meta[WRITTEN]]) for node in inputs if WRITTEN in node.meta]
+
+
+def as_stored(gm: GraphModule, inputs: Sequence[Any]) -> list[Any]:
+    """Return a captured graph's inputs with the model's buffers among them in the form in which
+    `gm` keeps them."""
+    nodes = gm.graph.find_nodes(op="placeholder", sort=True)
+    return [
+        node.meta[STORED](value) if STORED in node.meta else value
+        for node, value in zip(nodes, inputs, strict=True)
+    ]
 
 
 def give_own_memory(gm: GraphModule, written: Container[Node]) -> None:

@@ -13,6 +13,7 @@ from fxq.passes.common.insert_observers import InsertObservers
 from fxq.passes.common.layer_choice import DEPTHWISE, FIRST, LAST, first_of
 from fxq.passes.common.leave_float import LeaveFloat
 from fxq.passes.common.observe_activations import ObserveActivations
+from fxq.passes.common.quantize_cache import QuantizeCache
 from fxq.passes.common.separate_outliers import SeparateOutliers
 from fxq.passes.common.split_concatenations import SplitConcatenations
 from fxq.passes.common.student import (
@@ -37,6 +38,7 @@ __all__ = [
     "InsertObservers",
     "LeaveFloat",
     "ObserveActivations",
+    "QuantizeCache",
     "SeparateOutliers",
     "SplitConcatenations",
     "TimestepRows",

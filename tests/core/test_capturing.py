@@ -395,3 +395,16 @@ def test_an_exported_program_in_train_mode_is_refused() -> None:
 
     with pytest.raises(ValueError, match=r"expected eval mode, found aten\.dropout"):
         fxq.capture(exported, {"x": x, "pair": (x, x), "gain": torch.ones(())})
+
+
+def test_an_example_that_is_part_of_a_larger_tensor_leaves_named_sizes_free() -> None:
+    class Tokens(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.sin().view(x.shape[0], 1, x.shape[1], 1).expand(-1, 1, -1, 3)
+
+    rows = torch.randn(2, 16)
+    captured = capture(Tokens().eval(), rows[:, :5], {"x": {1: "tokens"}})
+
+    for length in (1, 7, 16):
+        (found,) = captured.graph_module(rows[:, :length])
+        torch.testing.assert_close(found, Tokens()(rows[:, :length].contiguous()))

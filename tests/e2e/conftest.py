@@ -1,8 +1,10 @@
 """What tests of the compile path share."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+from story import Story
 from torch.fx import GraphModule
 
 from fxq.backend import Compiled
@@ -28,3 +30,15 @@ def every_layer_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     """Integer kernels whatever a layer's size."""
     monkeypatch.setattr(x86, "WITH_VNNI", x86.Thresholds(0, 0))
     monkeypatch.setattr(x86, "WITHOUT_VNNI", x86.Thresholds(0, 0))
+
+
+@pytest.fixture(scope="session")
+def stories() -> dict[Path, Story]:
+    return {}
+
+
+@pytest.fixture
+def story(shared_data: Path, stories: dict[Path, Story]) -> Story:
+    if shared_data not in stories:
+        stories[shared_data] = Story(shared_data)
+    return stories[shared_data]

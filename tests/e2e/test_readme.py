@@ -347,3 +347,16 @@ def test_every_installed_recipe_is_listed() -> None:
         if f"`{name}`" not in TEXT["docs/quantization.md"]
     ]
     assert not missing
+
+
+def test_a_cache_is_kept_as_the_page_says() -> None:
+    model, _ = seeded(ZOO["llama"])
+    sequences = torch.randint(1, 50, (8, 13))
+    prompt = sequences[:2, :5]
+    scope: dict[str, Any] = {"fxq": fxq, "model": model, "sequences": sequences, "prompt": prompt}
+
+    exec(block("QuantizeCache()", "docs/generators.md"), scope)
+
+    expected = model.generate(prompt, max_new_tokens=8, do_sample=False)[:, 5:]
+    assert (scope["tokens"] == expected).float().mean() > 0.8
+    assert {value.dtype for value in scope["program"].state.values()} == {torch.int8}

@@ -1,7 +1,6 @@
 """GPTQ and pruning on a real small language model."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,18 +21,6 @@ LINEAR = torch.ops.aten.linear.default
 DOWN = LayerSpec(None, replace(W4_LAYER.weight, granularity=PerGroup(43)))
 PATTERNS = [Group(2, 4)]
 OBSERVE = InsertObservers(W4_LAYER, overrides=((LAST, None), ("*down_proj", DOWN)))
-
-
-@pytest.fixture(scope="module")
-def stories() -> dict[Path, Story]:
-    return {}
-
-
-@pytest.fixture
-def story(shared_data: Path, stories: dict[Path, Story]) -> Story:
-    if shared_data not in stories:
-        stories[shared_data] = Story(shared_data)
-    return stories[shared_data]
 
 
 @pytest.mark.slow
