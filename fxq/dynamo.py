@@ -70,8 +70,9 @@ def from_dynamo(gm: GraphModule) -> tuple[GraphModule, tuple[int, ...]]:
             flat = _trace(functionalized, values)
             inputs = [node for node in flat.graph.nodes if node.op == "placeholder"]
             give_own_memory(flat, [inputs[index] for index in functionalized.written])
-        for node, origin in zip(flat.graph.nodes, placeholders, strict=False):
+        for node, origin, value in zip(flat.graph.nodes, placeholders, values, strict=False):
             node.meta["source"] = qualified_name(origin)
+            node.meta.setdefault("val", value)  # torch 2.11 leaves numbers out
         for node in flat.graph.nodes:
             stack = node.meta.get("nn_module_stack", {})
             node.meta["nn_module_stack"] = {
