@@ -102,6 +102,9 @@ def test_a_mistake_ends_in_one_line(
     [
         (["--data", "broken"], "cannot read broken/b.png as a picture"),
         (["--data", "broken", "--device", "nowhere"], "--device: expected cpu or cuda, found"),
+        (["--data", "broken", "--device", "meta"], "--device: expected cpu or cuda, found 'meta'"),
+        (["--data", "broken", "--model", "timm:test_vti"], "did you mean test_vit"),
+        (["--data", "broken", "--model", "timm:xyzzy"], "timm.list_models() has them all"),
         (["--data", "broken", "--checkpoint", "other.safetensors"], "expected weights of test_vit"),
         (["--data", "broken", "--checkpoint", "broken/b.png"], "found others in broken/b.png"),
         (["--data", "broken", "--checkpoint", "broken"], "is a directory"),

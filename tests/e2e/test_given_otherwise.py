@@ -3,16 +3,19 @@ model computes it, or refused in one line."""
 
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 import fxq
+from fxq import files
 from fxq.account import account
-from fxq.errors import FxqWarning
+from fxq.errors import FxqWarning, UnsupportedError
 from fxq.numerics import sqnr_db
 
 
@@ -172,3 +175,78 @@ def test_hooks_of_the_model_itself_see_the_call_as_it_is_made(example: Any) -> N
     given = {"input": x} if isinstance(example, dict) else (x,)
     expected = model(**given) if isinstance(example, dict) else model(*given)
     assert sqnr_db(expected, program(x)) > 80
+
+
+class Noisy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) + torch.randn_like(x)
+
+
+@pytest.mark.filterwarnings("error::fxq.FxqWarning")
+def test_models_that_draw_numbers_are_scored_with_the_same_numbers() -> None:
+    state = torch.get_rng_state()
+    program = fxq.compress(Noisy().eval(), X, "smoothquant_w8a8", [X])
+    torch.set_rng_state(state)
+
+    judgement = fxq.verify(program, X, model=Noisy().eval()).against_model
+
+    assert program.sqnr_db > 30
+    assert judgement is not None
+    assert judgement.sqnr_db == pytest.approx(program.sqnr_db, abs=0.1)
+    assert not torch.equal(program(X), program(X))  # they are drawn anew at every call
+
+
+def encoder(**kwargs: bool) -> nn.Module:
+    layer = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True)
+    return nn.TransformerEncoder(layer, 1, **kwargs).eval()
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_torchs_fast_path_of_encoders_is_named_where_it_computes_otherwise() -> None:
+    def padded(samples: int) -> dict[str, Tensor]:
+        mask = torch.arange(10)[None] >= torch.randint(3, 10, (samples, 1))
+        return {"src": torch.randn(samples, 10, 64), "src_key_padding_mask": mask}
+
+    with pytest.raises(UnsupportedError, match=r"fast path.*enable_nested_tensor=False"):
+        fxq.compress(encoder(), padded(4), "w8a8_dynamic")
+    assert torch.backends.mha.get_fastpath_enabled()
+
+    model, other = encoder(enable_nested_tensor=False), padded(7)
+    program = fxq.compress(model, padded(4), "w8a8_dynamic")
+    with torch.no_grad():
+        assert sqnr_db(model(**other), program(**other)) > 30
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_modules_that_are_not_to_be_compressed_are_named() -> None:
+    part = nn.Sequential(nn.Linear(64, 64), nn.ReLU()).eval()
+    scripted = torch.jit.trace(part, X)
+    part[0].train()
+    with pytest.raises(ValueError, match="found '0' in train mode"):
+        fxq.compress(part, X, "float")
+    with pytest.raises(TypeError, match="found TorchScript"):
+        fxq.compress(scripted, X, "float")
+
+
+@pytest.mark.parametrize("device", ["CPU", "nowhere", "meta"])
+def test_a_device_that_is_not_there(device: str, tmp_path: Path) -> None:
+    path = tmp_path / "program.safetensors"
+    fxq.save(fxq.compress(Scaled().eval(), X, "float"), path)
+
+    with pytest.raises(ValueError, match=f"device: expected cpu or cuda, found '{device}'"):
+        fxq.load(path, device=device)
+
+
+def test_a_disk_that_takes_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise SafetensorError("no space left on device")
+
+    monkeypatch.setattr(files, "save_file", full)
+    with pytest.raises(OSError, match=r"p.safetensors: expected to write a file, found that no sp"):
+        fxq.save(fxq.compress(Scaled().eval(), X, "float"), tmp_path / "p.safetensors")
+    assert not list(tmp_path.iterdir())
