@@ -55,7 +55,7 @@ class FoldBatchNorm(Pass):
                 set_operand(conv, operand_name, buffer)
             norm.replace_all_uses_with(conv)
             sides = tuple(sorted({*layer_of(conv).scaled, "output", "shift"}))
-            remark = f"{owner_name(norm)} folded into it"
+            remark = "its batch norm folded into it"
             treat(conv, name, "batch norm folded", remark, scaled=sides)
             modified = True
         erase_dead(gm)
