@@ -32,7 +32,6 @@ from fxq.errors import (
 from fxq.first_call import FirstCall
 from fxq.graph import hint
 from fxq.lowering.apply_where_it_pays import apply_where_it_pays
-from fxq.lowering.planned import plan_outputs
 from fxq.ops import decompositions
 from fxq.outcome import Outcome
 from fxq.pipeline import Recipe, resolve_recipe
@@ -189,7 +188,6 @@ class Compiled(BoundGraph):
         outcome.tell_missing_kernels(self.strict, warn=not self.builds)
         outcome.tell_changes()
         outcome.tell_skips(self.strict)
-        plan_outputs()
         lowered, live = applied.lowered, self.live
         write_back(lowered, self.written_nodes(lowered))
         table = select_decomp_table() | decompositions()

@@ -33,7 +33,6 @@ from fxq.lowering.cpu import avx2_conv
 from fxq.lowering.cpu.int8_conv import can_launch
 from fxq.lowering.cpu.int8_conv import launch as cpu_launch
 from fxq.lowering.int8_linear import activate
-from fxq.lowering.kernels import buffers
 from fxq.lowering.registering import register
 from fxq.numerics import codes_dtype, quantize
 
@@ -173,22 +172,19 @@ def int8_conv(
     out_zero_point: Tensor | None = None,
     quant_min: int = -128,
     quant_max: int = 127,
-    out: Tensor | None = None,
 ) -> Tensor:
-    """Compute `reference` with the fastest exact implementation for the device of `x`, in `out`
-    where that is given."""
+    """Compute `reference` with the fastest exact implementation for the device of `x`."""
     product = (x, x_scale, x_zero_point, weight, w_scale, bias, stride, padding, dilation, groups)
     epilogue = (activation, residual, out_scale, out_zero_point, quant_min, quant_max)
     if not _own_kernel(x, weight, groups) and not can_launch(x, weight):
-        return buffers.placed(reference(*product, *epilogue), out)
+        return reference(*product, *epilogue)
     if _is_one(x_scale) and (x_zero_point is None or _is_one(x_zero_point)):
         zero = None if x_zero_point is None else _first(x_zero_point)
-        y = _launch(x, _first(x_scale), zero, *product[3:], *epilogue, out=out)
-        return buffers.placed(_channels_last(y), out)
+        return _channels_last(_launch(x, _first(x_scale), zero, *product[3:], *epilogue))
     y = _by_sample(x, sample_scales(x_scale), x_zero_point, *product[3:])
     if x_scale.isnan().any():
         y = spoiled(y, reads_nan(x, x_scale, weight, *product[6:]))
-    return buffers.placed(_channels_last(finish(y, *epilogue)), out)
+    return _channels_last(finish(y, *epilogue))
 
 
 def _own_kernel(x: Tensor, weight: Tensor, groups: int) -> avx2_conv.Packed | None:
@@ -244,12 +240,11 @@ def _launch(
     dilation: list[int],
     groups: int,
     *epilogue: Any,
-    out: Tensor | None = None,
 ) -> Tensor:
     """Call a kernel; scale and zero-point have one element."""
     if own := _own_kernel(x, weight, groups):
         others = (w_scale, bias, stride, padding, dilation, *epilogue)
-        return avx2_conv.launch(x, x_scale, x_zero_point, own, *others, out=out)
+        return avx2_conv.launch(x, x_scale, x_zero_point, own, *others)
     zero = 0 if x_zero_point is None else int(x_zero_point)
     codes, sides = x, padding[::2]
     if sides != padding[1::2]:  # the kernel pads both sides alike

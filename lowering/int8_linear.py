@@ -32,7 +32,6 @@ from fxq.lowering.cpu.int8_linear import accumulators as cpu_accumulators
 from fxq.lowering.cpu.int8_linear import launch as cpu_launch
 from fxq.lowering.cpu.onednn import cpu_int8
 from fxq.lowering.derived import derived
-from fxq.lowering.kernels import buffers
 from fxq.lowering.registering import register
 from fxq.numerics import codes_dtype, quantize
 
@@ -152,26 +151,23 @@ def int8_linear(
     quant_max: int = 127,
     apart: Tensor | None = None,
     w_apart: Tensor | None = None,
-    out: Tensor | None = None,
 ) -> Tensor:
-    """Compute `reference` with the fastest exact implementation for the device of `x`, in `out`
-    where that is given."""
+    """Compute `reference` with the fastest exact implementation for the device of `x`."""
     product = (x, x_scale, x_zero_point, weight, w_scale, bias)
     epilogue = (activation, residual, out_scale, out_zero_point, quant_min, quant_max)
     on_x86 = x.device.type == "cpu" and cpu_int8().available
     if on_x86 and (packed := avx2_linear.packed(weight, w_scale.shape[-1])):
         parts = (x, x_scale, x_zero_point, packed, w_scale, bias)
-        y = avx2_linear.launch(*parts, out_dtype, *epilogue, apart, w_apart, out)
-        return buffers.placed(y, out)
+        return avx2_linear.launch(*parts, out_dtype, *epilogue, apart, w_apart)
     if out_dtype == torch.int32:
         exact = cpu_accumulators if on_x86 else accumulate
-        return buffers.placed(exact(x, x_zero_point, weight).to(torch.int32), out)
+        return exact(x, x_zero_point, weight).to(torch.int32)
     if x.device.type == "cuda" and apart is None and activation in ON_CUDA:
-        return buffers.placed(_on_cuda(*product, out_dtype, *epilogue, out=out), out)
+        return _on_cuda(*product, out_dtype, *epilogue)
     y = cpu_launch(*product) if on_x86 and w_scale.shape[-1] == 1 else scaled(*product)
     if apart is not None and w_apart is not None:
         y = y + F.linear(apart, w_apart)
-    return buffers.placed(finish(y, out_dtype, *epilogue), out)
+    return finish(y, out_dtype, *epilogue)
 
 
 def _fake(
@@ -201,12 +197,11 @@ def _on_cuda(
     residual: Tensor | None,
     out_scale: Tensor | None,
     *requantize: Any,
-    out: Tensor | None,
 ) -> Tensor:
     from fxq.lowering.kernels.int8_linear import launch  # loads Triton
 
     n_in, n_out = x.shape[-1], weight.shape[0]
-    y = launch(
+    out = launch(
         x.reshape(-1, n_in).contiguous(),
         _per_row(x_scale, x),
         None if x_zero_point is None else _per_row(x_zero_point, x),
@@ -219,9 +214,8 @@ def _on_cuda(
         None if residual is None else residual.reshape(-1, n_out).contiguous(),
         None if out_scale is None else out_scale.reshape(-1).contiguous(),
         *requantize,
-        out=None if out is None else out.reshape(-1, n_out),
     )
-    return y.view(*x.shape[:-1], n_out)
+    return out.reshape(*x.shape[:-1], n_out)
 
 
 def _per_row(param: Tensor, x: Tensor) -> Tensor:

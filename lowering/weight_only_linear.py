@@ -27,7 +27,6 @@ from torch import Tensor
 
 from fxq.lowering.cpu.native import native
 from fxq.lowering.cpu.weight_only_linear import launch
-from fxq.lowering.kernels import buffers
 from fxq.lowering.registering import register
 from fxq.numerics import expand_blocks
 
@@ -96,21 +95,14 @@ def reference(x: Tensor, codes: Tensor, factors: Tensor, bias: Tensor | None, n_
 
 
 def weight_only_linear(
-    x: Tensor,
-    codes: Tensor,
-    factors: Tensor,
-    bias: Tensor | None,
-    n_out: int,
-    out: Tensor | None = None,
+    x: Tensor, codes: Tensor, factors: Tensor, bias: Tensor | None, n_out: int
 ) -> Tensor:
-    """Compute `reference` with the fastest implementation for the device of `x`, in `out` where
-    that is given."""
+    """Compute `reference` with the fastest implementation for the device of `x`."""
     if x.device.type == "cpu" and not isinstance(native("weight_only_linear"), str):
         rows = math.prod(x.shape[:-1])
-        flat = None if out is None else out.reshape(rows, n_out)
-        y = launch(x.reshape(rows, x.shape[-1]), codes, factors, bias, n_out, bits_of(codes), flat)
-        return buffers.placed(y.view(*x.shape[:-1], n_out), out)
-    return buffers.placed(reference(x, codes, factors, bias, n_out), out)
+        y = launch(x.reshape(rows, x.shape[-1]), codes, factors, bias, n_out, bits_of(codes))
+        return y.reshape(*x.shape[:-1], n_out)
+    return reference(x, codes, factors, bias, n_out)
 
 
 def _fake(x: Tensor, n_out: int, **_: object) -> Tensor:

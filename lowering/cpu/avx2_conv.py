@@ -215,8 +215,6 @@ def launch(
     out_zero_point: Tensor | None = None,
     quant_min: int = -128,
     quant_max: int = 127,
-    *,
-    out: Tensor | None = None,
 ) -> Tensor:
     """Compute `fxq.lowering.int8_conv.reference` with one scale and zero-point; arguments as there
     but for the packed weight."""
@@ -228,12 +226,11 @@ def launch(
     found = window(tuple(x.shape), x.stride(), weight.kernel, *geometry, weight.layout)
     kind = REAL if out_scale is None else CODES
     dtype = torch.float32 if kind == REAL else codes_dtype(quant_max)
-    rows = None if out is None else out.movedim(1, -1)
-    rows = buffers.allocate((len(x), *found.sizes, weight.n_out), dtype, x.device, rows)
+    out = buffers.allocate((len(x), *found.sizes, weight.n_out), dtype, x.device)
     bias = None if bias is None else bias.float().contiguous()
     w_scale, panels = w_scale.contiguous(), weight.panels
     if residual is not None:
-        residual = residual.float().movedim(1, -1).expand(rows.shape).contiguous()
+        residual = residual.float().movedim(1, -1).expand(out.shape).contiguous()
     steps = (out_scale, out_zero_point)
     step, zero = (None if value is None else value.contiguous() for value in steps)
     call(
@@ -244,6 +241,6 @@ def launch(
         ACTIVATIONS.index(activation), address(residual),
         address(step), int(step is not None and step.numel() > 1),
         address(zero), int(zero is not None and zero.numel() > 1), quant_min, quant_max,
-        address(rows), kind, weight.n_out, weight.products, torch.get_num_threads(),
+        address(out), kind, weight.n_out, weight.products, torch.get_num_threads(),
     )  # fmt: skip
-    return rows.movedim(-1, 1)
+    return out.movedim(-1, 1)

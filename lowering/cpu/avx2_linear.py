@@ -104,7 +104,6 @@ def launch(
     quant_max: int = 127,
     apart: Tensor | None = None,
     w_apart: Tensor | None = None,
-    out: Tensor | None = None,
 ) -> Tensor:
     """Compute `fxq.lowering.int8_linear.reference`; arguments as there but for the packed weight.
 
@@ -116,7 +115,7 @@ def launch(
     assert not isinstance(kernel, str)
     kind = WHOLE if out_dtype == torch.int32 else REAL if out_scale is None else CODES
     dtype = (torch.int32, torch.float32, codes_dtype(quant_max))[kind]
-    out = buffers.allocate((*x.shape[:-1], weight.n_out), dtype, x.device, out)
+    out = buffers.allocate((*x.shape[:-1], weight.n_out), dtype, x.device)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     scale, zero = _spread(x_scale, out), _spread(x_zero_point, out)
     w_scale, n_groups = w_scale.contiguous(), w_scale.shape[-1]

@@ -20,20 +20,14 @@ FEW_SCALED = 2
 
 
 def launch(
-    x: Tensor,
-    codes: Tensor,
-    factors: Tensor,
-    bias: Tensor | None,
-    n_out: int,
-    bits: int,
-    out: Tensor | None = None,
+    x: Tensor, codes: Tensor, factors: Tensor, bias: Tensor | None, n_out: int, bits: int
 ) -> Tensor:
     """Return `x @ weight.T + bias` `[M, N]`, fp32, for x `[M, K]`; the rest as in
     `fxq.lowering.weight_only_linear`."""
     kernel = native("weight_only_linear")
     assert not isinstance(kernel, str)
     x, (rows, n_in), n_groups = x.contiguous(), x.shape, factors.shape[1]
-    out = buffers.allocate((rows, n_out), torch.float32, x.device, out)
+    out = buffers.allocate((rows, n_out), torch.float32, x.device)
     bias = None if bias is None else bias.contiguous()
     few = FEW if n_groups * factors.shape[2] == 1 else FEW_SCALED
     kernel(

@@ -248,9 +248,7 @@ def launch(
     out_zero_point: Tensor | None,
     quant_min: int,
     quant_max: int,
-    *,
     config: Config | None = None,
-    out: Tensor | None = None,
 ) -> Tensor:
     """Run the kernel. All tensors contiguous and on one device.
 
@@ -270,7 +268,6 @@ def launch(
         quant_min: smallest code of the result.
         quant_max: largest code of the result.
         config: tiles; chosen by shape unless given.
-        out: memory for the result, where there is some.
     Returns:
         `[M, N]` in `out_dtype`, or int8 codes.
     """
@@ -278,7 +275,7 @@ def launch(
     flags = epilogue_flags(
         x_scale, x_zero_point, bias, residual, out_scale, out_zero_point, activation
     )
-    out = buffers.allocate((m, n), out_dtype if out_scale is None else torch.int8, x.device, out)
+    out = buffers.allocate((m, n), out_dtype if out_scale is None else torch.int8, x.device)
     if out.numel() == 0:
         return out
     tma = why_by_pointers(m, n, k, out.element_size(), x.device) is None

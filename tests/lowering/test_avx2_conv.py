@@ -42,7 +42,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def _everything(monkeypatch: pytest.MonkeyPatch) -> None:
     """Outputs start as poison, and the kernel takes all that it can."""
-    monkeypatch.setattr(buffers, "fresh", poisoned)
+    monkeypatch.setattr(buffers, "allocate", poisoned)
     monkeypatch.setattr(avx2_conv, "is_faster", lambda *_: True)
     for limit in ("MIN_AVX2_CONV_MACS", *WINDOWS):
         monkeypatch.setattr(x86, limit, 0)
@@ -280,7 +280,7 @@ def test_op_passes_opcheck() -> None:
     args = arguments(CASES["groups"], torch.uint8)
     tail = outputs(reference(*args).shape)["uint8, residual"]
 
-    opcheck(OPS.int8_conv.default, (*args, "relu", *tail))
+    opcheck(OPS.int8_conv, (*args, "relu", *tail))
 
 
 @pytest.mark.parametrize("groups", [1, 2])

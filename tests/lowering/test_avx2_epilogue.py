@@ -36,7 +36,7 @@ LARGEST = {4: 8, 8: 64}  # |w| of codes: any two are pair-safe
 @pytest.fixture(autouse=True)
 def _everything(monkeypatch: pytest.MonkeyPatch) -> None:
     """Outputs start as poison, and small products are lowered too."""
-    monkeypatch.setattr(buffers, "fresh", poisoned)
+    monkeypatch.setattr(buffers, "allocate", poisoned)
     monkeypatch.setattr(x86, "WITHOUT_VNNI", x86.Thresholds(0, 0))
 
 

@@ -60,7 +60,7 @@ def activations(n_rows: int, n_in: int, dtype: torch.dtype) -> Tensor:
 def test_sums_are_those_of_int64(
     shape: tuple[int, int], pair: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(buffers, "fresh", poisoned)
+    monkeypatch.setattr(buffers, "allocate", poisoned)
     (n_out, n_in), w = shape, weight(*shape, PAIRS[pair])
     one = torch.ones(1, 1)
 
@@ -82,7 +82,7 @@ def test_sums_are_those_of_int64(
 def test_scaled_results_are_bit_equal_to_the_definition(
     shape: tuple[int, int], per_row: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(buffers, "fresh", poisoned)
+    monkeypatch.setattr(buffers, "allocate", poisoned)
     w, w_scale, bias = weight(*shape, None), torch.rand(shape[0], 1), torch.randn(shape[0])
 
     for n_rows in ROWS:
@@ -98,7 +98,7 @@ def test_scaled_results_are_bit_equal_to_the_definition(
 @needs_kernel
 @pytest.mark.parametrize("groups", [2, 5, 20])  # of 320, 128 and 32 input channels
 def test_groups_have_scales_of_their_own(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(buffers, "fresh", poisoned)
+    monkeypatch.setattr(buffers, "allocate", poisoned)
     w, bias = weight(40, 640, None), torch.randn(40)
     w_scale, one = torch.rand(40, groups) + 0.1, torch.ones(1, 1)
     values = w.double() * w_scale.double().repeat_interleave(640 // groups, 1)

@@ -230,7 +230,7 @@ def test_op_equals_reference(changes: str, dtype: torch.dtype) -> None:
     "changes", [pytest.param(s, marks=[pytest.mark.slow] * (s != "guarded")) for s in SAMPLES]
 )
 def test_op_passes_opcheck(changes: str, dtype: torch.dtype) -> None:
-    opcheck(torch.ops.fxq.int8_conv.default, sample(dtype, **SAMPLES[changes]))
+    opcheck(torch.ops.fxq.int8_conv, sample(dtype, **SAMPLES[changes]))
 
 
 @pytest.mark.parametrize("spoiled", [False, True])

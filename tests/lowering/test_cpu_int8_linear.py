@@ -180,7 +180,7 @@ def test_op_equals_reference_and_passes_opcheck(
     expected = reference(*args, **kwargs)  # type: ignore[arg-type]
     assert found.dtype == expected.dtype
     assert sqnr_db(expected, found) >= 120.0
-    opcheck(torch.ops.fxq.int8_linear.default, args, kwargs)
+    opcheck(torch.ops.fxq.int8_linear, args, kwargs)
 
 
 def test_reference_by_hand() -> None:

@@ -128,7 +128,7 @@ def test_the_check_sees_a_wrong_sum(kernel: str, monkeypatch: pytest.MonkeyPatch
     program = fxq.compress(nn.Conv2d(8, 8, 3).eval(), x, STATIC, data=[x])
     for module, name in ((int8_conv, "cpu_launch"), (avx2_conv, "launch")):
         right = getattr(module, name)
-        wrong = functools.partial(lambda right, *args, **out: right(*args) + 1, right)
+        wrong = functools.partial(lambda right, *args: right(*args) + 1, right)
         monkeypatch.setattr(module, name, wrong)
 
     verification = fxq.verify(program, x)

@@ -61,7 +61,7 @@ def in_float64(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None) -> 
 def test_kernel_and_reference_give_the_product(
     shape: tuple[int, int, int], bits: int, affine: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(buffers, "fresh", poisoned)
+    monkeypatch.setattr(buffers, "allocate", poisoned)
     codes, scale, zero = weight(*shape, bits, affine)
     packed, bias = pack(codes, scale, zero), torch.randn(shape[0])
 
@@ -184,7 +184,7 @@ def test_opcheck(bits: int) -> None:
 
     args = (torch.randn(2, 3, 32), *pack(codes, scale, zero), torch.randn(24), 24)
 
-    opcheck(torch.ops.fxq.weight_only_linear.default, args)
+    opcheck(torch.ops.fxq.weight_only_linear, args)
 
 
 @pytest.fixture
