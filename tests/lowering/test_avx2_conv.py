@@ -30,7 +30,7 @@ from fxq.pipeline import Recipe
 from fxq.spec import LayerSpec, QuantSpec
 
 CPU = torch.device("cpu")
-WINDOWS = ("MIN_WINDOW", "MIN_WINDOW_OF_GROUP", "MIN_WINDOW_OF_IMAGE", "MIN_CONV_OUTPUTS")
+WINDOWS = ("MIN_CONV_OUTPUTS", *(name for name in dir(x86) if name.startswith("MIN_WINDOW")))
 OPS = torch.ops.fxq
 CONV = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 pytestmark = pytest.mark.skipif(

@@ -28,7 +28,7 @@ from fxq.pipeline import Recipe
 from fxq.spec import LayerSpec, PerChannel, PerTensor, QuantSpec
 
 CPU = torch.device("cpu")
-WINDOWS = ("MIN_WINDOW", "MIN_WINDOW_OF_GROUP", "MIN_WINDOW_OF_IMAGE", "MIN_CONV_OUTPUTS")
+WINDOWS = ("MIN_CONV_OUTPUTS", *(name for name in dir(x86) if name.startswith("MIN_WINDOW")))
 CONV: Any = ("linear", "conv")
 STATIC = Recipe("static", (InsertObservers(w8a8.STATIC_LAYER, CONV), Calibrate(), Convert()))
 DYNAMIC_TENSOR = QuantSpec(symmetric=False, granularity=PerTensor(), dynamic=True)
