@@ -18,7 +18,7 @@ from fxq.lowering.cpu import avx2_conv
 from fxq.lowering.cpu.native import native
 from fxq.lowering.cpu.onednn import CpuInt8, cpu_int8
 from fxq.lowering.devices import x86
-from fxq.lowering.devices.x86 import conv_slower_than_float
+from fxq.lowering.devices.x86 import conv_slower_than_float, own_conv_pays
 from fxq.lowering.lower import lower
 from fxq.lowering.rule import Decision
 from fxq.numerics import sqnr_db
@@ -194,6 +194,24 @@ def test_where_int8_does_not_pay_the_reason_is_given(
     else:
         assert why is not None
         assert re.search(reason, why)
+
+
+@pytest.mark.parametrize(
+    ("weight", "n_outputs", "pays"),
+    [
+        ((256, 64, 1, 1), 4 * 56 * 56, True),  # oneDNN would take it
+        ((256, 64, 1, 1), 28 * 28, False),  # 12 Mi multiply-adds: fp32
+        ((256, 48, 1, 1), 4 * 56 * 56, False),
+        ((256, 128, 1, 1), 28 * 28, True),
+        ((8, 128, 1, 1), 4 * 56 * 56, False),  # half a panel
+    ],
+)
+def test_narrow_windows_need_the_work_that_onednn_needs(
+    weight: tuple[int, ...], n_outputs: int, pays: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()  # the limits as they are
+
+    assert own_conv_pays(n_outputs, torch.ones(weight, dtype=torch.int8), 1) == pays
 
 
 DECLINED = {
