@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.export import Dim
+from torch.utils import _pytree as pytree
 
 from fxq.errors import did_you_mean
 
@@ -38,6 +39,14 @@ def export_shapes(
     named = _entries(named, [*values], "argument", "the example")
     dims: dict[str, Any] = {}
     return {name: _free(value, named.get(name), name, dims) for name, value in values.items()}
+
+
+def unnamed(shapes: Any) -> tuple[Any, int]:
+    """Return what `export_shapes` returned with `Dim.AUTO` for every name, and how many it had."""
+    leaves, spec = pytree.tree_flatten(shapes)
+    named = [isinstance(leaf, Dim) for leaf in leaves]
+    free = [Dim.AUTO if name else leaf for leaf, name in zip(leaves, named, strict=True)]
+    return pytree.tree_unflatten(free, spec), sum(named)
 
 
 def why_not_free(text: str) -> str | None:

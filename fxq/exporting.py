@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from fxq.binding import Bound
 from fxq.conditions import Condition, conditions_of
-from fxq.dynamic_shapes import export_shapes, why_not_free
+from fxq.dynamic_shapes import export_shapes, unnamed, why_not_free
 from fxq.errors import UnsupportedError
 from fxq.graph import shape_of
 from fxq.signature import Leaf, Signature
@@ -32,15 +32,15 @@ def export(
     values = bound.values
     if dynamic_shapes != "batch":
         shapes = None if dynamic_shapes is None else export_shapes(values, dynamic_shapes)
-        if (
-            shapes is not None
-        ):  # a part of a larger tensor: torch would compare its strides to sizes
+        if shapes is not None:  # of a part of a larger tensor torch would compare strides to sizes
             values = pytree.tree_map_only(Tensor, torch.clone, values)
         try:
             return try_export(model, bound, values, shapes), ()
         except UnsupportedError as error:
             if why := why_not_free(str(error.__cause__)):
                 raise ValueError(why) from error
+            if found := _export_unproved(model, bound, values, shapes, error):
+                return found, ()
             raise
     leaves, spec = pytree.tree_flatten(values)
     sizes = [t.shape[0] for t in leaves if isinstance(t, Tensor) and t.ndim]
@@ -66,6 +66,18 @@ def export(
     except UnsupportedError as error:
         note = f"the batch is fixed at {batch}: capturing it free failed ({error.__cause__})"
         return try_export(model, bound, values, None), (note[:300],)
+
+
+def _export_unproved(
+    model: nn.Module, bound: Bound, values: Mapping[str, Any], shapes: Any, error: UnsupportedError
+) -> ExportedProgram | None:
+    """Return a model whose named sizes torch.export refuses because it cannot prove a condition, as
+    torch 2.11 cannot that min(8 * t, 16 * t) is 8 * t; None where they do not stay free unnamed."""
+    if "Constraints violated" not in str(error.__cause__):
+        return None
+    free, n_named = unnamed(shapes)
+    exported = try_export(model, bound, values, free)
+    return exported if n_free_sizes(exported) >= n_named else None
 
 
 @contextlib.contextmanager
