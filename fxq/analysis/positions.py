@@ -51,9 +51,10 @@ class Positions:
 
     Attributes:
         streams: the inputs with positions.
-        attention: every dense attention node -> numbers along the sequence of its queries, keys
-            and values, each `[S]`, int64, free sizes as at capture. One whose sizes depend on the
-            data is left out.
+        attention: every dense attention node -> numbers along the sequences of its queries, keys
+            and values, each `[R, S]`, int64, free sizes as at capture. R sequences where those of a
+            batch stand at different places (frames, windows), else 1. One whose sizes depend on
+            the data is left out.
         returned: names of the streams that the model's results have positions of.
         aligned: pairs of streams whose tokens are added (or multiplied) one to one: they stand at
             the same places.
@@ -257,10 +258,11 @@ def _attention(walk: _Numbers, node: Node) -> Labels:
 
 
 def _along_sequence(numbers: Tensor) -> Tensor:
-    """Return the numbers `[S]` along the second to last dimension, UNKNOWN where others vary."""
-    small = compact(numbers.movedim(-2, 0)).flatten(1)
-    low, high = small.amin(1), small.amax(1)
-    return torch.where(low == high, low, UNKNOWN).expand(numbers.shape[-2])
+    """Return the numbers `[R, S]` along the second to last dimension of every sequence there is,
+    UNKNOWN where the channels of a token differ."""
+    small = compact(numbers)
+    low, high = small.amin(-1), small.amax(-1)
+    return torch.where(low == high, low, UNKNOWN).flatten(0, -2).expand(-1, numbers.shape[-2])
 
 
 RULES = MOVES | by_movement({

@@ -7,7 +7,6 @@ text, class tokens, registers - is kept by every query and never pooled, and is 
 short. `TokenLayout` says by hand what a graph does not hold.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -81,17 +80,17 @@ class Segments:
 def find_segments(
     numbers: tuple[Tensor, Tensor, Tensor], positions: Positions, layout: TokenLayout
 ) -> Segments | Skip:
-    """Return the segments of one attention's sequence, or why they are not known.
+    """Return the segments of one attention's sequences, or why they are not known.
 
     Args:
-        numbers: positions of its queries, keys and values, each `[S]`, from `find_positions`.
+        numbers: positions of its queries, keys and values, each `[R, S]`, from `find_positions`.
         positions: what else the walk found.
         layout: what the user knows.
     """
     query, key, value = numbers
-    size = len(query)
-    if len(key) != size:
-        return Skip(f"cross-attention: {size} queries, {len(key)} keys", intended=True)
+    size = query.shape[-1]
+    if key.shape[-1] != size:
+        return Skip(f"cross-attention: {size} queries, {key.shape[-1]} keys", intended=True)
     known = not any(bool((part == UNKNOWN).any()) for part in numbers)
     if known and not (torch.equal(query, key) and torch.equal(key, value)):
         return Skip("cross-attention: keys or values are other tokens than queries", intended=True)
@@ -136,15 +135,22 @@ def _traced(numbers: Tensor, positions: Positions, layout: TokenLayout) -> Segme
     candidates = returned or present
     visual = max(candidates, key=lambda name: candidates[name])
     stream = next(s for s in streams if s.name == visual)
-    is_text = index != streams.index(stream)
-    text_size, size = int(is_text.sum()), len(numbers)
+    every = index != streams.index(stream)
+    if not bool((every == every[:1]).all()):
+        return Skip(
+            f"expected sequences with the tokens of {visual} at the same places, found a batch of "
+            "others",
+            intended=False,
+        )
+    is_text = every[0]
+    text_size, size = int(is_text.sum()), len(is_text)
     start = int(is_text.int().argmax()) if text_size else size
     if start not in (0, size - text_size) or not bool(is_text[start : start + text_size].all()):
         return Skip(
             f"expected text before or after the tokens of {visual}, found both mixed",
             intended=False,
         )
-    grid = layout.grid or grid_of(numbers[~is_text], stream)
+    grid = layout.grid or grid_of(numbers[:, ~is_text], stream)
     if grid is not None and grid[0] * grid[1] * grid[2] != size - text_size:
         return Skip(
             f"the given grid {layout.grid} has {grid[0] * grid[1] * grid[2]} tokens, found "
@@ -157,23 +163,24 @@ def _traced(numbers: Tensor, positions: Positions, layout: TokenLayout) -> Segme
     return Segments(start, text_size, size, grid, note)
 
 
-def grid_of(numbers: Sequence[int] | Tensor, stream: Stream) -> Grid | None:
+def grid_of(numbers: Tensor, stream: Stream) -> Grid | None:
     """Return the grid that visual tokens fill in raster order, None where they do not.
 
     Args:
-        numbers: positions of the tokens `[S]`, from `find_positions`.
+        numbers: positions of the tokens of each sequence `[R, S]`, from `find_positions`.
         stream: the input they were cut from.
     Returns:
         frames, height and width in tokens; one frame for an image. None for packed tokens, whose
-        input has no spatial dimensions, and for windows or any other order.
+        input has no spatial dimensions, for any other order, and where sequences differ in it.
     """
-    offsets = torch.as_tensor(numbers) - stream.base
-    coordinates = torch.unravel_index(offsets, stream.shape)
-    varying = [c for c in coordinates if bool((c != c[0]).any())]
+    every = torch.stack(torch.unravel_index(numbers - stream.base, stream.shape))
+    if not bool((every - every[..., :1] == (every - every[..., :1])[:, :1]).all()):
+        return None
+    varying = [c for c in every[:, 0] if bool((c != c[0]).any())]
     if not 2 <= len(varying) <= 3:
         return None
     sides = [len(c.unique()) for c in varying]
-    if torch.Size(sides).numel() != len(offsets):
+    if torch.Size(sides).numel() != numbers.shape[-1]:
         return None
     raster = torch.cartesian_prod(*(c.unique() for c in varying))
     if not torch.equal(torch.stack(varying, 1), raster):

@@ -192,18 +192,65 @@ def test_a_unet_has_a_grid_until_upsampling_repeats_positions() -> None:
     assert all("cross-attention" in s.reason for s in found[1::2])
 
 
-def test_windows_are_not_one_sequence() -> None:
-    assert all(isinstance(s, Skip) for s in segments_of(families.family("swin").graph))
+def test_windows_are_sequences_of_their_own() -> None:
+    found = segments_of(families.family("swin").graph)
+
+    assert all((s.text_size, s.n_visual) == (0, 16) for s in found)
+    assert found[0].grid == (1, 4, 4)  # not shifted
+
+
+def frames(video: Tensor, text: Tensor) -> Tensor:
+    """`[B, 8, T, H, W]` to the tokens of each frame `[B T, H W, 8]`."""
+    return video.permute(0, 2, 3, 4, 1).flatten(2, 3).flatten(0, 1)
+
+
+def frames_and_text(video: Tensor, text: Tensor) -> Tensor:
+    return torch.cat([text.repeat_interleave(4, 0), frames(video, text)], 1)
+
+
+def over_time(video: Tensor, text: Tensor) -> Tensor:
+    return video.permute(0, 3, 4, 2, 1).flatten(1, 2).flatten(0, 1)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "text", "n_visual", "grid"),
+    [
+        (frames, 0, 12, (1, 3, 4)),
+        (frames_and_text, 4, 12, (1, 3, 4)),
+        (over_time, 0, 4, None),
+    ],
+)
+def test_sequences_of_a_batch_may_stand_at_different_places(
+    tokens: Any, text: int, n_visual: int, grid: Any
+) -> None:
+    example = (torch.randn(2, 8, 4, 3, 4), torch.randn(2, 4, 8))
+
+    (found,) = segments(Attend(tokens, slice(text, None)), example)
+
+    assert isinstance(found, Segments), found
+    assert (found.text_size, found.n_visual, found.grid) == (text, n_visual, grid)
+
+
+def test_sequences_of_a_batch_have_the_same_parts() -> None:
+    def unequal(video: Tensor, text: Tensor) -> Tensor:
+        return torch.cat([flat(video)[:, :4], text, flat(video)[:, 4:8]], 1).reshape(4, 6, 8)
+
+    example = (torch.randn(2, 8, 4, 3, 4), torch.randn(2, 4, 8))
+
+    (found,) = segments(Attend(unequal, slice(None)), example)
+
+    assert isinstance(found, Skip)
+    assert found.reason.startswith("expected sequences with the tokens of video at the same places")
 
 
 def test_a_grid_needs_every_token_once_in_raster_order() -> None:
     stream = Stream("video", (2, 3, 4), base=5)
-    tokens = torch.arange(24) + 5
+    tokens = torch.arange(24)[None] + 5
 
     assert grid_of(tokens, stream) == (2, 3, 4)
-    assert grid_of(tokens.flip(0), stream) is None
-    assert grid_of(tokens[:-1], stream) is None
-    assert grid_of(tokens[:4], stream) is None  # one row
+    assert grid_of(tokens.flip(1), stream) is None
+    assert grid_of(tokens[:, :-1], stream) is None
+    assert grid_of(tokens[:, :4], stream) is None  # one row
 
 
 class Control(nn.Module):
