@@ -19,11 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
-from torch.utils._pytree import tree_leaves
 
 from fxq.analysis.following import MOVES, Following, Labels, by_movement, keep, pad
 from fxq.analysis.labels import compact, filled, sizes_of
-from fxq.graph import args_of, hint, input_name, val_of
+from fxq.graph import args_of, depends_on_data, hint, input_name, val_of
 from fxq.operators import SPATIAL_AXES, Movement, movement_of, multiplied, operand
 
 NOWHERE = 0
@@ -99,8 +98,8 @@ class _Numbers(Following):
 
 def _visit(walk: _Numbers, node: Node, labelled: list[Node]) -> None:
     attends = movement_of(node) in (Movement.ATTENTION, Movement.SPARSE_ATTENTION)
-    by_data = any(map(_has_unbacked, node.all_input_nodes))
-    if _has_unbacked(node) or (attends and by_data):
+    by_data = any(map(depends_on_data, node.all_input_nodes))
+    if depends_on_data(node) or (attends and by_data):
         return
     if node.op == "placeholder":
         _begin(walk, node)
@@ -128,16 +127,6 @@ def _begin(walk: _Numbers, node: Node) -> None:
     walk.found.streams.append(stream)
     numbers = torch.arange(stream.base, walk.next).view(1, *rest)
     walk.labels[node] = numbers.expand(batch, *rest)
-
-
-def _has_unbacked(node: Node) -> bool:
-    """Tell whether a size of a node's value depends on the data."""
-    values = tree_leaves(node.meta.get("val"))
-    return any(
-        isinstance(size, torch.SymInt) and size.node.hint is None
-        for value in values
-        for size in (value.shape if isinstance(value, Tensor) else (value,))
-    )
 
 
 def _unknown(walk: _Numbers, node: Node) -> Labels:

@@ -23,6 +23,7 @@ from fxq.errors import did_you_mean
 from fxq.graph import args_of, is_op, is_settled, owner_name, shape_of, val_of
 from fxq.layer import NOT_SEEN, Skip, hand_on, layer_of, treat
 from fxq.operators import ATTENTION, DENSE_ATTENTION, SPARSE_ATTENTION, operand
+from fxq.passes.rectified_spaattn.arranging import all_queries, own_results
 from fxq.passes.rectified_spaattn.curve import Grid, block_adjacency, curve_order
 from fxq.passes.rectified_spaattn.densities import (
     check_densities,
@@ -133,7 +134,7 @@ class ReplaceAttention(Pass):
         """Yield the free numbers of tokens of all attention that it would replace."""
         positions, masks = find_positions(gm), Masks()
         for node, numbers in positions.attention.items():
-            size = shape_of(args_of(node)[0])[-2]
+            size = shape_of(args_of(node)[1])[-2]
             if isinstance(size, int) or is_settled(node) or why_unfit(node, masks):
                 continue
             if isinstance(find_segments(numbers, positions, self.layout), Segments):
@@ -177,9 +178,9 @@ class ReplaceAttention(Pass):
         pattern, density = overridden.get(node, (None, None))
         if pattern is not None and (density is None or density >= 1):
             return Skip(f"override {pattern!r}", intended=True)
-        if reason := why_dense(node, self.min_tokens, masks):
-            return reason
         segments = find_segments(positions.attention[node], positions, self.layout)
+        if reason := why_dense(node, self.min_tokens, masks, segments):
+            return reason
         if isinstance(segments, Skip):
             return segments
         mask = operand(node, "attn_mask")
@@ -215,6 +216,7 @@ class ReplaceAttention(Pass):
             node, segments = site.node, site.segments
             padding = site.padding
             query, *pair = args_of(node)[:3]
+            query = all_queries(query, segments, node)
             key, value = (in_order(padding, part, node) for part in pair)
             text_len = None if padding is None else padding.text_len
             gate = self.mode == "paper" if self.gate is None else self.gate
@@ -229,6 +231,7 @@ class ReplaceAttention(Pass):
             treat(sparse, type(self).__name__, format, self._note(site), format=format)
             _keep_name(sparse, owner_name(node))
             result = insert_call(operator.getitem, (sparse, 0), before=node)
+            result = own_results(result, segments, node)
             result = of_seen_queries(padding, result, node)
             node.replace_all_uses_with(result)
             gm.graph.erase_node(node)

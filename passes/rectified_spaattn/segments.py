@@ -7,7 +7,7 @@ text, class tokens, registers - is kept by every query and never pooled, and is 
 short. `TokenLayout` says by hand what a graph does not hold.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -63,6 +63,7 @@ class Segments:
         size: of the whole sequence.
         grid: of the visual tokens in raster order, None where it is not known.
         note: how this is known, for a person to read.
+        n_queries: tokens that ask: all, or the visual ones only, where text is keys and values.
     """
 
     text_start: int
@@ -70,6 +71,7 @@ class Segments:
     size: int
     grid: Grid | None
     note: str
+    n_queries: int
 
     @property
     def n_visual(self) -> int:
@@ -88,21 +90,35 @@ def find_segments(
         layout: what the user knows.
     """
     query, key, value = numbers
-    size = query.shape[-1]
-    if key.shape[-1] != size:
-        return Skip(f"cross-attention: {size} queries, {key.shape[-1]} keys", intended=True)
     known = not any(bool((part == UNKNOWN).any()) for part in numbers)
-    if known and not (torch.equal(query, key) and torch.equal(key, value)):
+    n_queries, n_keys = query.shape[-1], key.shape[-1]
+    if n_queries > n_keys or (n_queries < n_keys and not known):
+        return Skip(f"cross-attention: {n_queries} queries, {n_keys} keys", intended=True)
+    same = torch.equal(key, value) and (n_queries < n_keys or torch.equal(query, key))
+    if known and not same:
         return Skip("cross-attention: keys or values are other tokens than queries", intended=True)
     if layout.text_size is not None:
-        return _given(size, layout)
-    if not known or not bool((query != NOWHERE).any()):
+        found = _given(n_keys, layout)
+    elif not known or not bool((key != NOWHERE).any()):
         return Skip(
             "where its tokens come from cannot be followed through the graph; give "
             "layout=TokenLayout(text, text_size, grid)",
             intended=False,
         )
-    return _traced(query, positions, layout)
+    else:
+        found = _traced(key, positions, layout)
+    return found if n_queries == n_keys else _of_visual_queries(found, query, key)
+
+
+def _of_visual_queries(found: Segments | Skip, query: Tensor, key: Tensor) -> Segments | Skip:
+    """Return the segments of keys of which queries are the visual ones, or why they are not."""
+    if isinstance(found, Segments):
+        start = 0 if found.text_start else found.text_size
+        if torch.equal(query, key[:, start : start + found.n_visual]):
+            return replace(found, n_queries=found.n_visual, note=f"{found.note}, keys only")
+    return Skip(
+        f"cross-attention: {query.shape[-1]} queries, {key.shape[-1]} keys", intended=True
+    )
 
 
 def _given(size: int, layout: TokenLayout) -> Segments | Skip:
@@ -115,7 +131,7 @@ def _given(size: int, layout: TokenLayout) -> Segments | Skip:
             intended=False,
         )
     start = 0 if layout.text == "first" else n_visual
-    return Segments(start, text_size, size, layout.grid, "layout as given")
+    return Segments(start, text_size, size, layout.grid, "layout as given", size)
 
 
 def _traced(numbers: Tensor, positions: Positions, layout: TokenLayout) -> Segments | Skip:
@@ -160,7 +176,7 @@ def _traced(numbers: Tensor, positions: Positions, layout: TokenLayout) -> Segme
     others = sorted(set(present) - {visual}) or (["learned tokens"] if text_size else [])
     place = "first" if start == 0 else "last"
     note = f"{text_size} text tokens {place} ({', '.join(others)})" if text_size else "no text"
-    return Segments(start, text_size, size, grid, note)
+    return Segments(start, text_size, size, grid, note, size)
 
 
 def grid_of(numbers: Tensor, stream: Stream) -> Grid | None:
