@@ -16,9 +16,7 @@ MAX_HEAD_DIM = 256  # of any attention kernel
 ALIGNED = 8  # channels: what tensor cores load at once
 
 
-def why_dense(
-    node: Node, min_tokens: int, masks: Masks, segments: Segments | Skip
-) -> Skip | None:
+def why_dense(node: Node, min_tokens: int, masks: Masks, segments: Segments | Skip) -> Skip | None:
     """Return why an attention of these shapes and arguments stays dense, None where it need not.
 
     Args:
@@ -32,6 +30,8 @@ def why_dense(
     n_queries, n_keys = (shape_of(part)[2] for part in args_of(node)[:2])
     if isinstance(segments, Skip) and str(n_queries) != str(n_keys):
         return segments
+    if isinstance(segments, Segments) and segments.is_open:
+        n_keys = segments.size
     return _why_not_worth_it(n_keys, min_tokens)
 
 
@@ -60,8 +60,10 @@ def why_unfit(node: Node, masks: Masks) -> Skip | None:
 
 
 def _may_be_among(n_queries: int | torch.SymInt, n_keys: int | torch.SymInt) -> bool:
-    """Tell whether queries may be some of the keys: visual ones beside text that only is seen."""
-    return 1 < hint(n_queries) < hint(n_keys)
+    """Tell whether queries may be some of the keys: visual ones beside text that only is seen. Of
+    numbers that depend on the data two symbols may be one number."""
+    by_data = any(isinstance(n, torch.SymInt) and n.node.hint is None for n in (n_queries, n_keys))
+    return by_data or 1 < hint(n_queries) < hint(n_keys)
 
 
 def _why_not_worth_it(tokens: int | torch.SymInt, min_tokens: int) -> Skip | None:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import fxq
-from fxq.analysis.positions import Stream, find_positions
+from fxq.analysis.positions import find_positions
+from fxq.analysis.streams import Stream
 from fxq.layer import Skip
 from fxq.passes.rectified_spaattn.segments import Segments, TokenLayout, find_segments, grid_of
 
@@ -35,10 +36,7 @@ def segments(model: nn.Module, example: Any, layout: TokenLayout | None = None) 
 
 def segments_of(gm: GraphModule, layout: TokenLayout | None = None) -> list[Any]:
     positions = find_positions(gm)
-    return [
-        find_segments(numbers, positions, layout or TokenLayout())
-        for numbers in positions.attention.values()
-    ]
+    return [find_segments(node, positions, layout or TokenLayout()) for node in positions.attention]
 
 
 def flat(video: Tensor) -> Tensor:
@@ -79,6 +77,7 @@ def patched(video: Tensor, text: Tensor) -> Tensor:
     [
         (lambda v, t: flat(v), 48, 48, 0, (4, 3, 4)),
         (lambda v, t: torch.cat([flat(v), t], 1), 48, 48, 4, (4, 3, 4)),
+        (lambda v, t: torch.cat([t[:, :1], flat(v), t[:, 1:]], 1), 48, 48, 4, (4, 3, 4)),
         (in_place, 48, 0, 4, (4, 3, 4)),
         (modulated, 48, 48, 4, (4, 3, 4)),
         (patched, 24, 24, 0, (2, 3, 4)),
