@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
+from torch.utils._pytree import tree_leaves
 
 from fxq.layer import LAYER
 from fxq.operators import VIEWS
@@ -113,6 +114,16 @@ def shape_of(node: Any) -> tuple[int | torch.SymInt, ...]:
 def _fixed(size: int | torch.SymInt) -> int | torch.SymInt:
     value = size if isinstance(size, int) else size.node.maybe_as_int()
     return size if value is None else value
+
+
+def depends_on_data(node: Node) -> bool:
+    """Tell whether a size of a node's value, or of one of its values, depends on the data."""
+    values = tree_leaves(node.meta.get("val"))
+    return any(
+        isinstance(size, torch.SymInt) and size.node.hint is None
+        for value in values
+        for size in (value.shape if isinstance(value, Tensor) else (value,))
+    )
 
 
 def dtype_of(node: Any) -> torch.dtype:

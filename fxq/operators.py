@@ -55,6 +55,7 @@ class Movement(Enum):
         aten.detach.default, aten.detach_.default,
     )  # fmt: skip
     DROPOUT = (aten.dropout.default, aten.feature_dropout.default)  # a copy, in inference
+    PICK = (aten.index.Tensor, aten.index_select.default)  # by an index, which is data
     OVERWRITE = (aten.copy.default,)  # of the second operand
     AS_COMPLEX = (aten.view_as_complex.default,)
     AS_REAL = (aten.view_as_real.default,)
@@ -130,6 +131,7 @@ def of(*movements: Movement) -> frozenset[Any]:
 
 VIEWS = of(Movement.VIEW, Movement.TRANSPOSE)  # what a weight may go through before it is used
 RESHAPES = of(Movement.VIEW, Movement.RESHAPE)
+MOVED = (Movement.REARRANGE, Movement.SPLIT)  # parts of tensors, in other places
 COPIES = of(Movement.COPY, Movement.DROPOUT)
 ADD, MUL, DIV = of(Movement.ADD), of(Movement.MUL), of(Movement.DIV)
 SOFTMAX = of(Movement.SOFTMAX)

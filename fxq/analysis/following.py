@@ -100,7 +100,8 @@ def getitem(walk: Following, node: Node) -> Labels:
 
 def pad(walk: Following, node: Node, label: int) -> Tensor:
     """Put `label` around the labels of the first operand."""
-    return torch.constant_pad_nd(keep(walk, node), operand(node, "pad"), label)
+    sides = [hint(val_of(n)) if isinstance(n, Node) else n for n in operand(node, "pad")]
+    return torch.constant_pad_nd(keep(walk, node), sides, label)
 
 
 def by_movement(rules: Mapping[Rule, Iterable[Movement]]) -> dict[Movement | None, Rule]:

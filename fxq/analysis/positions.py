@@ -13,78 +13,49 @@ them, and visual tokens still hold the coordinates of the pixels they were cut f
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
-from torch.utils._pytree import tree_leaves
 
+from fxq.analysis.data_sizes import at_data_sizes, has_data_sizes
 from fxq.analysis.following import MOVES, Following, Labels, by_movement, keep, pad
 from fxq.analysis.labels import compact, filled, sizes_of
-from fxq.graph import args_of, hint, input_name, val_of
+from fxq.analysis.streams import NOWHERE, UNKNOWN, Positions, Stream
+from fxq.graph import args_of, depends_on_data, hint, input_name, is_op, val_of
 from fxq.operators import SPATIAL_AXES, Movement, movement_of, multiplied, operand
 
-NOWHERE = 0
-UNKNOWN = -1
-
-
-@dataclass(frozen=True)
-class Stream:
-    """An input whose elements have positions.
-
-    Args:
-        name: of the model's argument.
-        shape: its sizes after the batch.
-        base: number of its first element.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    base: int
-
-
-@dataclass
-class Positions:
-    """What one walk found.
-
-    Attributes:
-        streams: the inputs with positions.
-        attention: every dense attention node -> numbers along the sequence of its queries, keys
-            and values, each `[S]`, int64, free sizes as at capture. One whose sizes depend on the
-            data is left out.
-        returned: names of the streams that the model's results have positions of.
-        aligned: pairs of streams whose tokens are added (or multiplied) one to one: they stand at
-            the same places.
-    """
-
-    streams: list[Stream] = field(default_factory=list)
-    attention: dict[Node, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
-    returned: set[str] = field(default_factory=set)
-    aligned: set[frozenset[str]] = field(default_factory=set)
-
-    @property
-    def standing_for(self) -> set[str]:
-        """Names of the streams that are returned or stand, token for token, where such a one does:
-        what a denoiser's control branch is given."""
-        found: set[str] = set()
-        more = set(self.returned)
-        while more:
-            found |= more
-            more = {name for pair in self.aligned if pair & found for name in pair} - found
-        return found
-
-    def stream_of(self, number: int) -> Stream | None:
-        """Return the stream that an element's number belongs to, None for NOWHERE and UNKNOWN."""
-        return next((s for s in reversed(self.streams) if number >= s.base), None)
+aten = torch.ops.aten
+PICKED = 2**40  # streams of what an index picks begin at its multiples
 
 
 def find_positions(gm: GraphModule) -> Positions:
-    """Walk a graph (dialect QUANTIZED) once and return the positions its attentions see."""
+    """Walk a graph (dialect QUANTIZED) and return the positions its attentions see."""
+    if not has_data_sizes(gm):
+        return _walked(gm)
+    (most, originals), (least, of_least) = (at_data_sizes(gm, largest) for largest in (True, False))
+    found, few = _walked(most), _walked(least).attention
+    fewer = {of_least[node]: numbers for node, numbers in few.items()}
+    every, found.attention = found.attention, {}
+    for copy, numbers in every.items():
+        node = originals[copy]
+        n_first = fewer[node][0].shape[-1] if node in fewer else 0
+        if not depends_on_data(node):
+            found.attention[node] = numbers
+        elif n_first and _begin_alike(fewer[node], numbers):
+            found.attention[node], found.present[node] = numbers, n_first
+    return found
+
+
+def _walked(gm: GraphModule) -> Positions:
     walk = _Numbers()
     walk.walk(gm, _visit)
     return walk.found
+
+
+def _begin_alike(few: Sequence[Tensor], many: Sequence[Tensor]) -> bool:
+    return all(torch.equal(a, b[:, : a.shape[-1]]) for a, b in zip(few, many, strict=True))
 
 
 class _Numbers(Following):
@@ -94,12 +65,22 @@ class _Numbers(Following):
         super().__init__()
         self.found = Positions()
         self.next = NOWHERE + 1
+        self._picked: dict[tuple[Node, bytes], Stream] = {}
+
+    def picked_from(self, name: str | None, index: Node, numbers: Tensor) -> Stream:
+        """Return the stream of what an index picks from tokens with these numbers."""
+        key = index, numbers.numpy().tobytes()
+        if key not in self._picked:
+            base = PICKED * (1 + len(self._picked))  # the same at any number of tokens
+            self._picked[key] = Stream(str(name), (PICKED,), base)
+            self.found.streams.append(self._picked[key])
+        return self._picked[key]
 
 
 def _visit(walk: _Numbers, node: Node, labelled: list[Node]) -> None:
     attends = movement_of(node) in (Movement.ATTENTION, Movement.SPARSE_ATTENTION)
-    by_data = any(map(_has_unbacked, node.all_input_nodes))
-    if _has_unbacked(node) or (attends and by_data):
+    by_data = any(map(depends_on_data, node.all_input_nodes))
+    if depends_on_data(node) or (attends and by_data):
         return
     if node.op == "placeholder":
         _begin(walk, node)
@@ -127,16 +108,6 @@ def _begin(walk: _Numbers, node: Node) -> None:
     walk.found.streams.append(stream)
     numbers = torch.arange(stream.base, walk.next).view(1, *rest)
     walk.labels[node] = numbers.expand(batch, *rest)
-
-
-def _has_unbacked(node: Node) -> bool:
-    """Tell whether a size of a node's value depends on the data."""
-    values = tree_leaves(node.meta.get("val"))
-    return any(
-        isinstance(size, torch.SymInt) and size.node.hint is None
-        for value in values
-        for size in (value.shape if isinstance(value, Tensor) else (value,))
-    )
 
 
 def _unknown(walk: _Numbers, node: Node) -> Labels:
@@ -183,6 +154,31 @@ def _note_alignment(found: Positions, one: Tensor, other: Tensor) -> None:
     streams = [low if low is high else None for low, high in ends]
     if streams[0] is not None and streams[1] is not None and streams[0] is not streams[1]:
         found.aligned.add(frozenset(stream.name for stream in streams if stream is not None))
+
+
+def _pick(walk: _Numbers, node: Node) -> Labels:
+    """What an index picks of one stream is a stream by itself, of the same name: which of its
+    tokens they are is in the data. Picked twice by one index they are the same tokens."""
+    found, numbers = _index_of(node), compact(keep(walk, node))
+    if found is None:
+        return _unknown(walk, node)
+    dim, index = found
+    dim %= numbers.ndim
+    names = walk.found.names_of(numbers)
+    if len(names) != 1 or None in names or numbers.numel() != numbers.shape[dim]:
+        return _unknown(walk, node)
+    stream = walk.picked_from(names.pop(), index, numbers)
+    sizes = sizes_of(node)
+    shape = [size if axis == dim else 1 for axis, size in enumerate(sizes)]
+    return torch.arange(stream.base, stream.base + sizes[dim]).view(shape).expand(sizes)
+
+
+def _index_of(node: Node) -> tuple[int, Node] | None:
+    """Return the axis that an operator picks from and its index, None where there are several."""
+    if is_op(node, aten.index_select.default):
+        return operand(node, "dim"), operand(node, "index")
+    given = [(i, x) for i, x in enumerate(operand(node, "indices")) if x is not None]
+    return given[0] if len(given) == 1 and val_of(given[0][1]).ndim == 1 else None
 
 
 def _overwrite(walk: _Numbers, node: Node) -> Tensor:
@@ -257,10 +253,11 @@ def _attention(walk: _Numbers, node: Node) -> Labels:
 
 
 def _along_sequence(numbers: Tensor) -> Tensor:
-    """Return the numbers `[S]` along the second to last dimension, UNKNOWN where others vary."""
-    small = compact(numbers.movedim(-2, 0)).flatten(1)
-    low, high = small.amin(1), small.amax(1)
-    return torch.where(low == high, low, UNKNOWN).expand(numbers.shape[-2])
+    """Return the numbers `[R, S]` along the second to last dimension of every sequence there is,
+    UNKNOWN where the channels of a token differ."""
+    small = compact(numbers)
+    low, high = small.amin(-1), small.amax(-1)
+    return torch.where(low == high, low, UNKNOWN).flatten(0, -2).expand(-1, numbers.shape[-2])
 
 
 RULES = MOVES | by_movement({
@@ -268,6 +265,7 @@ RULES = MOVES | by_movement({
         Movement.COPY, Movement.DROPOUT, Movement.QUANTIZE, Movement.LAST_NORM,
         Movement.CHANNEL_NORM, Movement.SOFTMAX,
     ),
+    _pick: (Movement.PICK,),
     _overwrite: (Movement.OVERWRITE,),
     _as_complex: (Movement.AS_COMPLEX,),
     _as_real: (Movement.AS_REAL,),

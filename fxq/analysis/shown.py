@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fxq.analysis.following import MOVES, Following, Labels, by_movement, keep
+from fxq.analysis.following import MOVES, Following, Labels, by_movement, keep, pad
 from fxq.analysis.labels import sizes_of
 from fxq.constants import Constants
 from fxq.graph import args_of, dtype_of
@@ -76,8 +76,7 @@ def _ones(walk: _Shown, node: Node) -> Tensor:
 
 
 def _pad(walk: _Shown, node: Node) -> Labels:
-    inside, sides = keep(walk, node), operand(node, "pad")
-    return torch.constant_pad_nd(inside, sides, int(bool(operand(node, "value"))))
+    return pad(walk, node, int(bool(operand(node, "value"))))
 
 
 RULES = MOVES | by_movement({

@@ -21,7 +21,7 @@ from fxq.canonicalize.linear import (
     matmul_of_linear,
 )
 from fxq.canonicalize.materialize_constants import materialize_constants
-from fxq.canonicalize.matmul_of_einsum import matmul_of_einsum
+from fxq.canonicalize.matmul_of_einsum import matmul_of_einsum, permute_of_einsum
 from fxq.canonicalize.norm import batch_norm_of_native, rms_norm
 from fxq.canonicalize.products import bmm_of_baddbmm
 from fxq.canonicalize.views import reshape_of_view, transpose_of_property
@@ -32,6 +32,7 @@ REWRITES: tuple[Callable[[GraphModule], int], ...] = (
     transpose_of_property,
     drop_no_ops,
     materialize_constants,
+    permute_of_einsum,
     matmul_of_einsum,
     bmm_of_baddbmm,
     matmul_of_linear,

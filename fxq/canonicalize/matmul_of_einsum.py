@@ -1,4 +1,5 @@
-"""An einsum of two operands that is one matrix product becomes `aten.matmul`."""
+"""An einsum of two operands that is one matrix product becomes `aten.matmul`, one that only moves
+the axes of a tensor `aten.permute`."""
 
 import math
 from collections.abc import Sequence
@@ -40,6 +41,21 @@ class _Product:
             + _n_moved(right, [*self.batch, *self.summed, *self.columns])
             + _n_moved([*self.batch, *self.rows, *self.columns], equation.result)
         )
+
+
+def permute_of_einsum(gm: GraphModule) -> int:
+    """einsum("nchpwq->nhwcpq", [x]) equals permute(x, [0, 2, 4, 1, 3, 5]), provided every axis is
+    the result's once."""
+    count = 0
+    for node in list(gm.graph.find_nodes(op="call_function", target=aten.einsum.default)):
+        equation = Equation.of(node)
+        labels = equation.operands[0]
+        if len(equation.operands) == 1 and sorted(labels) == sorted(set(equation.result)):
+            x, order = args_of(node)[1][0], [labels.index(label) for label in equation.result]
+            new = insert_call(aten.permute.default, (x, order), before=node)
+            node.replace_all_uses_with(new)
+            count += 1
+    return count
 
 
 def matmul_of_einsum(gm: GraphModule) -> int:

@@ -6,7 +6,7 @@ import torch
 from torch.fx import GraphModule
 
 from fxq.canonicalize.pattern import Call, Var, match_any
-from fxq.graph import args_of, dtype_of, is_constant, is_op, shape_of, val_of
+from fxq.graph import args_of, depends_on_data, dtype_of, is_constant, is_op, shape_of, val_of
 from fxq.operators import ADD, DIV, MUL
 from fxq.rewriting import insert_call
 
@@ -27,7 +27,8 @@ def rms_norm(gm: GraphModule) -> int:
     of it is fp32 or fp64.
 
     In half precision the places where values are rounded differ between implementations, so it
-    stays as written.
+    stays as written; and so it does where a size depends on the data, because torch's operator asks
+    whether the tensor is empty.
     """
     count = 0
     for node in list(gm.graph.nodes):
@@ -42,6 +43,7 @@ def rms_norm(gm: GraphModule) -> int:
             and val_of(weight).shape == (width,)
             and dtype_of(x) == dtype_of(weight) == dtype_of(node)
             and dtype_of(x) in (torch.float32, torch.float64)
+            and not depends_on_data(x)
         )
         if fits:
             new = insert_call(aten.rms_norm.default, (x, [width], weight, eps), before=node)

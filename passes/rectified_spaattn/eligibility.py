@@ -7,23 +7,32 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fxq.analysis.masks import Masks
-from fxq.graph import args_of, shape_of
+from fxq.graph import args_of, hint, shape_of
 from fxq.layer import Skip
 from fxq.operators import operand
+from fxq.passes.rectified_spaattn.segments import Segments
 
 MAX_HEAD_DIM = 256  # of any attention kernel
 ALIGNED = 8  # channels: what tensor cores load at once
 
 
-def why_dense(node: Node, min_tokens: int, masks: Masks) -> Skip | None:
+def why_dense(node: Node, min_tokens: int, masks: Masks, segments: Segments | Skip) -> Skip | None:
     """Return why an attention of these shapes and arguments stays dense, None where it need not.
 
     Args:
         node: the attention.
         min_tokens: shorter sequences stay dense.
         masks: answers about its mask.
+        segments: of its sequence, or why there are none.
     """
-    return why_unfit(node, masks) or _why_not_worth_it(shape_of(args_of(node)[0])[2], min_tokens)
+    if reason := why_unfit(node, masks):
+        return reason
+    n_queries, n_keys = (shape_of(part)[2] for part in args_of(node)[:2])
+    if isinstance(segments, Skip) and str(n_queries) != str(n_keys):
+        return segments
+    if isinstance(segments, Segments) and segments.is_open:
+        n_keys = segments.size
+    return _why_not_worth_it(n_keys, min_tokens)
 
 
 def why_unfit(node: Node, masks: Masks) -> Skip | None:
@@ -37,7 +46,7 @@ def why_unfit(node: Node, masks: Masks) -> Skip | None:
         return Skip("causal attention: the method is for denoisers", intended=True)
     if len(shape) != 4:
         return Skip(f"expected [B, H, S, D], found {len(shape)} dimensions", intended=False)
-    if str(shape[2]) != str(n_keys):
+    if str(shape[2]) != str(n_keys) and not _may_be_among(shape[2], n_keys):
         return Skip(f"cross-attention: {shape[2]} queries, {n_keys} keys", intended=True)
     if reason := _broadcast(query, key, value, shape_of(node)):
         return reason
@@ -48,6 +57,13 @@ def why_unfit(node: Node, masks: Masks) -> Skip | None:
             intended=False,
         )
     return None
+
+
+def _may_be_among(n_queries: int | torch.SymInt, n_keys: int | torch.SymInt) -> bool:
+    """Tell whether queries may be some of the keys: visual ones beside text that only is seen. Of
+    numbers that depend on the data two symbols may be one number."""
+    by_data = any(isinstance(n, torch.SymInt) and n.node.hint is None for n in (n_queries, n_keys))
+    return by_data or 1 < hint(n_queries) < hint(n_keys)
 
 
 def _why_not_worth_it(tokens: int | torch.SymInt, min_tokens: int) -> Skip | None:

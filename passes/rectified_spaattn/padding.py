@@ -55,6 +55,12 @@ def find_padding(
     """
     if mask is None or masks.hides_nothing(mask):
         return None
+    if segments.lead or segments.is_open:
+        return Skip(
+            "expected no mask where text is on both sides of the visual tokens or as long as the "
+            f"data say, found {dtype_of(mask)} {list(shape_of(mask))}",
+            intended=False,
+        )
     size, batch = segments.size, shape_of(args_of(before)[0])[0]
     parts = (mask, None) if shape_of(mask)[-2:-1] == (1,) else keys_and_queries(mask)
     keys, queries = parts or (mask, None)

@@ -17,12 +17,14 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from fxq.account import kind_of
 from fxq.analysis.masks import Masks
-from fxq.analysis.positions import Positions, find_positions
+from fxq.analysis.positions import find_positions
+from fxq.analysis.streams import Positions
 from fxq.dialect import QUANTIZED, Dialect
 from fxq.errors import did_you_mean
 from fxq.graph import args_of, is_op, is_settled, owner_name, shape_of, val_of
 from fxq.layer import NOT_SEEN, Skip, hand_on, layer_of, treat
 from fxq.operators import ATTENTION, DENSE_ATTENTION, SPARSE_ATTENTION, operand
+from fxq.passes.rectified_spaattn.arranging import arrange, put_back
 from fxq.passes.rectified_spaattn.curve import Grid, block_adjacency, curve_order
 from fxq.passes.rectified_spaattn.densities import (
     check_densities,
@@ -132,11 +134,13 @@ class ReplaceAttention(Pass):
     def sizes_to_fix(self, gm: GraphModule) -> Iterator[SizeToFix]:
         """Yield the free numbers of tokens of all attention that it would replace."""
         positions, masks = find_positions(gm), Masks()
-        for node, numbers in positions.attention.items():
-            size = shape_of(args_of(node)[0])[-2]
+        for node in positions.attention:
+            size = shape_of(args_of(node)[1])[-2]
             if isinstance(size, int) or is_settled(node) or why_unfit(node, masks):
                 continue
-            if isinstance(find_segments(numbers, positions, self.layout), Segments):
+            if node in positions.present:
+                continue  # as large as the data say
+            if isinstance(find_segments(node, positions, self.layout), Segments):
                 yield SizeToFix(size, self.min_tokens)
 
     def run(self, gm: GraphModule) -> PassResult:
@@ -177,9 +181,9 @@ class ReplaceAttention(Pass):
         pattern, density = overridden.get(node, (None, None))
         if pattern is not None and (density is None or density >= 1):
             return Skip(f"override {pattern!r}", intended=True)
-        if reason := why_dense(node, self.min_tokens, masks):
+        segments = find_segments(node, positions, self.layout)
+        if reason := why_dense(node, self.min_tokens, masks, segments):
             return reason
-        segments = find_segments(positions.attention[node], positions, self.layout)
         if isinstance(segments, Skip):
             return segments
         mask = operand(node, "attn_mask")
@@ -214,9 +218,10 @@ class ReplaceAttention(Pass):
             order, adjacency = self._curve(gm, site, curves)
             node, segments = site.node, site.segments
             padding = site.padding
-            query, *pair = args_of(node)[:3]
-            key, value = (in_order(padding, part, node) for part in pair)
-            text_len = None if padding is None else padding.text_len
+            taken = arrange(node, segments)
+            query = taken.query
+            key, value = (in_order(padding, part, node) for part in (taken.key, taken.value))
+            text_len = taken.text_len if padding is None else padding.text_len
             gate = self.mode == "paper" if self.gate is None else self.gate
             args = (
                 query, key, value, density, text_len, order, adjacency, segments.text_start,
@@ -229,6 +234,7 @@ class ReplaceAttention(Pass):
             treat(sparse, type(self).__name__, format, self._note(site), format=format)
             _keep_name(sparse, owner_name(node))
             result = insert_call(operator.getitem, (sparse, 0), before=node)
+            result = put_back(result, taken, segments, node)
             result = of_seen_queries(padding, result, node)
             node.replace_all_uses_with(result)
             gm.graph.erase_node(node)

@@ -7,14 +7,15 @@ text, class tokens, registers - is kept by every query and never pooled, and is 
 short. `TokenLayout` says by hand what a graph does not hold.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 
-from fxq.analysis.positions import NOWHERE, UNKNOWN, Positions, Stream
+from fxq.analysis.streams import NOWHERE, UNKNOWN, Positions, Stream
 from fxq.layer import Skip
 from fxq.passes.rectified_spaattn.curve import Grid
 
@@ -59,11 +60,14 @@ class Segments:
     """Where the tokens of one sequence are.
 
     Args:
-        text_start: first text token.
+        text_start: first text token, once those of `lead` are behind the visual ones.
         text_size: how many, 0 for none.
-        size: of the whole sequence.
+        size: of the whole sequence; the most there can be where it depends on the data.
         grid: of the visual tokens in raster order, None where it is not known.
         note: how this is known, for a person to read.
+        n_queries: tokens that ask: all, or the visual ones only, where text is keys and values.
+        lead: text tokens in front of the visual ones where there are others after them, else 0.
+        is_open: how many of the last text tokens are there depends on the data.
     """
 
     text_start: int
@@ -71,6 +75,9 @@ class Segments:
     size: int
     grid: Grid | None
     note: str
+    n_queries: int
+    lead: int = 0
+    is_open: bool = False
 
     @property
     def n_visual(self) -> int:
@@ -78,32 +85,58 @@ class Segments:
         return self.size - self.text_size
 
 
-def find_segments(
-    numbers: tuple[Tensor, Tensor, Tensor], positions: Positions, layout: TokenLayout
-) -> Segments | Skip:
-    """Return the segments of one attention's sequence, or why they are not known.
+def find_segments(node: Node, positions: Positions, layout: TokenLayout) -> Segments | Skip:
+    """Return the segments of one attention's sequences, or why they are not known.
 
     Args:
-        numbers: positions of its queries, keys and values, each `[S]`, from `find_positions`.
-        positions: what else the walk found.
+        node: an attention that the walk has seen.
+        positions: what the walk found.
         layout: what the user knows.
     """
+    found = _whole(positions.attention[node], positions, layout)
+    if node not in positions.present or isinstance(found, Skip):
+        return found
+    text_is_last = 0 < found.text_start < found.size
+    all_visual = found.lead + found.n_visual <= positions.present[node]
+    if not (text_is_last and all_visual and found.n_queries == found.size):
+        return Skip(
+            "a size of it depends on the data, and not only how much of the last text is there",
+            intended=False,
+        )
+    return replace(found, is_open=True, note=f"{found.note}, at most")
+
+
+def _whole(
+    numbers: tuple[Tensor, Tensor, Tensor], positions: Positions, layout: TokenLayout
+) -> Segments | Skip:
     query, key, value = numbers
-    size = len(query)
-    if len(key) != size:
-        return Skip(f"cross-attention: {size} queries, {len(key)} keys", intended=True)
     known = not any(bool((part == UNKNOWN).any()) for part in numbers)
-    if known and not (torch.equal(query, key) and torch.equal(key, value)):
+    n_queries, n_keys = query.shape[-1], key.shape[-1]
+    if n_queries > n_keys or (n_queries < n_keys and not known):
+        return Skip(f"cross-attention: {n_queries} queries, {n_keys} keys", intended=True)
+    same = torch.equal(key, value) and (n_queries < n_keys or torch.equal(query, key))
+    if known and not same:
         return Skip("cross-attention: keys or values are other tokens than queries", intended=True)
     if layout.text_size is not None:
-        return _given(size, layout)
-    if not known or not bool((query != NOWHERE).any()):
+        found = _given(n_keys, layout)
+    elif not known or not bool((key != NOWHERE).any()):
         return Skip(
             "where its tokens come from cannot be followed through the graph; give "
             "layout=TokenLayout(text, text_size, grid)",
             intended=False,
         )
-    return _traced(query, positions, layout)
+    else:
+        found = _traced(key, positions, layout)
+    return found if n_queries == n_keys else _of_visual_queries(found, query, key)
+
+
+def _of_visual_queries(found: Segments | Skip, query: Tensor, key: Tensor) -> Segments | Skip:
+    """Return the segments of keys of which queries are the visual ones, or why they are not."""
+    if isinstance(found, Segments):
+        start = 0 if found.text_start else found.text_size
+        if torch.equal(query, key[:, start : start + found.n_visual]):
+            return replace(found, n_queries=found.n_visual, note=f"{found.note}, keys only")
+    return Skip(f"cross-attention: {query.shape[-1]} queries, {key.shape[-1]} keys", intended=True)
 
 
 def _given(size: int, layout: TokenLayout) -> Segments | Skip:
@@ -116,14 +149,16 @@ def _given(size: int, layout: TokenLayout) -> Segments | Skip:
             intended=False,
         )
     start = 0 if layout.text == "first" else n_visual
-    return Segments(start, text_size, size, layout.grid, "layout as given")
+    return Segments(start, text_size, size, layout.grid, "layout as given", size)
 
 
 def _traced(numbers: Tensor, positions: Positions, layout: TokenLayout) -> Segments | Skip:
     streams = positions.streams
-    bases = torch.tensor([stream.base for stream in streams])
-    index = torch.bucketize(numbers, bases, right=True) - 1  # -1: a learned token
-    present = {streams[i].name: int((index == i).sum()) for i in index.unique() if i >= 0}
+    index = positions.index_of(numbers)  # -1: a learned token
+    present: Counter[str] = Counter()
+    for i in index.unique().tolist():
+        if i >= 0:
+            present[streams[i].name] += int((index == i).sum())
     standing_for = positions.standing_for
     returned = {name: n for name, n in present.items() if name in standing_for}
     if positions.returned and not returned:
@@ -135,16 +170,25 @@ def _traced(numbers: Tensor, positions: Positions, layout: TokenLayout) -> Segme
         )
     candidates = returned or present
     visual = max(candidates, key=lambda name: candidates[name])
-    stream = next(s for s in streams if s.name == visual)
-    is_text = index != streams.index(stream)
-    text_size, size = int(is_text.sum()), len(numbers)
-    start = int(is_text.int().argmax()) if text_size else size
-    if start not in (0, size - text_size) or not bool(is_text[start : start + text_size].all()):
+    named = torch.tensor([*(s.name == visual for s in streams), False])  # the last one is -1
+    every = ~named[index]
+    if not bool((every == every[:1]).all()):
+        return Skip(
+            f"expected sequences with the tokens of {visual} at the same places, found a batch of "
+            "others",
+            intended=False,
+        )
+    is_text = every[0]
+    text_size, size = int(is_text.sum()), len(is_text)
+    lead = int(is_text.int().argmin())
+    if bool(is_text[lead : lead + size - text_size].any()):
         return Skip(
             f"expected text before or after the tokens of {visual}, found both mixed",
             intended=False,
         )
-    grid = layout.grid or grid_of(numbers[~is_text], stream)
+    start = 0 if 0 < lead == text_size else size - text_size
+    of = streams[int(index[0, lead if start else text_size])]  # where the first is from
+    grid = layout.grid or grid_of(numbers[:, ~is_text], of)
     if grid is not None and grid[0] * grid[1] * grid[2] != size - text_size:
         return Skip(
             f"the given grid {layout.grid} has {grid[0] * grid[1] * grid[2]} tokens, found "
@@ -152,28 +196,32 @@ def _traced(numbers: Tensor, positions: Positions, layout: TokenLayout) -> Segme
             intended=False,
         )
     others = sorted(set(present) - {visual}) or (["learned tokens"] if text_size else [])
-    place = "first" if start == 0 else "last"
+    place = "first" if start == 0 else "last" if lead == 0 else "on both sides"
     note = f"{text_size} text tokens {place} ({', '.join(others)})" if text_size else "no text"
-    return Segments(start, text_size, size, grid, note)
+    return Segments(start, text_size, size, grid, note, size, lead if start else 0)
 
 
-def grid_of(numbers: Sequence[int] | Tensor, stream: Stream) -> Grid | None:
+def grid_of(numbers: Tensor, stream: Stream) -> Grid | None:
     """Return the grid that visual tokens fill in raster order, None where they do not.
 
     Args:
-        numbers: positions of the tokens `[S]`, from `find_positions`.
+        numbers: positions of the tokens of each sequence `[R, S]`, from `find_positions`.
         stream: the input they were cut from.
     Returns:
         frames, height and width in tokens; one frame for an image. None for packed tokens, whose
-        input has no spatial dimensions, and for windows or any other order.
+        input has no spatial dimensions, for any other order, and where sequences differ in it.
     """
-    offsets = torch.as_tensor(numbers) - stream.base
-    coordinates = torch.unravel_index(offsets, stream.shape)
-    varying = [c for c in coordinates if bool((c != c[0]).any())]
+    end = stream.base + torch.Size(stream.shape).numel()
+    if not bool(((numbers >= stream.base) & (numbers < end)).all()):
+        return None
+    every = torch.stack(torch.unravel_index(numbers - stream.base, stream.shape))
+    if not bool((every - every[..., :1] == (every - every[..., :1])[:, :1]).all()):
+        return None
+    varying = [c for c in every[:, 0] if bool((c != c[0]).any())]
     if not 2 <= len(varying) <= 3:
         return None
     sides = [len(c.unique()) for c in varying]
-    if torch.Size(sides).numel() != len(offsets):
+    if torch.Size(sides).numel() != numbers.shape[-1]:
         return None
     raster = torch.cartesian_prod(*(c.unique() for c in varying))
     if not torch.equal(torch.stack(varying, 1), raster):

@@ -215,3 +215,21 @@ def test_attention_by_einsum_is_attention() -> None:
     _, targets = captured(Attention(), torch.randn(2, 5, 16))
     assert targets.count(ATEN.scaled_dot_product_attention.default) == 1
     assert ATEN.matmul.default not in targets
+
+
+@pytest.mark.parametrize(
+    ("equation", "target"),
+    [
+        ("nchpw->nhwcp", ATEN.permute.default),
+        ("n...c->nc...", ATEN.permute.default),
+        ("nchpw->nhwc", ATEN.einsum.default),  # summed
+        ("nchhw->nchw", ATEN.einsum.default),  # a diagonal
+    ],
+)
+def test_moving_axes_is_a_permutation(equation: str, target: object) -> None:
+    class Moved(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.einsum(equation, x)
+
+    _, targets = captured(Moved(), torch.randn(2, 3, 4, 4, 5))
+    assert targets == [target]

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import fxq
-from fxq.analysis.positions import Stream, find_positions
+from fxq.analysis.positions import find_positions
+from fxq.analysis.streams import Stream
 from fxq.layer import Skip
 from fxq.passes.rectified_spaattn.segments import Segments, TokenLayout, find_segments, grid_of
 
@@ -35,10 +36,7 @@ def segments(model: nn.Module, example: Any, layout: TokenLayout | None = None) 
 
 def segments_of(gm: GraphModule, layout: TokenLayout | None = None) -> list[Any]:
     positions = find_positions(gm)
-    return [
-        find_segments(numbers, positions, layout or TokenLayout())
-        for numbers in positions.attention.values()
-    ]
+    return [find_segments(node, positions, layout or TokenLayout()) for node in positions.attention]
 
 
 def flat(video: Tensor) -> Tensor:
@@ -79,6 +77,7 @@ def patched(video: Tensor, text: Tensor) -> Tensor:
     [
         (lambda v, t: flat(v), 48, 48, 0, (4, 3, 4)),
         (lambda v, t: torch.cat([flat(v), t], 1), 48, 48, 4, (4, 3, 4)),
+        (lambda v, t: torch.cat([t[:, :1], flat(v), t[:, 1:]], 1), 48, 48, 4, (4, 3, 4)),
         (in_place, 48, 0, 4, (4, 3, 4)),
         (modulated, 48, 48, 4, (4, 3, 4)),
         (patched, 24, 24, 0, (2, 3, 4)),
@@ -192,18 +191,65 @@ def test_a_unet_has_a_grid_until_upsampling_repeats_positions() -> None:
     assert all("cross-attention" in s.reason for s in found[1::2])
 
 
-def test_windows_are_not_one_sequence() -> None:
-    assert all(isinstance(s, Skip) for s in segments_of(families.family("swin").graph))
+def test_windows_are_sequences_of_their_own() -> None:
+    found = segments_of(families.family("swin").graph)
+
+    assert all((s.text_size, s.n_visual) == (0, 16) for s in found)
+    assert found[0].grid == (1, 4, 4)  # not shifted
+
+
+def frames(video: Tensor, text: Tensor) -> Tensor:
+    """`[B, 8, T, H, W]` to the tokens of each frame `[B T, H W, 8]`."""
+    return video.permute(0, 2, 3, 4, 1).flatten(2, 3).flatten(0, 1)
+
+
+def frames_and_text(video: Tensor, text: Tensor) -> Tensor:
+    return torch.cat([text.repeat_interleave(4, 0), frames(video, text)], 1)
+
+
+def over_time(video: Tensor, text: Tensor) -> Tensor:
+    return video.permute(0, 3, 4, 2, 1).flatten(1, 2).flatten(0, 1)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "text", "n_visual", "grid"),
+    [
+        (frames, 0, 12, (1, 3, 4)),
+        (frames_and_text, 4, 12, (1, 3, 4)),
+        (over_time, 0, 4, None),
+    ],
+)
+def test_sequences_of_a_batch_may_stand_at_different_places(
+    tokens: Any, text: int, n_visual: int, grid: Any
+) -> None:
+    example = (torch.randn(2, 8, 4, 3, 4), torch.randn(2, 4, 8))
+
+    (found,) = segments(Attend(tokens, slice(text, None)), example)
+
+    assert isinstance(found, Segments), found
+    assert (found.text_size, found.n_visual, found.grid) == (text, n_visual, grid)
+
+
+def test_sequences_of_a_batch_have_the_same_parts() -> None:
+    def unequal(video: Tensor, text: Tensor) -> Tensor:
+        return torch.cat([flat(video)[:, :4], text, flat(video)[:, 4:8]], 1).reshape(4, 6, 8)
+
+    example = (torch.randn(2, 8, 4, 3, 4), torch.randn(2, 4, 8))
+
+    (found,) = segments(Attend(unequal, slice(None)), example)
+
+    assert isinstance(found, Skip)
+    assert found.reason.startswith("expected sequences with the tokens of video at the same places")
 
 
 def test_a_grid_needs_every_token_once_in_raster_order() -> None:
     stream = Stream("video", (2, 3, 4), base=5)
-    tokens = torch.arange(24) + 5
+    tokens = torch.arange(24)[None] + 5
 
     assert grid_of(tokens, stream) == (2, 3, 4)
-    assert grid_of(tokens.flip(0), stream) is None
-    assert grid_of(tokens[:-1], stream) is None
-    assert grid_of(tokens[:4], stream) is None  # one row
+    assert grid_of(tokens.flip(1), stream) is None
+    assert grid_of(tokens[:, :-1], stream) is None
+    assert grid_of(tokens[:, :4], stream) is None  # one row
 
 
 class Control(nn.Module):
