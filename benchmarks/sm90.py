@@ -59,6 +59,11 @@ class Loop:
     first: int
     body: tuple[str, ...]
 
+    def holds(self, other: "Loop") -> bool:
+        """Tell whether another loop is inside."""
+        end, of_other = self.first + len(self.body), other.first + len(other.body)
+        return other is not self and self.first <= other.first and of_other <= end
+
     def count(self, pattern: re.Pattern[str]) -> int:
         """Return how many instructions match from their beginning."""
         return _count(pattern, self.body)

@@ -93,8 +93,9 @@ def test_the_next_tile_is_copied_under_the_epilogue_of_this_one() -> None:
     copying = [loop for loop in code.loops if loop.count(TMA)]
     assert len(copying) == 2  # tiles, and rounds inside
     assert not any(loop.count(WARP_GROUP_PRODUCT) + loop.count(TMA_STORE) for loop in copying)
-    groups = [loop for loop in code.loops if loop.count(TMA_STORE) == 1]
-    assert len(groups) == 2
+    stores = [loop for loop in code.loops if loop.count(TMA_STORE) == 1]
+    groups = [loop for loop in stores if not any(loop.holds(other) for other in stores)]
+    assert len(groups) == 2  # triton 3.6 has one more around the first, of what warps are told
     assert all(loop.count(WARP_GROUP_PRODUCT) and not loop.count(TMA) for loop in groups)
 
 
