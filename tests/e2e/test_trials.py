@@ -4,6 +4,9 @@ The judge is the same pipeline in eager float with the same noise. `generate` is
 `test_state.py`, timm's loop in `test_readme.py`.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -78,7 +81,8 @@ def classifier() -> nn.Module:
     return ViTForImageClassification(config).eval()
 
 
-def test_a_program_classifies_in_a_pipeline_of_transformers() -> None:
+def classification() -> tuple[Any, Callable[[], torch.Tensor], Callable[[], object]]:
+    """A pipeline, its scores of three pictures, label by label, and a run of it."""
     from PIL import Image
     from transformers import ViTImageProcessor, pipeline
 
@@ -91,9 +95,26 @@ def test_a_program_classifies_in_a_pipeline_of_transformers() -> None:
         found = [{row["label"]: row["score"] for row in rows} for rows in pipe(images)]
         return torch.tensor([[row[label] for label in sorted(row)] for row in found])
 
+    return pipe, scores, lambda: pipe(images)
+
+
+def test_a_program_classifies_in_a_pipeline_of_transformers() -> None:
+    pipe, scores, run = classification()
     expected = scores()
-    calls = fxq.record(pipe.model, lambda: pipe(images))
+    calls = fxq.record(pipe.model, run)
     pipe.model = fxq.compress(pipe.model, calls[0], "w8a8_static", data=calls)
+    found = scores()
+
+    torch.testing.assert_close(found, expected, rtol=0, atol=5e-3)
+    assert not torch.equal(found, expected)
+
+
+@pytest.mark.filterwarnings("ignore::fxq.errors.FxqWarning")
+def test_compiled_code_classifies_in_a_pipeline_of_transformers() -> None:
+    pipe, scores, _ = classification()
+    expected = scores()
+
+    pipe.model = torch.compile(pipe.model, backend="fxq", options={"check": True})
     found = scores()
 
     torch.testing.assert_close(found, expected, rtol=0, atol=5e-3)

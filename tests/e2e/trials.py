@@ -6,7 +6,6 @@
 from dataclasses import dataclass
 
 RUNS = "runs"
-NOT_TRIED = "not tried yet"
 
 
 @dataclass(frozen=True)
@@ -40,9 +39,7 @@ TRIALS = (
     Trial("diffusers", "Mochi", "`pipe.transformer`"),
     Trial("diffusers", "Stable Diffusion (UNet)", "`pipe.unet`"),
     Trial("diffusers", "DiT", "`pipe.transformer`"),
-    Trial(
-        "transformers", "`pipeline`, image classification, ViT", "`pipe.model`", compiled=NOT_TRIED
-    ),
+    Trial("transformers", "`pipeline`, image classification, ViT", "`pipe.model`"),
     Trial(
         "transformers",
         "`generate`, Llama and Mistral, dynamic and static cache",
