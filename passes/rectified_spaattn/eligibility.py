@@ -69,6 +69,8 @@ def _may_be_among(n_queries: int | torch.SymInt, n_keys: int | torch.SymInt) -> 
 def _why_not_worth_it(tokens: int | torch.SymInt, min_tokens: int) -> Skip | None:
     if statically_known_true(tokens < min_tokens):
         return Skip(f"{tokens} tokens: dense is faster below {min_tokens}", intended=True)
+    if isinstance(tokens, torch.SymInt) and tokens.node.hint is None:
+        return Skip("a size of it depends on the data", intended=False)
     if not isinstance(tokens, int):
         return Skip(
             "a free number of tokens; fix it (torch.compile: without mark_dynamic; fxq.compress: "

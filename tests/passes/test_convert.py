@@ -188,7 +188,7 @@ def test_zero_and_constant_channels_give_finite_results() -> None:
         model[1].weight[1] = 0.5
     data = [torch.zeros(3, 8), torch.zeros(3, 8)]
 
-    with pytest.warns(FxqWarning, match="calibration saw only zeros at 0: "):
+    with pytest.warns(FxqWarning, match="calibration saw only zeros at '0': "):
         program = fxq.compress(model, data[0], w8a8.STATIC, data)
 
     assert bool(program(torch.zeros(3, 8)).isfinite().all())
@@ -203,7 +203,7 @@ def test_ranges_calibrated_on_zeros_are_one_warning() -> None:
         fxq.compress(model, data[0], w8a8.STATIC, data)
 
     (said,) = [str(w.message) for w in caught if issubclass(w.category, FxqWarning)]
-    assert "saw only zeros at 0, 1: their range is not known" in said  # 2 sees the bias of 1
+    assert "saw only zeros at '0', '1': their range is not known" in said  # 2 sees the bias of 1
 
 
 def test_the_same_data_gives_the_same_bytes() -> None:
