@@ -12,6 +12,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch.fx import GraphModule
 
 import fxq
+from fxq.backend import Options
 from fxq.errors import FxqWarning, UnsupportedError
 from fxq.numerics import sqnr_db
 from fxq.pipeline import FLOAT
@@ -291,6 +292,12 @@ def test_options_of_the_wrong_type_are_told() -> None:
 
     with torch.no_grad(), pytest.raises(BackendCompilerFailed, match="expected True or False"):
         fast(torch.randn(3, 8))
+
+
+@pytest.mark.parametrize("inductor", [3, "max-autotune", True])
+def test_options_for_inductor_are_a_mapping(inductor: object) -> None:
+    with pytest.raises(TypeError, match=r"option 'inductor': expected a mapping, found"):
+        Options.parse({"inductor": inductor})
 
 
 def test_a_batch_that_len_fixes_is_told_with_its_place() -> None:
