@@ -35,11 +35,16 @@ class FxqWarning(UserWarning):
     """Something the user should know that does not make the result wrong."""
 
 
+MOST_LISTED = 200  # names
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return `name`'s nearest neighbours among `known` as a sentence, and all of `known` where none
-    is near."""
+    """Return `name`'s nearest neighbours among `known` as a sentence; where none is near, all of
+    `known`, or how many they are."""
     options = sorted(known)
     close = difflib.get_close_matches(name, options, n=3, cutoff=0.5)
     if close:
         return "did you mean " + " or ".join(repr(c) for c in close) + "?"
+    if len(options) > MOST_LISTED:
+        return f"none of the {len(options)} known names is near"
     return "expected one of " + ", ".join(repr(o) for o in options)

@@ -1,6 +1,5 @@
 """timm models by name, and a folder of pictures as their calibration batches."""
 
-import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from fxq.errors import did_you_mean
 
 IMAGES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
 
@@ -30,9 +31,8 @@ def load_model(
 
     base = name.partition(".")[0]
     if not timm.is_model(base):
-        near = difflib.get_close_matches(base, timm.list_models(), 3)
-        known = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() has them all"
-        raise ValueError(f"--model: timm has no model {name!r}; {known}")
+        known = did_you_mean(base, timm.list_models())
+        raise ValueError(f"--model: timm has no model {name!r} (timm.list_models()); {known}")
     model: nn.Module = timm.create_model(name, pretrained=checkpoint is None, **arguments)
     if checkpoint is not None:
         from safetensors import SafetensorError

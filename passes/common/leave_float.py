@@ -99,6 +99,8 @@ class LeaveFloat(DataPass):
             sums = errors_at_results(
                 without_observers(gm), quantized, pieces, names, self.n_directions, generator
             )
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:  # what autograd raises, NotImplementedError included
             why = str(error).partition("\n")[0]
         if not any(gather(bool(pieces))):

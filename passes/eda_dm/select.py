@@ -28,7 +28,7 @@ from fxq.passes.eda_dm.selection import (
 )
 from fxq.passes.eda_dm.trajectories import Call, Trajectories, trajectories
 
-VARIETY_WEIGHT = 1.2  # published for CIFAR-10 and ImageNet; 1.0 for LSUN, 5 for Stable Diffusion
+VARIETY_WEIGHT = 1.2  # published for images of classes; 1.0 for scenes, 5 for images of texts
 
 
 @dataclass(frozen=True, eq=False)

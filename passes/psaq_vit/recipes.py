@@ -2,8 +2,8 @@
 
 `PUBLISHED_W8A8` and `PUBLISHED_W4A8` quantize every activation that the published code quantizes:
 the image, outputs of the patch embedding, of norms, of all linears but those in front of GELU,
-scores before the softmax, what attention returns, sums, and the positions. 127 places in a 12-block
-DeiT. Ranges are smallest and largest value ("vanilla"), one for each tensor. Softmax outputs and
+scores before the softmax, what attention returns, sums, and the positions. 127 places in 12
+blocks. Ranges are smallest and largest value ("vanilla"), one for each tensor. Softmax outputs and
 GELU inputs stay float.
 
 The other recipes depart from it because trained transformers have channels, most of all in the

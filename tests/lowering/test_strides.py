@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 import fxq
 from fxq.graph import is_op
@@ -49,15 +50,20 @@ def leaves(result: object) -> list[Tensor]:
     return [leaf for leaf in torch.utils._pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
 
 
+def lowered_of(program: fxq.Program) -> GraphModule:
+    lowered, _ = lower(program.graph_module, program.device)
+    if not any(is_op(n, torch.ops.fxq.int8_conv.default) for n in lowered.graph.nodes):
+        pytest.skip("this processor has no int8 convolution")
+    return lowered
+
+
 @pytest.mark.parametrize("end", ENDS)
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
 def test_results_lie_as_those_of_the_simulated_graph(end: str, order: torch.memory_format) -> None:
     model = Convolutions(ENDS[end]).eval()
     x = torch.randn(2, 64, 16, 16).to(memory_format=order)
     program = fxq.compress(model, x, w8a8.STATIC_CONV, data=[(x,)])
-    lowered, _ = lower(program.graph_module, x.device)
-    if not any(is_op(n, torch.ops.fxq.int8_conv.default) for n in lowered.graph.nodes):
-        pytest.skip("this processor has no int8 convolution")
+    lowered = lowered_of(program)
 
     expected, found = leaves(program(x)), leaves(lowered(x))
 
@@ -71,6 +77,7 @@ def test_with_one_and_three_axes_of_space(axes: int) -> None:
     model = Convolutions(ENDS["one"], axes).eval()
     x = torch.randn(2, 64, *[12] * axes)
     program = fxq.compress(model, x, w8a8.STATIC_CONV, data=[(x,)])
-    lowered, _ = lower(program.graph_module, x.device)
+    found = lowered_of(program)(x)[0]
 
-    assert lowered(x)[0].stride() == model(x).stride()
+    assert found.stride() == program(x).stride() == model(x).stride()
+    assert sqnr_db(program(x), found) > 60
