@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 from story import Story
 from torch.fx import GraphModule
+from written_again import Decisions
 
 from fxq.backend import Compiled
+from fxq.lowering import apply_where_it_pays
 from fxq.lowering.devices import x86
 
 
@@ -30,6 +32,23 @@ def every_layer_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     """Integer kernels whatever a layer's size."""
     monkeypatch.setattr(x86, "WITH_VNNI", x86.Thresholds(0, 0))
     monkeypatch.setattr(x86, "WITHOUT_VNNI", x86.Thresholds(0, 0))
+
+
+@pytest.fixture
+def decisions(monkeypatch: pytest.MonkeyPatch) -> Decisions:
+    """Let tiny products be lowered, and record what each compilation decided."""
+    made: Decisions = []
+    lower = apply_where_it_pays.lower
+
+    def recording(*args: object) -> object:
+        result = lower(*args)  # type: ignore[arg-type]
+        made.append(result[1])
+        return result
+
+    monkeypatch.setattr(x86, "WITH_VNNI", x86.Thresholds(0, 0))
+    monkeypatch.setattr(x86, "WITHOUT_VNNI", x86.Thresholds(0, 0))
+    monkeypatch.setattr(apply_where_it_pays, "lower", recording)
+    return made
 
 
 @pytest.fixture(scope="session")

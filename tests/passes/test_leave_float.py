@@ -159,6 +159,16 @@ def test_without_a_gradient_every_layer_is_quantized_and_a_warning_says_so() -> 
     assert all(row.layer.format for row in account(program.graph_module))
 
 
+def test_memory_that_runs_out_is_no_missing_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr("fxq.passes.common.leave_float.errors_at_results", full)
+    x = data(3)
+    with pytest.raises(torch.OutOfMemoryError):
+        fxq.compress(Uneven().eval(), (x,), recipe(LeaveFloat()), [(x,)])
+
+
 def test_under_inference_mode_the_same_layers_stay() -> None:
     model = Uneven().eval()
     with torch.inference_mode():
