@@ -2,7 +2,7 @@
 
     acc = conv(x - x_zero_point, weight)                  int32, exact; padding is real 0
     y   = acc * (x_scale * w_scale) + bias                fp32
-    y   = activation(y + residual)                        fp32
+    y   = activation(y + residual)                        fp32; residual may be codes
     out = y, or its codes where out_scale is given
 
 `reference` is the definition. On x86 without VNNI the op is a kernel of fxq's own where that is
@@ -12,10 +12,11 @@ VNNI it is oneDNN (`fxq.lowering.cpu.int8_conv`), elsewhere the reference itself
 x `[B, C, *size]` int8 or uint8, with one to three spatial axes; x_zero_point int32, one element or
 one per sample `[B, 1, ...]`, on the grid of the codes; weight `[N, C / groups, *kernel]` int8;
 w_scale fp32, N elements or one; bias `[N]`; stride and dilation one number per axis, padding two,
-before and after, in the order of the axes; residual `[B, N, *size]` fp32; out_scale fp32 and
-out_zero_point int32 one element or `[1, N, 1, ...]`; out `[B, N, *size]`, channels last in memory,
-as kernels write it. A residual is added before the activation function, as residual networks do,
-not after it, as in `fxq::int8_linear`.
+before and after, in the order of the axes; residual `[B, N, *size]` fp32, or codes with
+residual_scale and residual_zero_point, as those of x are; out_scale fp32 and out_zero_point int32
+one element or `[1, N, 1, ...]`; out `[B, N, *size]`, channels last in memory, as kernels write it.
+A residual is added before the activation function, as residual networks do, not after it, as in
+`fxq::int8_linear`.
 
 x_scale fp32 is one element or one per sample; or, where it is guarded against NaN and Inf, one per
 row of x (`[B, C, ..., 1]`): the same number in all rows of a sample, but NaN in a row that holds
@@ -34,7 +35,7 @@ from fxq.lowering.cpu.int8_conv import can_launch
 from fxq.lowering.cpu.int8_conv import launch as cpu_launch
 from fxq.lowering.int8_linear import activate
 from fxq.lowering.registering import register
-from fxq.numerics import codes_dtype, quantize
+from fxq.numerics import codes_dtype, dequantize, quantize
 
 CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}  # by the number of spatial axes
 
@@ -117,8 +118,12 @@ def finish(
     out_zero_point: Tensor | None = None,
     quant_min: int = -128,
     quant_max: int = 127,
+    residual_scale: Tensor | None = None,
+    residual_zero_point: Tensor | None = None,
 ) -> Tensor:
     """Apply the epilogue to `y` `[B, N, *size]`, fp32."""
+    if residual is not None and residual_scale is not None:
+        residual = dequantize(residual, residual_scale, residual_zero_point, torch.float32)
     y = activate(y if residual is None else y + residual.float(), activation)
     if out_scale is None:
         return y
@@ -142,6 +147,8 @@ def reference(
     out_zero_point: Tensor | None = None,
     quant_min: int = -128,
     quant_max: int = 127,
+    residual_scale: Tensor | None = None,
+    residual_zero_point: Tensor | None = None,
 ) -> Tensor:
     """Compute the definition above on any device."""
     geometry = (stride, padding, dilation, groups)
@@ -151,7 +158,8 @@ def reference(
     y = y * (per_sample * w_scale.reshape(channels))
     y = y if bias is None else y + bias.float().reshape(channels)
     y = spoiled(y, reads_nan(x, x_scale, weight, *geometry))
-    epilogue = (activation, residual, out_scale, out_zero_point, quant_min, quant_max)
+    codes = (out_scale, out_zero_point, quant_min, quant_max)
+    epilogue = (activation, residual, *codes, residual_scale, residual_zero_point)
     return _channels_last(finish(y, *epilogue))
 
 
@@ -172,16 +180,21 @@ def int8_conv(
     out_zero_point: Tensor | None = None,
     quant_min: int = -128,
     quant_max: int = 127,
+    residual_scale: Tensor | None = None,
+    residual_zero_point: Tensor | None = None,
 ) -> Tensor:
     """Compute `reference` with the fastest exact implementation for the device of `x`."""
     product = (x, x_scale, x_zero_point, weight, w_scale, bias, stride, padding, dilation, groups)
-    epilogue = (activation, residual, out_scale, out_zero_point, quant_min, quant_max)
-    if not _own_kernel(x, weight, groups) and not can_launch(x, weight):
+    codes = (out_scale, out_zero_point, quant_min, quant_max)
+    epilogue = (activation, residual, *codes, residual_scale, residual_zero_point)
+    own = _own_kernel(x, weight, groups)
+    if own is None and not can_launch(x, weight):
         return reference(*product, *epilogue)
-    if _is_one(x_scale) and (x_zero_point is None or _is_one(x_zero_point)):
-        zero = None if x_zero_point is None else _first(x_zero_point)
-        return _channels_last(_launch(x, _first(x_scale), zero, *product[3:], *epilogue))
-    y = _by_sample(x, sample_scales(x_scale), x_zero_point, *product[3:])
+    params = (x_scale, x_zero_point, residual_scale, residual_zero_point)
+    if all(each is None or _is_one(each) for each in params):
+        y = _launch(own, *product, *epilogue)
+        return y if own is not None else _channels_last(y)
+    y = _by_sample(own, x, sample_scales(x_scale), x_zero_point, *product[3:])
     if x_scale.isnan().any():
         y = spoiled(y, reads_nan(x, x_scale, weight, *product[6:]))
     return _channels_last(finish(y, *epilogue))
@@ -202,10 +215,17 @@ def _is_one(values: Tensor) -> bool:
     return bool(smallest == largest)
 
 
-def _by_sample(x: Tensor, scales: Tensor, x_zero_point: Tensor | None, *others: Any) -> Tensor:
+def _by_sample(
+    own: avx2_conv.Packed | None,
+    x: Tensor,
+    scales: Tensor,
+    x_zero_point: Tensor | None,
+    *others: Any,
+) -> Tensor:
     """Compute samples together that have the same scale and zero-point.
 
     Args:
+        own: the weight for fxq's own kernel, where it computes.
         x: as everywhere.
         scales: of each sample `[B]`, or of all `[1]`.
         x_zero_point: likewise.
@@ -218,17 +238,14 @@ def _by_sample(x: Tensor, scales: Tensor, x_zero_point: Tensor | None, *others: 
     for number, row in enumerate(rows):
         mine = (row_of == number).nonzero().flatten()
         order.append(mine)
-        parts.append(_launch(x[mine], row[:1].float(), row[1:].int(), *others))
+        parts.append(_launch(own, x[mine], row[:1].float(), row[1:].int(), *others))
     if len(parts) == 1:
         return parts[0]
     return torch.cat(parts)[torch.cat(order).argsort()]
 
 
-def _first(values: Tensor) -> Tensor:
-    return values.flatten()[:1]
-
-
 def _launch(
+    own: avx2_conv.Packed | None,
     x: Tensor,
     x_scale: Tensor,
     x_zero_point: Tensor | None,
@@ -241,16 +258,17 @@ def _launch(
     groups: int,
     *epilogue: Any,
 ) -> Tensor:
-    """Call a kernel; scale and zero-point have one element."""
-    if own := _own_kernel(x, weight, groups):
+    """Call a kernel; scales and zero-points are the same number, whatever their shape."""
+    if own is not None:
         others = (w_scale, bias, stride, padding, dilation, *epilogue)
         return avx2_conv.launch(x, x_scale, x_zero_point, own, *others)
-    zero = 0 if x_zero_point is None else int(x_zero_point)
+    zero = 0 if x_zero_point is None else int(x_zero_point.flatten()[0])
     codes, sides = x, padding[::2]
     if sides != padding[1::2]:  # the kernel pads both sides alike
         codes, sides = padded(x, padding, zero), [0] * len(sides)
     geometry = (stride, sides, dilation, groups)
-    y = cpu_launch(codes, float(x_scale), zero, weight, w_scale, bias, *geometry)
+    scale = float(x_scale.flatten()[0])
+    y = cpu_launch(codes, scale, zero, weight, w_scale, bias, *geometry)
     return finish(y, *epilogue)
 
 

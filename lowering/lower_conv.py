@@ -9,21 +9,22 @@ import torch
 from torch.fx import Node
 
 from fxq.graph import args_of, is_constant, is_op, shape_of
-from fxq.lowering import guard_conv_scale  # noqa: F401  registers the operator
 from fxq.lowering.int8_conv import accumulate
 from fxq.lowering.lower_linear import (
+    GUARDS,
     Int8Layer,
     Operands,
     Takes,
     fusible_epilogue,
+    is_coded,
     is_finite,
+    is_per_sample,
     operands_of,
 )
 from fxq.operators import operand
 from fxq.rewriting import insert_call
 
 ops = torch.ops.fxq
-GUARDS = (ops.guard_scale.default, ops.guard_conv_scale.default)  # the scale is their second
 
 
 @dataclass(frozen=True)
@@ -57,16 +58,25 @@ class Int8Conv(Int8Layer):
         takes in."""
         guarded = is_op(o.scale, *GUARDS)
         finite = is_finite(o.bias) and (guarded or is_constant(o.scale))
-        last, (_, *epilogue), guard = fusible_epilogue(layer, takes, finite=finite)
+        last, (_, activation, residual, *codes), guard = fusible_epilogue(
+            layer, takes, finite=finite
+        )
+        coded: dict[str, Node | None] = {}
+        if residual is not None and takes.residual_codes and is_coded(residual):
+            residual, coded["residual_scale"], coded["residual_zero_point"] = args_of(residual)[:3]
         geometry = (o.stride, o.padding, o.dilation, o.groups)
-        args = (o.codes, o.scale, o.zero_point, o.weight, o.w_scale, o.bias, *geometry, *epilogue)
-        result = insert_call(ops.int8_conv.default, args, before=last, like=layer)
+        product = (o.codes, o.scale, o.zero_point, o.weight, o.w_scale, o.bias, *geometry)
+        args = (*product, activation, residual, *codes)
+        result = insert_call(ops.int8_conv.default, args, coded, before=last, like=layer)
         self.replace(layer, result, last=last)
         if guard is not None:
             seen = scale = args_of(guard)[1]
             if guarded:
                 args = (o.scale, scale, o.codes, o.weight, *geometry)
                 seen = insert_call(ops.guard_conv_scale.default, args, before=guard)
+            if is_op(coded.get("residual_scale"), *GUARDS):
+                args = (coded["residual_scale"], seen)
+                seen = insert_call(ops.guard_scale.default, args, before=guard)
             guard.replace_all_uses_with(seen)
 
     def check(
@@ -94,10 +104,7 @@ def match(layer: Node) -> ConvOperands | str:
         return "no int8 kernel for a transposed convolution"
     if any(size != 1 for size in shape_of(found.w_scale)[1:]):
         return "no int8 kernel for a weight scale per input channel; use PerChannel(0)"
-    scale = args_of(found.scale)[1] if is_op(found.scale, *GUARDS) else found.scale
-    if not is_per_sample(scale) or not (
-        found.zero_point is None or is_per_sample(found.zero_point)
-    ):
+    if not is_per_sample(found.scale) or not is_per_sample(found.zero_point):
         return "no int8 kernel for an activation scale within a sample; use PerTensor()"
     n_axes = len(kernel)
     stride, dilation = (_per_axis(operand(layer, name), n_axes) for name in ("stride", "dilation"))
@@ -107,11 +114,6 @@ def match(layer: Node) -> ConvOperands | str:
         return "no int8 kernel for a stride, padding or dilation computed at run time"
     parts = (found.codes, found.scale, found.zero_point, found.weight, found.w_scale, found.bias)
     return ConvOperands(*parts, stride, padding, dilation, groups)
-
-
-def is_per_sample(scale: Node) -> bool:
-    """Tell whether a scale is one number, or one for each sample, `[B, 1, ...]`."""
-    return all(isinstance(size, int) and size == 1 for size in shape_of(scale)[1:])
 
 
 def _per_axis(value: Any, n_axes: int) -> list[Any]:

@@ -13,7 +13,8 @@ from torch.fx import Node
 
 from fxq.account import kind_of
 from fxq.constants import constant_value
-from fxq.graph import args_of, dtype_of, hint, is_op, shape_of, tensor_of
+from fxq.graph import args_of, dtype_of, hint, is_constant, is_op, shape_of, tensor_of
+from fxq.lowering import guard_conv_scale  # noqa: F401  registers the operator
 from fxq.lowering.int8_linear import ON_CUDA, accumulate
 from fxq.lowering.rule import Decision, Lowering, Rule
 from fxq.numerics import largest_sum
@@ -29,6 +30,7 @@ ACTIVATION_OF = {
     aten.relu6.default: "relu6",
     aten.hardswish.default: "hardswish",
 }
+GUARDS = (ops.guard_scale.default, ops.guard_conv_scale.default)  # the scale is their second
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Takes:
         activations: functions, of `fxq.lowering.int8_linear.ACTIVATIONS`.
         residual: an fp32 tensor of the result's shape that is added.
         residual_first: that is added before the activation function, not after it.
+        residual_codes: which may be codes with one scale for each sample.
         channel_codes: codes with a scale for each channel of the last dimension, not only with one.
         row_codes: codes with a scale for each row, of a size along each axis or 1.
         largest_code: that its codes go to.
@@ -62,6 +65,7 @@ class Takes:
     activations: tuple[str, ...] = ON_CUDA
     residual: bool = False
     residual_first: bool = False
+    residual_codes: bool = False
     channel_codes: bool = True
     row_codes: bool = False
     largest_code: int = 127
@@ -174,6 +178,32 @@ def match(layer: Node, group_step: int | None = None) -> Operands | str:
     return found
 
 
+def unguarded(scale: Node) -> Node:
+    """Return the scale that is NaN in some rows once it is guarded."""
+    while is_op(scale, *GUARDS):
+        scale = args_of(scale)[1]
+    return scale
+
+
+def is_per_sample(scale: Node | None) -> bool:
+    """Tell whether a scale is one number, or one for each sample, `[B, 1, ...]`; or guarded rows of
+    one that is. So is none."""
+    if scale is None:
+        return True
+    return all(isinstance(size, int) and size == 1 for size in shape_of(unguarded(scale))[1:])
+
+
+def is_coded(values: Node) -> bool:
+    """Tell whether values are those of 8-bit integer codes with a scale for each sample, which is
+    NaN in rows that are not finite."""
+    if not is_op(values, ops.dequantize.default) or dtype_of(values) != torch.float32:
+        return False
+    codes, scale, zero = args_of(values)[:3]
+    integers = dtype_of(codes) in (torch.int8, torch.uint8)
+    known = is_constant(scale) or is_op(scale, *GUARDS)
+    return integers and known and is_per_sample(scale) and is_per_sample(zero)
+
+
 def is_single(scale: Node) -> bool:
     """Tell whether a scale is one number."""
     return all(isinstance(size, int) and size == 1 for size in shape_of(scale))
@@ -235,16 +265,17 @@ def fusible_epilogue(
     last, activation = _activation(last, takes.activations)
     if takes.residual and not takes.residual_first and (found := _residual(last)):
         last, residual = found
-    if residual is not None:
-        return last, (dtype, activation, residual), None
+    so_far = (dtype, activation, residual)
+    if residual is not None and not (takes.residual_codes and is_coded(residual)):
+        return last, so_far, None
     if not finite or dtype == torch.float16:  # whose rounding makes Inf of large values
-        return last, (dtype, activation), None
+        return last, so_far, None
     guard = next((user for user in last.users if is_op(user, ops.guard_scale.default)), None)
     quantize = _only_user(last, ops.quantize.default, apart_from=guard)
     if quantize and _takes_codes(quantize, last, takes):
         _, scale, zero, low, high = args_of(quantize)[:5]
-        return quantize, (dtype, activation, None, scale, zero, low, high), guard
-    return last, (dtype, activation), None
+        return quantize, (dtype, activation, residual, scale, zero, low, high), guard
+    return last, so_far, None
 
 
 def _takes_codes(quantize: Node, values: Node, takes: Takes) -> bool:

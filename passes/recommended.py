@@ -2,7 +2,7 @@
 
     W8A8       8-bit weights and activations
     W8A8_CONV  the same for convolutional networks: batch norms are folded, convolutions quantized
-               but for the first ones and depthwise ones
+               but for the first ones and depthwise ones, and what is added to their outputs
     W6A6       6-bit weights and activations, in int8 containers
 
 Each is a static recipe of `w8a8` or `w6a6` in which channels that stretch a range are separated
@@ -27,6 +27,7 @@ from fxq.passes.common import (
     HeldOutMargin,
     InsertObservers,
     LeaveFloat,
+    QuantizeResiduals,
     SeparateOutliers,
 )
 from fxq.pipeline import DataPass, Pass, Recipe
@@ -60,16 +61,15 @@ def recommended(
         convolutions: whether they are quantized, too.
     """
     separate = separate or SeparateOutliers(layer)
-    first: tuple[Pass | DataPass, ...] = (separate,)
-    observe = InsertObservers(layer)
+    first: tuple[Pass | DataPass, ...] = (separate, InsertObservers(layer))
     if convolutions:
-        first = (FoldBatchNorm(), separate)
         observe = InsertObservers(
             layer, targets=("linear", "conv"), overrides=((FIRST, None), (DEPTHWISE, None))
         )
+        first = (FoldBatchNorm(), separate, observe, QuantizeResiduals())
     ranges = layer.activation is not None and isinstance(layer.activation.observer, MinMax)
     margin = (HeldOutMargin(),) if ranges else ()
-    return Recipe(name, (*first, observe, Calibrate(), *margin, LeaveFloat(), Convert()))
+    return Recipe(name, (*first, Calibrate(), *margin, LeaveFloat(), Convert()))
 
 
 W8A8 = recommended("recommended_w8a8", W8A8_LAYER)

@@ -8,15 +8,23 @@ Recipes that differ in when and how finely activations get their scale:
     DYNAMIC           one scale per token, computed at run time: needs no data, and is what
                       `torch.compile(model, backend="fxq")` does by default
     STATIC_CONV       as STATIC, for convolutional networks: batch norms are folded, convolutions
-                      quantized. The first layer, and depthwise convolutions, which are slower in
-                      int8, stay float
+                      quantized, and what is added to their outputs. The first layer, and depthwise
+                      convolutions, which are slower in int8, stay float
 
 Weights are scaled so that every x86 multiplies them exactly at full speed (`QuantSpec.pair_safe`).
 On VNNI or a GPU that is not needed: `FULL_RANGE` as the weight's spec gains a little accuracy there
 and costs speed elsewhere.
 """
 
-from fxq.passes.common import DEPTHWISE, FIRST, Calibrate, Convert, FoldBatchNorm, InsertObservers
+from fxq.passes.common import (
+    DEPTHWISE,
+    FIRST,
+    Calibrate,
+    Convert,
+    FoldBatchNorm,
+    InsertObservers,
+    QuantizeResiduals,
+)
 from fxq.pipeline import Recipe
 from fxq.spec import LayerSpec, MeanSquaredError, PerChannel, PerTensor, PerToken, QuantSpec
 
@@ -49,6 +57,7 @@ STATIC_CONV = Recipe(
             targets=("linear", "conv"),
             overrides=((FIRST, None), (DEPTHWISE, None)),
         ),
+        QuantizeResiduals(),
         Calibrate(),
         Convert(),
     ),

@@ -31,6 +31,7 @@ from fxq.lowering.kernels import buffers
 from fxq.numerics import codes_dtype, is_pair_safe
 
 N_AXES = 3  # of space, of the kernel
+FORMATS = None, torch.float32, torch.int8, torch.uint8  # of a residual
 ONEDNN_BLOCK = 4  # input channels of a group that oneDNN multiplies at a time
 
 
@@ -215,9 +216,11 @@ def launch(
     out_zero_point: Tensor | None = None,
     quant_min: int = -128,
     quant_max: int = 127,
+    residual_scale: Tensor | None = None,
+    residual_zero_point: Tensor | None = None,
 ) -> Tensor:
-    """Compute `fxq.lowering.int8_conv.reference` with one scale and zero-point; arguments as there
-    but for the packed weight."""
+    """Compute `fxq.lowering.int8_conv.reference` with one scale and zero-point, the first of those
+    given, of the residual too; arguments as there but for the packed weight."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {ACTIVATIONS}, found {activation!r}")
     call = native("avx2_conv")
@@ -230,17 +233,25 @@ def launch(
     bias = None if bias is None else bias.float().contiguous()
     w_scale, panels = w_scale.contiguous(), weight.panels
     if residual is not None:
-        residual = residual.float().movedim(1, -1).expand(out.shape).contiguous()
+        residual = residual if residual_scale is not None else residual.float()
+        residual = residual.movedim(1, -1).expand(out.shape).contiguous()
     steps = (out_scale, out_zero_point)
     step, zero = (None if value is None else value.contiguous() for value in steps)
+    format = FORMATS.index(None if residual is None else residual.dtype)
     call(
         address(x, strided=True), address(found.fields), address(found.runs),
-        SIGN if x.dtype == torch.int8 else 0, address(x_zero_point), address(x_scale),
+        SIGN if x.dtype == torch.int8 else 0, first(x_zero_point), first(x_scale),
         address(panels.codes), address(panels.row_sums), panels.is_narrow,
         address(w_scale), int(w_scale.numel() > 1), address(bias),
-        ACTIVATIONS.index(activation), address(residual),
+        ACTIVATIONS.index(activation),
+        address(residual), format, first(residual_scale), first(residual_zero_point),
         address(step), int(step is not None and step.numel() > 1),
         address(zero), int(zero is not None and zero.numel() > 1), quant_min, quant_max,
         address(out), kind, weight.n_out, weight.products, torch.get_num_threads(),
     )  # fmt: skip
     return out.movedim(-1, 1)
+
+
+def first(values: Tensor | None) -> int | None:
+    """Return where the first of some values is."""
+    return address(values, strided=True)

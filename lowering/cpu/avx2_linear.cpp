@@ -26,7 +26,7 @@ extern "C" void fxq_avx2_linear(
                   w_apart,
                   n_apart,
                   activation,
-                  residual,
+                  {residual, residual == nullptr ? NOTHING : FLOATS, nullptr, nullptr},
                   false,
                   {out_scale, out_scale_row_step, out_scale_channel_step},
                   {out_zero, out_zero_row_step, out_zero_channel_step},

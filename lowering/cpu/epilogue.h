@@ -4,6 +4,7 @@
 
 #pragma once
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <memory>
 
@@ -20,6 +21,17 @@ struct Spread {
   int64_t row_step, channel_step;
 };
 
+enum Kind { WHOLE, REAL, CODES };  // int32, fp32, int8 or uint8: those of `avx2_linear.WHOLE, REAL, CODES`
+
+// What is added to results, `[rows, n_out]` of
+enum Format { NOTHING, FLOATS, SIGNED, UNSIGNED };  // fp32, int8, uint8
+struct Residual {
+  const void* data;
+  Format format;
+  const float* scale;   // one number, of codes
+  const int32_t* zero;  // likewise, or none
+};
+
 // What the caller gives beside codes, and where results go.
 struct Call {
   int32_t shift;  // added to zero-points, as to codes
@@ -34,8 +46,8 @@ struct Call {
   const float* w_apart;  // [n_out, n_apart]
   int64_t n_apart;
   int activation;
-  const float* residual;  // none, or [rows, n_out]
-  bool residual_first;    // it is added before the activation function
+  Residual residual;
+  bool residual_first;  // it is added before the activation function
   Spread<float> out_scale;
   Spread<int32_t> out_zero;
   int code_min, code_max;
@@ -48,13 +60,19 @@ struct Call {
   int64_t panels_of_product() const { return (of_product() + PANEL - 1) / PANEL; }
   int64_t panels() const { return products * panels_of_product(); }
 
+  // Whether `finish_panel` is for it: all rows have the same scales and zero-points, the activation
+  // function is a clamp.
+  bool is_plain() const {
+    const bool shared = !x_zero.row_step && !x_scale.row_step && !out_scale.row_step;
+    const bool clamps = activation == NONE || activation == RELU || activation == RELU6;
+    return shared && !out_zero.row_step && clamps && groups == 1 && !n_apart && kind != WHOLE;
+  }
+
   // The place of an output channel in panels, none of which has channels of two products.
   int64_t place(int64_t n) const {
     return n / of_product() * panels_of_product() * PANEL + n % of_product();
   }
 };
-
-enum Kind { WHOLE, REAL, CODES };  // int32, fp32, int8 or uint8: those of `avx2_linear.KINDS`
 
 // Store the first `n` of eight values that lie in `eight`. Not by masks: they are slow on AMD's
 // processors, and so is copying a number of bytes that is not known.
@@ -71,6 +89,36 @@ inline __m256 load_first(int64_t n, const float* from) {
   std::memcpy(&eight, from, n * sizeof(float));
   return eight;
 }
+
+inline __m128i load_first(int64_t n, const uint8_t* from) {
+  int64_t eight = 0;
+  if (n == 8) std::memcpy(&eight, from, sizeof(eight));
+  else std::memcpy(&eight, from, n);
+  return _mm_cvtsi64_si128(eight);
+}
+
+// Eight neighbours of what is added.
+template <Format FORMAT>
+class Values {
+ public:
+  explicit Values(const Residual& from)
+      : data(static_cast<const uint8_t*>(from.data)),
+        scale(FORMAT == SIGNED || FORMAT == UNSIGNED ? all(*from.scale) : _mm256_setzero_ps()),
+        zero(_mm256_set1_epi32(from.zero == nullptr ? 0 : *from.zero)) {}
+
+  __m256 first(int64_t n, int64_t at) const {
+    if (FORMAT == FLOATS) return load_first(n, reinterpret_cast<const float*>(data) + at);
+    const __m128i codes = load_first(n, data + at);
+    const __m256i wide =
+        FORMAT == SIGNED ? _mm256_cvtepi8_epi32(codes) : _mm256_cvtepu8_epi32(codes);
+    return _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(wide, zero)), scale);
+  }
+
+ private:
+  const uint8_t* const data;
+  const __m256 scale;
+  const __m256i zero;
+};
 
 // What the caller gives for each channel, panel by panel; zero beyond the last.
 struct Channels {
@@ -95,6 +143,20 @@ struct Channels {
     }
   }
 };
+
+// round(y * (1 / scale)) + zero_point, clamped.
+inline __m256i rounded(const Call& call, __m256 y, __m256 inverse, __m256 zero) {
+  y = _mm256_round_ps(_mm256_mul_ps(y, inverse), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  return _mm256_cvtps_epi32(within(call.code_min, _mm256_add_ps(y, zero), call.code_max));
+}
+
+// Codes, eight and eight, as bytes.
+inline __m128i bytes(const Call& call, __m256i low, __m256i high) {
+  const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0b11011000);
+  const __m128i first = _mm256_castsi256_si128(words);
+  const __m128i second = _mm256_extracti128_si256(words, 1);
+  return call.code_max > 127 ? _mm_packus_epi16(first, second) : _mm_packs_epi16(first, second);
+}
 
 // The epilogue for eight neighbouring output channels.
 struct Epilogue {
@@ -187,26 +249,91 @@ struct Epilogue {
  private:
   template <int ROWS>
   void add_residual(int64_t at, __m256 (&y)[ROWS]) const {
-    if (call.residual != nullptr)
-#pragma GCC unroll 8
-      for (int r = 0; r < ROWS; ++r)
-        y[r] = _mm256_add_ps(y[r], load_first(there, call.residual + at + r * call.n_out));
+    switch (call.residual.format) {
+      case NOTHING: return;
+      case FLOATS: return add<FLOATS>(at, y);
+      case SIGNED: return add<SIGNED>(at, y);
+      case UNSIGNED: return add<UNSIGNED>(at, y);
+    }
   }
 
-  // Eight codes: round(y * (1 / scale)) + zero_point, clamped.
+  template <Format FORMAT, int ROWS>
+  void add(int64_t at, __m256 (&y)[ROWS]) const {
+    const Values<FORMAT> values(call.residual);
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r)
+      y[r] = _mm256_add_ps(y[r], values.first(there, at + r * call.n_out));
+  }
+
+  // Eight codes.
   int64_t quantized(int64_t row, __m256 y) const {
     const Spread<float>& scale = call.out_scale;
     const Spread<int32_t>& zero = call.out_zero;
-    y = _mm256_mul_ps(y, scale.row_step ? all(1.0f / scale.data[row]) : inverse);
-    y = _mm256_round_ps(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    if (zero.data != nullptr)
-      y = _mm256_add_ps(y, zero.row_step ? all(zero.data[row]) : out_zero);
-    const __m256i codes = _mm256_cvtps_epi32(within(call.code_min, y, call.code_max));
-    const __m128i words =
-        _mm_packs_epi32(_mm256_castsi256_si128(codes), _mm256_extracti128_si256(codes, 1));
-    return _mm_cvtsi128_si64(call.code_max > 127 ? _mm_packus_epi16(words, words)
-                                                 : _mm_packs_epi16(words, words));
+    const __m256i codes =
+        rounded(call, y, scale.row_step ? all(1.0f / scale.data[row]) : inverse,
+                zero.row_step ? all(zero.data[row]) : out_zero);
+    return _mm_cvtsi128_si64(bytes(call, codes, codes));
   }
 };
+
+// The epilogue of a whole panel, `call.is_plain()`. Row by row: what rows share is read once, and the
+// codes of a row are written together.
+template <Kind KIND, Format FORMAT, int ROWS>
+void finish_panel(const Call& call, const Channels& channels, int64_t panel, int64_t begin,
+                  int64_t row, const __m256i (&sums)[2][ROWS]) {
+  const int64_t place = panel * PANEL;
+  const Values<FORMAT> residual(call.residual);
+  const __m256 least = all(call.activation == NONE ? -INFINITY : 0.0f);
+  const __m256 most = all(call.activation == RELU6 ? 6.0f : INFINITY);
+  const __m256i x_zero =
+      _mm256_set1_epi32(call.shift + (call.x_zero.data == nullptr ? 0 : *call.x_zero.data));
+  const __m256 x_scale = all(*call.x_scale.data);
+  __m256i added[2];
+  __m256 step[2], bias[2], inverse[2], zero[2];
+  for (int i = 0; i < 2; ++i) {
+    const int64_t at = place + 8 * i;
+    const auto* of_weight = reinterpret_cast<const __m256i*>(call.row_sums + at);
+    added[i] = _mm256_mullo_epi32(x_zero, _mm256_loadu_si256(of_weight));
+    step[i] = _mm256_mul_ps(x_scale, _mm256_loadu_ps(channels.w_scale.get() + at));
+    bias[i] = _mm256_loadu_ps(channels.bias.get() + at);
+    inverse[i] = _mm256_loadu_ps(channels.inverse.get() + at);
+    zero[i] = _mm256_loadu_ps(channels.out_zero.get() + at);
+  }
+  for (int r = 0; r < ROWS; ++r) {
+    const int64_t at = (row + r) * call.n_out + begin;
+    __m256 y[2];
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      y[i] = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(sums[i][r], added[i])), step[i]);
+      if (call.bias != nullptr) y[i] = _mm256_add_ps(y[i], bias[i]);
+      const auto add = [&] { y[i] = _mm256_add_ps(y[i], residual.first(8, at + 8 * i)); };
+      if (FORMAT != NOTHING && call.residual_first) add();
+      y[i] = _mm256_min_ps(most, _mm256_max_ps(least, y[i]));
+      if (FORMAT != NOTHING && !call.residual_first) add();
+    }
+    if (KIND == REAL) {
+      float* const to = static_cast<float*>(call.out) + at;
+      for (int i = 0; i < 2; ++i) _mm256_storeu_ps(to + 8 * i, y[i]);
+      continue;
+    }
+    __m256i codes[2];
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) codes[i] = rounded(call, y[i], inverse[i], zero[i]);
+    auto* const to = reinterpret_cast<__m128i*>(static_cast<uint8_t*>(call.out) + at);
+    _mm_storeu_si128(to, bytes(call, codes[0], codes[1]));
+  }
+}
+
+template <Kind KIND, int ROWS>
+void finish_panel_with(const Call& call, const Channels& channels, int64_t panel, int64_t begin,
+                       int64_t row, const __m256i (&sums)[2][ROWS]) {
+  const auto finish = [&](auto function) { function(call, channels, panel, begin, row, sums); };
+  switch (call.residual.format) {
+    case NOTHING: return finish(finish_panel<KIND, NOTHING, ROWS>);
+    case FLOATS: return finish(finish_panel<KIND, FLOATS, ROWS>);
+    case SIGNED: return finish(finish_panel<KIND, SIGNED, ROWS>);
+    case UNSIGNED: return finish(finish_panel<KIND, UNSIGNED, ROWS>);
+  }
+}
 
 }  // namespace

@@ -71,23 +71,39 @@ inline void add_group(const uint8_t*& x, const int8_t*& weight, int64_t length,
   }
 }
 
+// Where the results of a panel go: its number, its first channel, and that after its product's last.
+struct Place {
+  const Call& call;
+  const Channels& channels;
+  int64_t panel, begin, end;
+  bool plain;  // `finish_panel` is for it
+  Epilogue half(int i) const { return {call, channels, panel, i, begin, end}; }
+};
+
 // One tile with one panel, whose channels share a scale.
 template <int ROWS, bool LONG>
-void tile(const uint8_t* x, const int8_t* weight, int64_t n_in, const Epilogue (&halves)[2],
-          int64_t row) {
+void tile(const uint8_t* x, const int8_t* weight, int64_t n_in, const Place& to, int64_t row) {
   __m256i sums[2][ROWS] = {};
   add_group<ROWS, LONG>(x, weight, n_in, sums);
+  if constexpr (ROWS == TILE)
+    if (to.plain) {
+      const auto finish = to.call.kind == REAL ? finish_panel_with<REAL, ROWS>
+                                               : finish_panel_with<CODES, ROWS>;
+      return finish(to.call, to.channels, to.panel, to.begin, row, sums);
+    }
   for (int i = 0; i < 2; ++i) {
-    halves[i].centre(row, 0, sums[i]);
-    halves[i].store(row, sums[i]);
+    const Epilogue half = to.half(i);
+    half.centre(row, 0, sums[i]);
+    half.store(row, sums[i]);
   }
 }
 
 // The same with several groups of input channels, each with its scale.
 template <int ROWS, bool LONG>
 void tile_of_groups(const uint8_t* x, const int8_t* weight, int64_t n_in,
-                    const Epilogue (&halves)[2], int64_t row) {
-  const Call& call = halves[0].call;
+                    const Place& to, int64_t row) {
+  const Call& call = to.call;
+  const Epilogue halves[] = {to.half(0), to.half(1)};
   __m256i whole[2][ROWS] = {};
   __m256 scaled[2][ROWS] = {};
   for (int64_t g = 0; g < call.groups; ++g) {
@@ -118,11 +134,11 @@ void tile_of_groups(const uint8_t* x, const int8_t* weight, int64_t n_in,
 // One tile of packed activations, of `rows` of 6 at most, with one panel.
 template <int ROWS, bool LONG>
 void meet(int64_t rows, const uint8_t* x, const int8_t* weight, int64_t n_in,
-          const Epilogue (&halves)[2], int64_t row) {
+          const Place& to, int64_t row) {
   if constexpr (ROWS > 1)
-    if (rows < ROWS) return meet<ROWS - 1, LONG>(rows, x, weight, n_in, halves, row);
-  if (halves[0].call.groups == 1) tile<ROWS, LONG>(x, weight, n_in, halves, row);
-  else tile_of_groups<ROWS, LONG>(x, weight, n_in, halves, row);
+    if (rows < ROWS) return meet<ROWS - 1, LONG>(rows, x, weight, n_in, to, row);
+  if (to.call.groups == 1) tile<ROWS, LONG>(x, weight, n_in, to, row);
+  else tile_of_groups<ROWS, LONG>(x, weight, n_in, to, row);
 }
 
 // Rows of codes in memory. Those of a product lie at the corners of a grid with axes for batch and
@@ -204,6 +220,7 @@ void multiply_slab(const Call& call, const Channels& channels, const int8_t* wei
   const int64_t block = std::max<int64_t>(1, CACHED / (PANEL * padded));
   const int64_t blocks = (panels + block - 1) / block;
   const int64_t wide = call.of_product(), per = call.panels_of_product();
+  const bool plain = call.is_plain();
 #pragma omp parallel for num_threads(threads) collapse(2) \
     schedule(dynamic, 1) if (count * padded * PANEL * panels > WORK)
   for (int64_t b = 0; b < blocks; ++b)
@@ -216,7 +233,7 @@ void multiply_slab(const Call& call, const Channels& channels, const int8_t* wei
           const int64_t end = (product + 1) * wide;
           meet<TILE, LONG>(count - row, packed + (row * call.products + product * TILE) * padded,
                            weight + p * PANEL * padded, padded,
-                           {{call, channels, p, 0, begin, end}, {call, channels, p, 1, begin, end}},
+                           {call, channels, p, begin, end, plain && end - begin >= PANEL},
                            first + row);
         }
 }

@@ -126,7 +126,14 @@ TAKES = Takes(
     largest_code=255,
     apart=16,
 )
-CONV_TAKES = replace(TAKES, residual_first=True, channel_codes=False, row_codes=False, apart=0)
+CONV_TAKES = replace(
+    TAKES,
+    residual_first=True,
+    residual_codes=True,
+    channel_codes=False,
+    row_codes=False,
+    apart=0,
+)
 
 
 @dataclass(frozen=True)

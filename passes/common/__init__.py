@@ -14,6 +14,7 @@ from fxq.passes.common.layer_choice import DEPTHWISE, FIRST, LAST, first_of
 from fxq.passes.common.leave_float import LeaveFloat
 from fxq.passes.common.observe_activations import ObserveActivations
 from fxq.passes.common.quantize_cache import QuantizeCache
+from fxq.passes.common.quantize_residuals import QuantizeResiduals
 from fxq.passes.common.separate_outliers import SeparateOutliers
 from fxq.passes.common.split_concatenations import SplitConcatenations
 from fxq.passes.common.student import (
@@ -39,6 +40,7 @@ __all__ = [
     "LeaveFloat",
     "ObserveActivations",
     "QuantizeCache",
+    "QuantizeResiduals",
     "SeparateOutliers",
     "SplitConcatenations",
     "TimestepRows",

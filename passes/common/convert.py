@@ -176,6 +176,9 @@ class _Conversion:
         source = edge.args[0]
         assert isinstance(source, Node)
         spec = observer.spec
+        if dtype_of(edge) == torch.float32 and (read := self.inputs.get((edge, spec))):
+            edge.replace_all_uses_with(read)  # a layer reads it, too
+            return
         qparams = self.qparams_of(edge, edge, str(edge.target).removesuffix("_observer"))
         after = last_of(source, *qparams)
         codes = insert_call(ops.quantize.default, (source, *qparams, *spec.grid), after=after)

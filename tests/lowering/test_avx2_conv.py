@@ -25,7 +25,7 @@ from fxq.lowering.lower import lower
 from fxq.lowering.rule import MAX_ROUNDED_SHARE
 from fxq.numerics import sqnr_db
 from fxq.passes import w8a8
-from fxq.passes.common import Calibrate, Convert, InsertObservers
+from fxq.passes.common import Calibrate, Convert, InsertObservers, QuantizeResiduals
 from fxq.pipeline import Recipe
 from fxq.spec import LayerSpec, QuantSpec
 
@@ -171,13 +171,20 @@ def outputs(shape: torch.Size) -> dict[str, tuple[Any, ...]]:
     ones = [1] * (len(shape) - 2)
     one, channels = torch.full((1, 1, *ones), 0.021), torch.rand(1, shape[1], *ones) + 0.01
     zero = torch.full((1, 1, *ones), 7, dtype=torch.int32)
+    per_sample = torch.rand(shape[0], 1, *ones) + 0.01
     last = torch.randn(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+    signed = torch.randint(-128, 128, shape, dtype=torch.int8)
+    unsigned = torch.randint(0, 256, last.mT.shape, dtype=torch.uint8).mT
     return {
         "residual": (torch.randn(shape), None, None, -128, 127),
         "int8": (None, one, zero, -128, 127),
         "uint8, residual": (last, one, zero + 120, 0, 255),
         "7 bits, per channel": (last, channels, zero.expand_as(channels).contiguous(), -64, 63),
         "no zero-point": (None, one, None, 0, 255),
+        "codes as residual": (signed, one, zero, -128, 127, 0.7 * one, zero - 9),
+        "codes as residual, fp32": (unsigned, None, None, -128, 127, 1.3 * one, zero + 90),
+        "codes as residual, no zero-point": (unsigned, channels, None, 0, 255, one, None),
+        "codes of samples": (signed, one, zero, -128, 127, per_sample, zero),
     }
 
 
@@ -303,7 +310,9 @@ def test_the_guard_of_codes_is_that_of_the_values_they_are_of(groups: int) -> No
     assert 0 < int(OPS.guard_scale(y, scale).isnan().sum()) < y.shape[1] * y.shape[2]
 
 
-STATIC = Recipe("static", (InsertObservers(w8a8.STATIC_LAYER, ("conv",)), Calibrate(), Convert()))
+OBSERVE = InsertObservers(w8a8.STATIC_LAYER, ("conv",))
+STATIC = Recipe("static", (OBSERVE, Calibrate(), Convert()))
+CODED = Recipe("coded", (OBSERVE, QuantizeResiduals(), Calibrate(), Convert()))
 
 
 class Residual(nn.Module):
@@ -344,19 +353,22 @@ class Mobile(nn.Module):
 # The epilogue of each kernel: an activation function, whether there is a residual, whether codes.
 Fused = tuple[str, bool, bool]
 PLAIN: Fused = ("none", False, False)
-BLOCKS: dict[str, tuple[type[nn.Module], list[Fused]]] = {
-    "residual": (Residual, [("relu", False, True), ("relu", True, False), PLAIN, PLAIN]),
-    "unet": (Unet, [("silu", False, True), ("none", True, False)]),
-    "mobile": (Mobile, [("relu6", False, True), ("hardswish", False, True), PLAIN]),
+CODES: Fused = ("none", False, True)
+RELU: Fused = ("relu", False, True)
+BLOCKS: dict[str, tuple[type[nn.Module], Recipe, list[Fused]]] = {
+    "residual": (Residual, STATIC, [RELU, ("relu", True, False), PLAIN, PLAIN]),
+    "residual codes": (Residual, CODED, [RELU, CODES, ("relu", True, True), PLAIN]),
+    "unet": (Unet, STATIC, [("silu", False, True), ("none", True, False)]),
+    "mobile": (Mobile, STATIC, [("relu6", False, True), ("hardswish", False, True), PLAIN]),
 }
 
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_a_block_has_no_passes_of_its_own_after_convolutions(name: str) -> None:
     torch.manual_seed(0)
-    make, expected = BLOCKS[name]
+    make, recipe, expected = BLOCKS[name]
     model, x = make().eval(), torch.randn(2, 16, 9, 9)
-    program = fxq.compress(model, x, STATIC, data=[torch.randn(4, 16, 9, 9)])
+    program = fxq.compress(model, x, recipe, data=[torch.randn(4, 16, 9, 9)])
 
     lowered, decisions = lower(program.graph_module, CPU)
 
@@ -374,10 +386,13 @@ def test_a_block_has_no_passes_of_its_own_after_convolutions(name: str) -> None:
     assert sqnr_db(model(x), compiled) > 25
 
 
-def test_what_is_not_finite_spoils_what_reads_it_through_codes_too() -> None:
+@pytest.mark.parametrize(("make", "recipe"), [(Mobile, STATIC), (Residual, CODED)])
+def test_what_is_not_finite_spoils_what_reads_it_through_codes_too(
+    make: type[nn.Module], recipe: Recipe
+) -> None:
     torch.manual_seed(0)
     x = torch.randn(3, 16, 9, 9)
-    program = fxq.compress(Mobile().eval(), x, STATIC, data=[x])
+    program = fxq.compress(make().eval(), x, recipe, data=[x])
     lowered, _ = lower(program.graph_module, CPU)
     x[1, 4, 3, 2] = torch.nan
 
