@@ -60,13 +60,8 @@ struct Call {
   int64_t panels_of_product() const { return (of_product() + PANEL - 1) / PANEL; }
   int64_t panels() const { return products * panels_of_product(); }
 
-  // Whether `finish_panel` is for it: all rows have the same scales and zero-points, the activation
-  // function is a clamp.
-  bool is_plain() const {
-    const bool shared = !x_zero.row_step && !x_scale.row_step && !out_scale.row_step;
-    const bool clamps = activation == NONE || activation == RELU || activation == RELU6;
-    return shared && !out_zero.row_step && clamps && groups == 1 && !n_apart && kind != WHOLE;
-  }
+  // Whether `finish_panel` is for it.
+  bool is_plain() const { return groups == 1 && !n_apart && kind != WHOLE; }
 
   // The place of an output channel in panels, none of which has channels of two products.
   int64_t place(int64_t n) const {
@@ -276,6 +271,11 @@ struct Epilogue {
   }
 };
 
+// Sixteen neighbours; not inlined, as it is long.
+__attribute__((noinline)) void activate_row(__m256 (&y)[2], int activation) {
+  activate(y, activation);
+}
+
 // The epilogue of a whole panel, `call.is_plain()`. Row by row: what rows share is read once, and the
 // codes of a row are written together.
 template <Kind KIND, Format FORMAT, int ROWS>
@@ -283,40 +283,49 @@ void finish_panel(const Call& call, const Channels& channels, int64_t panel, int
                   int64_t row, const __m256i (&sums)[2][ROWS]) {
   const int64_t place = panel * PANEL;
   const Values<FORMAT> residual(call.residual);
-  const __m256 least = all(call.activation == NONE ? -INFINITY : 0.0f);
-  const __m256 most = all(call.activation == RELU6 ? 6.0f : INFINITY);
-  const __m256i x_zero =
-      _mm256_set1_epi32(call.shift + (call.x_zero.data == nullptr ? 0 : *call.x_zero.data));
-  const __m256 x_scale = all(*call.x_scale.data);
-  __m256i added[2];
-  __m256 step[2], bias[2], inverse[2], zero[2];
+  const Spread<int32_t>&x_zero = call.x_zero, &out_zero = call.out_zero;
+  const Spread<float>&x_scale = call.x_scale, &out_scale = call.out_scale;
+  __m256i of_weight[2], added[2];
+  __m256 w_scale[2], step[2], bias[2], inverse[2], zero[2];
   for (int i = 0; i < 2; ++i) {
     const int64_t at = place + 8 * i;
-    const auto* of_weight = reinterpret_cast<const __m256i*>(call.row_sums + at);
-    added[i] = _mm256_mullo_epi32(x_zero, _mm256_loadu_si256(of_weight));
-    step[i] = _mm256_mul_ps(x_scale, _mm256_loadu_ps(channels.w_scale.get() + at));
+    of_weight[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(call.row_sums + at));
+    w_scale[i] = _mm256_loadu_ps(channels.w_scale.get() + at);
     bias[i] = _mm256_loadu_ps(channels.bias.get() + at);
     inverse[i] = _mm256_loadu_ps(channels.inverse.get() + at);
     zero[i] = _mm256_loadu_ps(channels.out_zero.get() + at);
   }
   for (int r = 0; r < ROWS; ++r) {
     const int64_t at = (row + r) * call.n_out + begin;
+    if (r == 0 || x_zero.row_step) {
+      const int32_t value = x_zero.data == nullptr ? 0 : x_zero.data[(row + r) * x_zero.row_step];
+      for (int i = 0; i < 2; ++i)
+        added[i] = _mm256_mullo_epi32(_mm256_set1_epi32(call.shift + value), of_weight[i]);
+    }
+    if (r == 0 || x_scale.row_step)
+      for (int i = 0; i < 2; ++i)
+        step[i] = _mm256_mul_ps(all(x_scale.data[(row + r) * x_scale.row_step]), w_scale[i]);
     __m256 y[2];
 #pragma GCC unroll 2
     for (int i = 0; i < 2; ++i) {
       y[i] = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(sums[i][r], added[i])), step[i]);
       if (call.bias != nullptr) y[i] = _mm256_add_ps(y[i], bias[i]);
-      const auto add = [&] { y[i] = _mm256_add_ps(y[i], residual.first(8, at + 8 * i)); };
-      if (FORMAT != NOTHING && call.residual_first) add();
-      y[i] = _mm256_min_ps(most, _mm256_max_ps(least, y[i]));
-      if (FORMAT != NOTHING && !call.residual_first) add();
     }
+    const auto add = [&] {
+      for (int i = 0; i < 2; ++i) y[i] = _mm256_add_ps(y[i], residual.first(8, at + 8 * i));
+    };
+    if (FORMAT != NOTHING && call.residual_first) add();
+    if (call.activation == RELU) each(y, [](__m256 one) { return _mm256_max_ps(all(0.0f), one); });
+    else if (call.activation != NONE) activate_row(y, call.activation);
+    if (FORMAT != NOTHING && !call.residual_first) add();
     if (KIND == REAL) {
       float* const to = static_cast<float*>(call.out) + at;
       for (int i = 0; i < 2; ++i) _mm256_storeu_ps(to + 8 * i, y[i]);
       continue;
     }
     __m256i codes[2];
+    if (out_scale.row_step) inverse[0] = inverse[1] = all(1.0f / out_scale.data[row + r]);
+    if (out_zero.row_step) zero[0] = zero[1] = all(out_zero.data[row + r]);
 #pragma GCC unroll 2
     for (int i = 0; i < 2; ++i) codes[i] = rounded(call, y[i], inverse[i], zero[i]);
     auto* const to = reinterpret_cast<__m128i*>(static_cast<uint8_t*>(call.out) + at);

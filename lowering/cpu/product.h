@@ -268,7 +268,9 @@ void multiply(const Call& call, const Rows& rows, const int8_t* weight, bool nar
   const int64_t padded = rows.padded(), row_bytes = padded * call.products;
   const int64_t most = std::max<int64_t>(1, threads * SLAB / (row_bytes * MOST_ROWS)) * MOST_ROWS;
   const Channels channels(call);
-  const int64_t slab = std::min(most, (rows.count + TILE - 1) / TILE * TILE);
+  if (!rows.count) return;
+  const int64_t slabs = (rows.count + most - 1) / most;  // of the same size, in whole tiles
+  const int64_t slab = ((rows.count + slabs - 1) / slabs + TILE - 1) / TILE * TILE;
   const Workspace<PACKED> workspace(slab * row_bytes);
   uint8_t* const packed = workspace.data;
   for (int64_t first = 0; first < rows.count; first += slab) {

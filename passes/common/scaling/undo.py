@@ -40,15 +40,12 @@ def costs_of_scaling(
         targets: kinds of layers that will be.
     """
 
-    def judged(chosen: Collection[str]) -> WholeError:
+    def judged(chosen: Collection[str]) -> list[WholeError]:
         errors = []
         for scalings, halves in folds:
             scaled = scaled_copy(gm, [s for s in scalings if s.site.kind in chosen])
             errors.append(whole_error(scaled, gm, halves, layer, targets))
-        return WholeError(
-            sum(error.pooled for error in errors) / len(errors),
-            max(error.worst for error in errors),
-        )
+        return errors
 
     kinds = [kind for kind in KINDS if any(s.site.kind == kind for s in folds[0][0])]
     plain, everything = judged([]), judged(kinds)
@@ -92,12 +89,14 @@ def _moved(site: ScaleSite, of: dict[Node, Node]) -> ScaleSite:
     )
 
 
-def _cost(error: WholeError, other: WholeError) -> str:
-    """Return by how much an error is above another in dB, "" where it is not."""
-    pooled = decibels(error.pooled, other.pooled)
+def _cost(errors: Sequence[WholeError], others: Sequence[WholeError]) -> str:
+    """Return by how much errors are above others in dB, in the fold where most; "" where they are
+    not in any."""
+    pairs = list(zip(errors, others, strict=True))
+    pooled = max(decibels(error.pooled, other.pooled) for error, other in pairs)
     if pooled > POOLED_TOLERANCE_DB:
         return f"the pooled error was {pooled:.1f} dB larger"
-    worst = decibels(error.worst, other.worst)
+    worst = max(decibels(error.worst, other.worst) for error, other in pairs)
     if worst > WORST_TOLERANCE_DB:
         return f"the worst sample's error was {worst:.1f} dB larger"
     return ""
