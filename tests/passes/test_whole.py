@@ -1,7 +1,7 @@
 """The graph as a whole: its error on batches held out, and scalings undone where they cost."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -13,8 +13,16 @@ import fxq
 from fxq.graph import owner_name
 from fxq.layer import layer_of
 from fxq.passes import smoothquant, w8a8
-from fxq.passes.common.scaling import Candidate, EquivalentScaling, ScaleSite, Statistics
-from fxq.passes.common.whole import halves_of, whole_error
+from fxq.passes.common.scaling import (
+    Candidate,
+    EquivalentScaling,
+    ScaleSite,
+    Scaling,
+    Statistics,
+    scale_sites,
+    undo,
+)
+from fxq.passes.common.whole import Halves, WholeError, halves_of, whole_error
 from fxq.rewriting import copy_graph
 from fxq.spec import LayerSpec, MinMax, PerToken, QuantSpec
 
@@ -97,6 +105,39 @@ def test_a_site_that_helps_the_output_stays_and_the_whole_can_be_left_unjudged()
 
     for gm in (loud, unjudged):
         assert treatments(gm)["loud"] == treatments(gm)["quiet"] == "Amplify (norm)"
+
+
+@pytest.mark.parametrize(
+    ("errors", "costs"),
+    [
+        ({0: (0.010, 0.02), 1: (0.010, 0.02)}, ""),
+        ({0: (0.001, 0.02), 1: (0.012, 0.02)}, "the pooled error was 0.8 dB larger"),
+        ({0: (0.001, 0.02), 1: (0.010, 0.03)}, "the worst sample's error was 1.8 dB larger"),
+        ({0: (0.012, 0.02), 1: (0.001, 0.02)}, "the pooled error was 0.8 dB larger"),
+    ],
+)
+def test_each_half_has_to_agree(
+    errors: dict[int, tuple[float, float]], costs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = batches(4)
+    gm = quiet(1e3, data)
+    scaled = quiet(1e3, data)
+
+    folds = [Halves(data[:2], data[2:], held_out=True), Halves(data[2:], data[:2], held_out=True)]
+
+    def error_of(graph: GraphModule, _: GraphModule, halves: Halves, *__: object) -> WholeError:
+        return WholeError(*(errors[folds.index(halves)] if graph is scaled else (0.010, 0.02)))
+
+    monkeypatch.setattr(undo, "whole_error", error_of)
+    monkeypatch.setattr(undo, "scaled_copy", lambda gm, scalings: scaled if scalings else gm)
+    site = replace(scale_sites(gm).sites[0], kind="norm")
+    scalings = [Scaling(site, torch.ones(site.n_channels))]
+
+    found = undo.costs_of_scaling(
+        gm, [(scalings, halves) for halves in folds], w8a8.STATIC_LAYER, ("linear",)
+    )
+
+    assert found == ({"norm": costs} if costs else {})
 
 
 def test_the_error_is_that_of_outputs_on_the_other_half() -> None:
