@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
-from fxq.account import kind_of
+from fxq.account import UNKNOWN, is_unknown, kind_of
 from fxq.dialect import ATEN, OBSERVED, Dialect
 from fxq.errors import UnsupportedError, did_you_mean
 from fxq.graph import (
@@ -127,7 +127,9 @@ class InsertObservers(Pass):
             kind = None if is_settled(node) else kind_of(node)
             if kind is None:
                 continue
-            if kind not in NO_LINEAR and _has_weight(node) and "linear" in self.targets:
+            if is_unknown(node):
+                treat(node, name, UNKNOWN)
+            elif kind not in NO_LINEAR and _has_weight(node) and "linear" in self.targets:
                 why = f"its weight multiplies as {kind}, in a form that is not a linear"
                 treat(node, name, Skip(why, intended=False))
             elif kind not in TARGETS:
