@@ -91,7 +91,8 @@ class Report:
         lines = []
         if count := sum(self.uncounted.values()):
             names = ", ".join(sorted(self.uncounted))
-            lines.append(f"{count} operators cannot be counted: fxq does not know {names}")
+            what = "1 operator" if count == 1 else f"{count} operators"
+            lines.append(f"{what} cannot be counted: fxq does not know {names}")
         if self.sqnr_db is not None:
             lines.append(f"outputs on the example: {self.sqnr_db:.1f} dB against float")
         if count := sum(r.status == "simulated" for r in self.rows):
@@ -120,9 +121,10 @@ class Report:
         for name in ("operator", "count", "FLOPs", "format", "status", "kernel or reason"):
             table.add_column(name, justify="right" if name in ("count", "FLOPs") else "left")
         for group, flops in groups.most_common():
-            share = flops / self.flops if self.flops else 0.0
             kind, format, status, why = group
-            table.add_row(kind, str(counts[group]), f"{share:.1%}", format, status, escape(why))
+            share = f"{flops / self.flops if self.flops else 0.0:.1%}"
+            share = "?" if kind in self.uncounted else share
+            table.add_row(kind, str(counts[group]), share, format, status, escape(why))
         return table
 
 

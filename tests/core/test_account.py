@@ -250,7 +250,7 @@ def test_a_weight_in_an_unknown_operator_is_reported_and_stops_strict(recipe: Re
     assert row.status == "float"
     assert "an operator that fxq does not know" in row.reason
     assert row.row.flops == 0 < report.flops
-    assert "1 operators cannot be counted" in report.caption
+    assert "1 operator cannot be counted" in report.caption
     with pytest.raises(SkippedError, match="that fxq does not know reads its weight"):
         fxq.compress(model, example, recipe, [example], strict=True, dynamic_shapes=None)
 
