@@ -1,6 +1,7 @@
 """A language model with its cache in the program, token by token, compiled once for each kind of
 call. Judges: transformers' `generate` with its own static cache, and the eager model."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,7 +10,19 @@ from story import Story
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.fx import GraphModule
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+)
 
 import fxq
 from fxq.adapters.static_cache import FREE_TOKENS, StaticDecoder, calls, greedy
@@ -53,6 +66,40 @@ def test_a_float_program_writes_what_generate_writes() -> None:
 
     for _ in range(2):  # a new prompt begins anew
         assert torch.equal(greedy(program, prompt, WRITTEN), expected[:, PROMPT:])
+
+
+def one_head_for_all() -> PreTrainedModel:
+    sizes = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    return FalconForCausalLM(FalconConfig(**sizes, multi_query=True))
+
+
+def narrow_values() -> PreTrainedModel:
+    sizes = {key: value for key, value in SIZES.items() if key != "head_dim"}
+    latent = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 4, "v_head_dim": 8,
+              "qk_nope_head_dim": 8, "first_k_dense_replace": 1}  # fmt: skip
+    return DeepseekV3ForCausalLM(DeepseekV3Config(**sizes | {"num_key_value_heads": 2}, **latent))
+
+
+def positions_by_a_mask() -> PreTrainedModel:
+    sizes = {"vocab_size": 61, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 1}
+    more = {"num_attention_heads": 2, "max_position_embeddings": 64, "word_embed_proj_dim": 32}
+    return OPTForCausalLM(OPTConfig(**sizes, **more))
+
+
+@pytest.mark.parametrize("make", [one_head_for_all, narrow_values, positions_by_a_mask])
+def test_the_model_says_what_its_cache_holds(make: Callable[[], PreTrainedModel]) -> None:
+    torch.manual_seed(0)
+    model, prompt = make().eval(), torch.randint(3, 61, (2, PROMPT))
+    model.generation_config.eos_token_id = None
+    for parameter in model.parameters():  # so that tokens differ
+        parameter.data += torch.randn_like(parameter) / 8
+    expected = model.generate(prompt, max_new_tokens=WRITTEN, do_sample=False, pad_token_id=0)
+
+    decoder = StaticDecoder(model, 2, LENGTH)
+
+    assert all(not value.any() for n, value in decoder.named_buffers() if n.startswith(("k", "v")))
+    program = program_of(decoder, FLOAT, prompt)
+    assert torch.equal(greedy(program, prompt, WRITTEN), expected[:, PROMPT:])
 
 
 def test_the_loop_compiles_once_for_a_prompt_and_once_for_a_token(
