@@ -75,6 +75,8 @@ class StaticDecoder(nn.Module):
             input_ids: int64 `[B, T]`.
             cache_position: int64 `[T]`, neighbouring places in the sequence, the first 0.
         """
+        # Compiled, negative indices count from the end, where the kernel's own bounds do not help.
+        torch._assert_async(cache_position[0] >= 0, "cache_position: expected places from 0 on")
         cache = copy.copy(self.cache)
         cache.layers = [copy.copy(layer) for layer in self.cache.layers]
         for index, layer in enumerate(cache.layers):

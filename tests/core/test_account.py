@@ -239,6 +239,7 @@ def test_experts_are_reported_and_stop_strict() -> None:
         fxq.compress(model, example, w8a8.DYNAMIC, strict=True, dynamic_shapes=None)
 
 
+@pytest.mark.filterwarnings("ignore:this program cannot be saved")
 @pytest.mark.parametrize("recipe", [w8a8.DYNAMIC, pruning.MAGNITUDE_50], ids=lambda r: r.name)
 def test_a_weight_in_an_unknown_operator_is_reported_and_stops_strict(recipe: Recipe) -> None:
     model, example = Experts(multiply_by_groups).eval(), (torch.randn(32, 64), ENDS)
@@ -255,6 +256,7 @@ def test_a_weight_in_an_unknown_operator_is_reported_and_stops_strict(recipe: Re
         fxq.compress(model, example, recipe, [example], strict=True, dynamic_shapes=None)
 
 
+@pytest.mark.filterwarnings("ignore:this program cannot be saved")
 def test_an_unknown_operator_without_a_weight_is_named_and_no_row() -> None:
     model, x = Call(lambda x, m: squash(m(x)), nn.Linear(64, 64)).eval(), torch.randn(4, 64)
 

@@ -2,6 +2,7 @@
 call. Judges: transformers' `generate` with its own static cache, and the eager model."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -56,7 +57,7 @@ def forced(step: Any, ids: Tensor, n_prompt: int) -> Tensor:
         return torch.cat([step(**call) for call in calls(ids, n_prompt)], 1)
 
 
-def test_a_float_program_writes_what_generate_writes() -> None:
+def test_a_float_program_writes_what_generate_writes(tmp_path: Path) -> None:
     model, prompt = llama(num_hidden_layers=2), torch.randint(1, 61, (2, PROMPT))
     expected = model.generate(
         prompt, max_new_tokens=WRITTEN, do_sample=False, cache_implementation="static"
@@ -64,8 +65,10 @@ def test_a_float_program_writes_what_generate_writes() -> None:
 
     program = program_of(StaticDecoder(model, 2, LENGTH), FLOAT, prompt)
 
-    for _ in range(2):  # a new prompt begins anew
-        assert torch.equal(greedy(program, prompt, WRITTEN), expected[:, PROMPT:])
+    fxq.save(program, tmp_path / "program.safetensors")
+    for step in (program, program, fxq.load(tmp_path / "program.safetensors")):
+        # a new prompt begins anew
+        assert torch.equal(greedy(step, prompt, WRITTEN), expected[:, PROMPT:])
 
 
 def one_head_for_all() -> PreTrainedModel:
@@ -134,6 +137,10 @@ def test_the_loop_compiles_once_for_a_prompt_and_once_for_a_token(
         assert (value.int() - codes[name].int()).abs().max() <= 1
     greedy(fast, ids[2:4, :PROMPT], LENGTH - PROMPT)
     assert len(built) == 2
+    before_the_first = torch.arange(-PROMPT, 0)  # the last ones, to Inductor
+    for step in (program, fast):
+        with torch.no_grad(), pytest.raises(RuntimeError, match="expected places from 0 on"):
+            step(input_ids=prompt, cache_position=before_the_first)
 
 
 @pytest.mark.slow
