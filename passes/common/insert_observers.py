@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
@@ -21,6 +22,7 @@ from fxq.graph import (
     is_settled,
     owner_name,
     shape_of,
+    val_of,
     weight_of,
 )
 from fxq.layer import Skip, treat
@@ -137,8 +139,14 @@ class InsertObservers(Pass):
 
 
 def _has_weight(node: Node) -> bool:
-    """Tell whether a product is one of a constant and something that is not."""
-    return len({is_constant(operand) for operand in node.all_input_nodes}) == 2
+    """Tell whether a product is one of a constant and something that is not, where its groups end
+    aside."""
+    values = [operand for operand in node.all_input_nodes if not _is_index(operand)]
+    return len({is_constant(value) for value in values}) == 2
+
+
+def _is_index(node: Node) -> bool:
+    return getattr(val_of(node), "dtype", None) in (torch.int32, torch.int64)
 
 
 def _index(gm: GraphModule, layer: Node, spec: LayerSpec) -> tuple[Node | None, str, str]:
