@@ -227,8 +227,8 @@ ENDS = torch.tensor([8, 16, 32], dtype=torch.int32)
 
 
 def test_experts_are_reported_and_stop_strict() -> None:
-    model = Experts(torch._grouped_mm).eval()
-    example = (torch.randn(32, 64), ENDS)
+    model = Experts(torch._grouped_mm).eval().bfloat16()
+    example = (torch.randn(32, 64, dtype=torch.bfloat16), ENDS)
 
     program = fxq.compress(model, example, w8a8.DYNAMIC, dynamic_shapes=None)
 
@@ -241,8 +241,9 @@ def test_experts_are_reported_and_stop_strict() -> None:
 
 def test_groups_that_are_known_are_no_weight() -> None:
     model = Call(lambda x: torch._grouped_mm(x, x[:16].repeat(3, 1, 1), ENDS)).eval()
+    x = torch.randn(32, 16, dtype=torch.bfloat16)
 
-    program = fxq.compress(model, torch.randn(32, 16), w8a8.DYNAMIC, dynamic_shapes=None)
+    program = fxq.compress(model, x, w8a8.DYNAMIC, dynamic_shapes=None)
 
     (row,) = fxq.report(program).rows
     assert row.reason == "this recipe does not quantize _grouped_mm"
