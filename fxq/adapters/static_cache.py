@@ -27,12 +27,14 @@ FREE_TOKENS = {"input_ids": {1: "tokens"}, "cache_position": {0: "tokens"}}
 class StaticDecoder(nn.Module):
     """A causal language model that adds tokens to a cache of fixed size.
 
+    The model runs once, on one token, to say what shapes its keys and values have.
+
     Args:
         model: in eval mode; its layers attend to all tokens before.
         batch_size: sequences at once, B.
         max_length: tokens that the cache holds.
     Raises:
-        ValueError: the model has layers of another cache, such as a sliding window.
+        ValueError: the model has layers of another cache, such as a sliding window, or of none.
     """
 
     def __init__(self, model: PreTrainedModel, batch_size: int, max_length: int) -> None:
@@ -74,6 +76,8 @@ class StaticDecoder(nn.Module):
         Args:
             input_ids: int64 `[B, T]`.
             cache_position: int64 `[T]`, neighbouring places in the sequence, the first 0.
+        Raises:
+            RuntimeError: a negative place.
         """
         # Compiled, negative indices count from the end, where the kernel's own bounds do not help.
         torch._assert_async(cache_position[0] >= 0, "cache_position: expected places from 0 on")
