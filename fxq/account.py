@@ -3,18 +3,20 @@ is.
 
 Linear, convolution, matmul, einsum that contracts two or more tensors, and attention have a kind of
 their own; any other operator that torch counts products in, such as a recurrent layer, is a kind by
-its name (`fxq.flops`). The cost of everything else grows with the number of elements only. Each
+its name (`fxq.flops`). So is an operator of another library that reads a weight, with 0 operations,
+which nobody can count. The cost of everything else grows with the number of elements only. Each
 operator that multiplies is quantized or sparse, or its record (`fxq.layer`) says why not.
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from torch.fx import GraphModule, Node
 
 from fxq.einsum import Equation
-from fxq.flops import counted_flops
+from fxq.flops import counted_flops, is_opaque, reads_weight
 from fxq.graph import constant_of, hint, is_constant, is_op, owner_name, shape_of, val_of
 from fxq.layer import Layer, Skip, layer_of
 from fxq.operators import SPARSE_ATTENTION, TABLE, Movement, multiplied, operand
@@ -26,6 +28,12 @@ KINDS: Mapping[Movement | None, str] = {
 }  # fmt: skip
 
 
+UNKNOWN = Skip(
+    "an operator that fxq does not know reads its weight; its operations cannot be counted",
+    intended=False,
+)
+
+
 @dataclass(frozen=True)
 class Row:
     """One operator of the account.
@@ -33,8 +41,8 @@ class Row:
     Args:
         node: the node's name in the graph.
         module: qualified name of the module it came from.
-        kind: one of `KINDS`, or the operator's name.
-        flops: floating-point operations, a multiply-add counting as two.
+        kind: one of `KINDS`, or the operator's name; with its namespace where it is unknown.
+        flops: floating-point operations, a multiply-add counting as two; 0 of an unknown one.
         layer: its record.
     """
 
@@ -62,11 +70,30 @@ def kind_of(node: Node) -> str | None:
     kind = KINDS.get(TABLE.get(node.target)) if node.op == "call_function" else None
     if kind is None and counted_flops(node):
         return str(node.target._opname)  # type: ignore[union-attr]
+    if kind is None and is_unknown(node):
+        return operator_name(node)
     return None if kind == "einsum" and not Equation.of(node).contracts else kind
 
 
+def is_unknown(node: Node) -> bool:
+    """Tell whether a node may be a layer that nobody can see into: an operator of another library
+    that reads a weight."""
+    return is_opaque(node) and reads_weight(node)
+
+
+def operator_name(node: Node) -> str:
+    """Return the name of the operator that a node calls, with its namespace."""
+    return str(node.target._schema.name)  # type: ignore[union-attr]
+
+
+def uncounted(gm: GraphModule) -> Counter[str]:
+    """Return how many nodes there are of each operator that cannot be counted, by its name."""
+    return Counter(operator_name(node) for node in gm.graph.nodes if is_opaque(node))
+
+
 def flops_of(node: Node, sizes: Mapping[str, int] | None = None) -> int:
-    """Return a node's floating-point operations, 0 for a node that does not multiply.
+    """Return a node's floating-point operations, 0 for a node that does not multiply or that cannot
+    be counted.
 
     Sparse attention counts as the dense attention it stands for, so that shares compare with the
     model as it was, and because its density may change from call to call.

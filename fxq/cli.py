@@ -75,9 +75,10 @@ def compress(
     The first pictures calibrate, the next ones compare; with too few, the same do both.
     """
     import fxq
-    from fxq.adapters.timm_images import image_batches, load_model
+    from fxq.adapters.timm_images import check_name, find_pictures, image_batches, load_model
     from fxq.batches import checked_device
     from fxq.files import check_writable
+    from fxq.pipeline import resolve_recipe
     from fxq.progress import reporting
     from fxq.scorecard import measure
 
@@ -87,12 +88,15 @@ def compress(
     _, name = parse_model(model)
     if out is not None:
         check_writable(out)
-    say(f"loading {name}")
     arguments = dict(map(parse_argument, model_arg or []))
     place = str(checked_device(device, "--device"))
+    resolve_recipe(recipe)
+    check_name(name)
+    pictures = find_pictures(data, 2 * calibration_images)
+    say(f"loading {name}")
     module = load_model(name, checkpoint, arguments, place)
-    folder = image_batches(module, arguments, data, 2 * calibration_images, batch_size)
-    say(f"reading {len(folder.paths)} pictures from {data}")
+    folder = image_batches(module, arguments, pictures, batch_size)
+    say(f"reading {len(pictures)} pictures from {data}")
     batches = [batch.to(place) for batch in folder]
     n_calibrate = max(1, len(batches) // 2)
     held_out = batches[n_calibrate:] or batches

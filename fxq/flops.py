@@ -4,6 +4,7 @@ A list of the operators that multiply is never complete: torch writes hundreds i
 (`aten.lstm`, `aten.tensordot`, `aten.cov`). So an operator runs once on tensors without memory
 under torch's own `FlopCounterMode`, which sees what it expands to. What torch has no formula for
 is in `FORMULAS`. Solvers, factorizations and Fourier transforms are no products and count nothing.
+An operator that another library registered, and that torch cannot see into, cannot be counted.
 """
 
 import functools
@@ -16,9 +17,10 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fxq.graph import hint, val_of
+from fxq.graph import hint, is_constant, val_of
 
 aten = torch.ops.aten
+KNOWN = frozenset({"aten", "prims", "prim", "fxq"})  # namespaces of operators
 Shape = Sequence[int]
 
 
@@ -43,6 +45,10 @@ def _of_result(a: Shape, *rest: Any, out_shape: Shape, **kwargs: Any) -> int:
     return 2 * math.prod(out_shape) * a[-1]
 
 
+def _of_added(added: Shape, a: Shape, *rest: Any, out_shape: Shape, **kwargs: Any) -> int:
+    return 2 * math.prod(out_shape) * a[-1]
+
+
 def _addbmm(added: Shape, a: Shape, b: Shape, *, out_shape: Shape, **kwargs: Any) -> int:
     return 2 * math.prod(a) * b[-1]
 
@@ -62,6 +68,13 @@ def _trilinear(a: Shape, b: Shape, c: Shape, *expand: Any, out_shape: Shape, **k
     return 2 * math.prod(map(max, zip(*shapes, strict=True)))
 
 
+def _grouped_mm(a: Shape, b: Shape, *rest: Any, out_shape: Shape, **kwargs: Any) -> int:
+    """A product per group. Of two matrices the groups are parts of K, which all together have it;
+    otherwise the result has a part for each, of rows, of columns or on an axis of its own."""
+    groups = out_shape[0] if len(a) == len(b) == 2 else 1
+    return 2 * math.prod(out_shape) * a[-1] // max(groups, 1)
+
+
 FORMULAS: Mapping[Any, Callable[..., int]] = {
     aten.mv: _of_first,
     aten.dot: _of_first,
@@ -70,9 +83,16 @@ FORMULAS: Mapping[Any, Callable[..., int]] = {
     aten.addbmm: _addbmm,
     aten.conv_tbc: _conv_tbc,
     aten._trilinear: _trilinear,
+    aten._grouped_mm: _grouped_mm,
+    aten._scaled_grouped_mm: _grouped_mm,
+    aten._scaled_grouped_mm_v2: _grouped_mm,
+    aten._scaled_mm_v2: _of_result,
+    aten._addmm_activation: _of_added,
     aten._int_mm: _of_result,
     aten._weight_int8pack_mm: _of_result,
     aten._weight_int4pack_mm: _of_result,
+    aten._weight_int4pack_mm_for_cpu: _of_result,
+    aten._dyn_quant_matmul_4bit: _of_result,
     aten._cdist_forward: _of_result,
     aten._euclidean_dist: _of_result,
     aten.affine_grid_generator: _of_result,
@@ -91,6 +111,26 @@ def counted_flops(node: Node, sizes: Mapping[str, int] | None = None) -> int:
         return 0
     args = _frozen(node.args, sizes)
     return _count(target, args, _frozen(sorted(node.kwargs.items()), sizes))
+
+
+def is_opaque(node: Node) -> bool:
+    """Tell whether a node calls an operator of another library that reads floating-point values and
+    whose operations cannot be counted."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace in KNOWN:
+        return False
+    return not _may_multiply(target) and any(map(_is_floating, node.all_input_nodes))
+
+
+def reads_weight(node: Node) -> bool:
+    """Tell whether a node reads a floating-point constant of two dimensions or more."""
+    constants = filter(is_constant, node.all_input_nodes)
+    return any(_is_floating(value) and val_of(value).ndim > 1 for value in constants)
+
+
+def _is_floating(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
 @functools.cache

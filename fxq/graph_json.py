@@ -23,7 +23,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._sympy.numbers import int_oo
 
 from fxq.errors import UnsupportedError
-from fxq.graph import hint, val_of
+from fxq.graph import hint, owner_name, val_of
 from fxq.layer_json import decode_layer, encode_layer
 
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
@@ -119,6 +119,17 @@ def encode_target(target: Any) -> str:
     raise UnsupportedError(
         f"expected operators of aten, prims or fxq, found {target}, which a file cannot carry"
     )
+
+
+def not_in_files(graph: Graph) -> list[str]:
+    """Return the names of the operators and functions of a graph that a file cannot carry."""
+    found: dict[str, None] = {}
+    for target in {node.target: None for node in graph.nodes if node.op == "call_function"}:
+        try:
+            encode_target(target)
+        except UnsupportedError:
+            found[str(target)] = None
+    return [*found]
 
 
 def decode_target(name: str) -> Callable[..., Any]:
@@ -217,7 +228,7 @@ def encode_graph(gm: GraphModule) -> dict[str, Any]:
                 entry["args"] = [encode(arg) for arg in node.args]
                 entry["kwargs"] = {key: encode(arg) for key, arg in node.kwargs.items()}
         except UnsupportedError as error:
-            raise UnsupportedError(f"{node.format_node()}: {error}") from error
+            raise UnsupportedError(f"{node.name} of {owner_name(node)!r}: {error}") from error
         nodes.append(entry | _encode_meta(node))
     return {"nodes": nodes, "symbols": symbols}
 

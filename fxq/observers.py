@@ -7,8 +7,10 @@ gives the same bytes. `MovingAverage` alone depends on the order of batches by d
 refuses to merge.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import dropwhile
 
 import torch
 from torch import SymInt, Tensor, nn
@@ -47,8 +49,18 @@ MERGE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+def of_rank(shape: Sequence[int], ndim: int = 0) -> list[int]:
+    """Return the shape of a scale without leading dimensions of size 1, or with as many of them as
+    make it `ndim` dimensions."""
+    kept = [*dropwhile(lambda size: size == 1, shape)]
+    return [1] * (ndim - len(kept)) + kept
+
+
 class RangeObserver(nn.Module):
     """Return the input unchanged and remember what is needed to quantize it.
+
+    Tensors may have more or fewer dimensions than `shape`, where the scale is the same then: one
+    number, or one for each place on the last axis.
 
     Where the spec has rows, there is a state for each: buffers, scale and zero-point have one
     dimension more, the first.
@@ -174,14 +186,14 @@ class RangeObserver(nn.Module):
         return x
 
     def _observe(self, x: Tensor, index: Tensor | None) -> None:
-        self._check_shape(x.shape)
+        block = list(block_of(self.spec.granularity, x.ndim))
+        self._check_shape(x.shape, block)
         if not x.numel():
             return
         self.searched = None
         if self.low.device != x.device:
             self.to(x.device)
-        block = list(self.block)
-        for dim in self._row_dims(index):
+        for dim in self._row_dims(index, x.ndim):
             block[dim] = 1
         low, high = numerics.block_amin_amax(x, block)
         if not bool((low.isfinite() & high.isfinite()).all()):
@@ -200,20 +212,21 @@ class RangeObserver(nn.Module):
         counts = torch.full_like(rows, x.numel() // rows.numel()).flatten()
         self.n_values.view(-1).index_add_(0, rows.flatten(), counts)
 
-    def _row_dims(self, index: Tensor | None) -> list[int]:
-        """Return the dimensions of the observed tensor that have a row for each element."""
+    def _row_dims(self, index: Tensor | None, ndim: int) -> list[int]:
+        """Return the dimensions of an observed tensor that have a row for each element."""
         if index is None or index.ndim == 0:
             return []
-        both = [0, len(self.block) - 2]
+        both = [0, ndim - 2]
         return both if index.ndim == 2 else both[isinstance(self.spec.rows, ByPosition) :][:1]
 
     def _entries(self, shape: Sequence[int], index: Tensor | None) -> Tensor:
         """Return which entry of the state each block goes to, int64 in `shape`."""
-        width = torch.Size(self.scale_shape).numel()
-        entries = torch.arange(width, device=self.low.device).reshape(self.scale_shape)
+        scale_shape = of_rank(self.scale_shape, len(shape))
+        width = torch.Size(scale_shape).numel()
+        entries = torch.arange(width, device=self.low.device).reshape(scale_shape)
         if index is not None:
             place = [1] * len(shape)
-            for dim, size in zip(self._row_dims(index), index.shape, strict=True):
+            for dim, size in zip(self._row_dims(index, len(shape)), index.shape, strict=True):
                 place[dim] = size
             entries = entries + width * index.to(entries.device).reshape(place)
         return entries.expand(shape)
@@ -226,8 +239,8 @@ class RangeObserver(nn.Module):
         counts = torch.bincount(index.flatten(), minlength=self.histogram.numel())
         self.histogram += counts.view_as(self.histogram)
 
-    def _check_shape(self, shape: Sequence[int]) -> None:
-        if len(shape) == len(self.block) and scale_shape(shape, self.block) == self.scale_shape:
+    def _check_shape(self, shape: Sequence[int], block: Sequence[int]) -> None:
+        if of_rank(scale_shape(shape, block)) == of_rank(self.scale_shape):
             return
         raise ValueError(
             f"static {self.spec.granularity} at {self.name} has a scale of shape "
@@ -241,6 +254,30 @@ class RangeObserver(nn.Module):
             f"expected finite values, found {bad} NaN or Inf of {x.numel()} at {self.name}; check "
             "the calibration data, and run the model in fp32 or bf16 if fp16 overflows"
         )
+
+    def is_like(self, other: "RangeObserver") -> bool:
+        """Tell whether what one observes may be the other's: the same spec, and scales that differ
+        at most in leading dimensions of size 1."""
+        alike = of_rank(self.scale_shape) == of_rank(other.scale_shape)
+        return self.spec == other.spec and alike
+
+    def at_rank(self, ndim: int) -> "RangeObserver":
+        """Return a copy whose scale has as many dimensions as a tensor of `ndim`."""
+        made = copy.deepcopy(self)
+        made.block = block_of(self.spec.granularity, ndim)
+        made.scale_shape = of_rank(self.scale_shape, ndim)
+
+        def shaped(state: Tensor) -> Tensor:
+            rows = [] if self.spec.rows is None else [len(state)]
+            return state.reshape(rows + made.scale_shape)
+
+        for name in ("low", "high", "trained_scale", "trained_zero_point"):
+            if (state := getattr(made, name)) is not None:
+                setattr(made, name, shaped(state))
+        if made.searched is not None:
+            count, low, high = made.searched
+            made.searched = count, shaped(low), shaped(high)
+        return made
 
     def range(self) -> tuple[Tensor, Tensor]:
         """Return the smallest and largest value to represent, fp32 in the scale's shape.

@@ -27,6 +27,7 @@ from fxq.capturing import capture
 from fxq.checkpoint import Checkpoint
 from fxq.dialect import Dialect
 from fxq.errors import FxqWarning, SkippedError, did_you_mean
+from fxq.graph_json import not_in_files
 from fxq.history import Stage, stage
 from fxq.judging import far_from_float, outputs_sqnr_db
 from fxq.program import Program
@@ -259,6 +260,14 @@ def compress(
         torch.no_grad(),
     ):
         captured = capture(model, example_inputs, dynamic_shapes)
+        if unsaved := not_in_files(captured.graph_module.graph):
+            names = ", ".join(unsaved)
+            warnings.warn(
+                f"this program cannot be saved: {names} would have to be operators of aten, prims "
+                "or fxq for a file to carry them",
+                FxqWarning,
+                stacklevel=2,
+            )
         example = captured.inputs(example_inputs)
         float_results = seeded(captured.graph_module, example)  # before it is rewritten
         batches = None if data is None else CheckedBatches(captured, data, device_of(model))

@@ -1,7 +1,8 @@
 """Report: where every floating-point operation of a program goes, and why."""
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from io import StringIO
 from typing import Literal
 
@@ -10,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fxq.account import Row, account
+from fxq.account import Row, account, uncounted
 from fxq.layer import Induction
 from fxq.lowering.lower import lower
 from fxq.program import Program, check_program
@@ -50,7 +51,12 @@ class ReportRow:
 
 @dataclass(frozen=True)
 class Report:
-    """All operators that multiply, on one device, and what `fxq.compress` found of the whole."""
+    """All operators that multiply, on one device, and what `fxq.compress` found of the whole.
+
+    Attributes:
+        uncounted: how many operators of other libraries there are, by name, whose operations are
+            not among `flops`.
+    """
 
     rows: tuple[ReportRow, ...]
     device: torch.device
@@ -58,10 +64,11 @@ class Report:
     notes: tuple[str, ...]
     size_bytes: int
     sqnr_db: float | None = None
+    uncounted: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def flops(self) -> int:
-        """Floating-point operations of one call."""
+        """Floating-point operations of one call, without those of `uncounted`."""
         return sum(r.row.flops for r in self.rows)
 
     def share(self, status: Status) -> float:
@@ -79,8 +86,13 @@ class Report:
 
     @property
     def caption(self) -> str:
-        """What stands below the table: the error, and what makes the program slower than float."""
+        """What stands below the table: the error, what makes the program slower than float, and
+        what is not among the operations."""
         lines = []
+        if count := sum(self.uncounted.values()):
+            names = ", ".join(sorted(self.uncounted))
+            what = "1 operator" if count == 1 else f"{count} operators"
+            lines.append(f"{what} cannot be counted: fxq does not know {names}")
         if self.sqnr_db is not None:
             lines.append(f"outputs on the example: {self.sqnr_db:.1f} dB against float")
         if count := sum(r.status == "simulated" for r in self.rows):
@@ -109,14 +121,16 @@ class Report:
         for name in ("operator", "count", "FLOPs", "format", "status", "kernel or reason"):
             table.add_column(name, justify="right" if name in ("count", "FLOPs") else "left")
         for group, flops in groups.most_common():
-            share = flops / self.flops if self.flops else 0.0
             kind, format, status, why = group
-            table.add_row(kind, str(counts[group]), f"{share:.1%}", format, status, escape(why))
+            share = f"{flops / self.flops if self.flops else 0.0:.1%}"
+            share = "?" if kind in self.uncounted else share
+            table.add_row(kind, str(counts[group]), share, format, status, escape(why))
         return table
 
 
 def report(program: Program, inputs: Inputs | None = None) -> Report:
-    """Account for 100 % of the operations of `program` on the device it is on.
+    """Account for 100 % of the operations of `program` on the device it is on; operators of other
+    libraries, which cannot be counted, are named.
 
     Args:
         program: what `fxq.compress` or `fxq.load` returned.
@@ -142,4 +156,5 @@ def report(program: Program, inputs: Inputs | None = None) -> Report:
         reason = "; ".join(filter(None, (decision.reason, note)))
         rows.append(ReportRow(row, status, decision.kernel, reason))
     size = sum(b.numel() * b.element_size() for b in program.buffers())
-    return Report(tuple(rows), program.device, program.recipe, program.notes, size, program.sqnr_db)
+    about = program.device, program.recipe, program.notes, size, program.sqnr_db
+    return Report(tuple(rows), *about, uncounted(program.graph_module))

@@ -27,12 +27,14 @@ FREE_TOKENS = {"input_ids": {1: "tokens"}, "cache_position": {0: "tokens"}}
 class StaticDecoder(nn.Module):
     """A causal language model that adds tokens to a cache of fixed size.
 
+    The model runs once, on one token, to say what shapes its keys and values have.
+
     Args:
         model: in eval mode; its layers attend to all tokens before.
         batch_size: sequences at once, B.
         max_length: tokens that the cache holds.
     Raises:
-        ValueError: the model has layers of another cache, such as a sliding window.
+        ValueError: the model has layers of another cache, such as a sliding window, or of none.
     """
 
     def __init__(self, model: PreTrainedModel, batch_size: int, max_length: int) -> None:
@@ -45,18 +47,28 @@ class StaticDecoder(nn.Module):
                 f"model: expected layers that attend to all tokens, found a cache of {others}; "
                 "compile model.forward instead"
             )
-        heads = config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // heads
-        n_heads = getattr(config, "num_key_value_heads", None) or heads
-        cache.early_initialization(batch_size, n_heads, width, model.dtype, model.device)
-        for index, layer in enumerate(cache.layers):
-            self.register_buffer(f"keys_{index}", layer.keys)
-            self.register_buffer(f"values_{index}", layer.values)
-            layer.keys = layer.values = None
-        self.cache = cache
         known = inspect.signature(model.forward).parameters
         self.cache_name = "cache" if "cache" in known else "past_key_values"
+        self.takes_positions = "position_ids" in known
         self.eval()
+        self._allocate(cache, batch_size)
+        self.cache = cache
+
+    def _allocate(self, cache: StaticCache, batch_size: int) -> None:
+        """Make buffers of the shapes in which the model hands keys and values to its cache, which
+        one token tells: heads may share them, and keys be wider than values."""
+        token = torch.zeros(batch_size, 1, dtype=torch.int64, device=self.model.device)
+        with torch.inference_mode(False), torch.no_grad():
+            self.model(token, **{self.cache_name: cache}, use_cache=True)
+        for index, layer in enumerate(cache.layers):
+            if not layer.is_initialized:
+                raise ValueError(
+                    f"model: expected keys and values from each of {len(cache.layers)} layers, "
+                    f"found none from layer {index}; compile model.forward instead"
+                )
+            self.register_buffer(f"keys_{index}", layer.keys.zero_())
+            self.register_buffer(f"values_{index}", layer.values.zero_())
+            layer.keys = layer.values = None
 
     def forward(self, input_ids: Tensor, cache_position: Tensor) -> Tensor:
         """Return the logits `[B, T, vocabulary]` of the tokens after each of these.
@@ -64,13 +76,20 @@ class StaticDecoder(nn.Module):
         Args:
             input_ids: int64 `[B, T]`.
             cache_position: int64 `[T]`, neighbouring places in the sequence, the first 0.
+        Raises:
+            RuntimeError: a negative place.
         """
+        # Compiled, negative indices count from the end, where the kernel's own bounds do not help.
+        torch._assert_async(cache_position[0] >= 0, "cache_position: expected places from 0 on")
         cache = copy.copy(self.cache)
         cache.layers = [copy.copy(layer) for layer in self.cache.layers]
         for index, layer in enumerate(cache.layers):
             layer.keys, layer.values = (self.get_buffer(f"{n}_{index}") for n in ("keys", "values"))
             layer.cumulative_length = cache_position[0].clone()
-        logits: Tensor = self.model(input_ids, **{self.cache_name: cache}, use_cache=True).logits
+        arguments: dict[str, Any] = {self.cache_name: cache}
+        if self.takes_positions:  # some count them by tensors whose sizes are the cache's content
+            arguments["position_ids"] = cache_position.expand_as(input_ids)
+        logits: Tensor = self.model(input_ids, **arguments, use_cache=True).logits
         return logits
 
 

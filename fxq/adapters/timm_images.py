@@ -13,6 +13,16 @@ from fxq.errors import did_you_mean
 IMAGES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
 
 
+def check_name(name: str) -> None:
+    """Raise ValueError where timm knows no model of this name."""
+    import timm
+
+    base = name.partition(".")[0]
+    if not timm.is_model(base):
+        known = did_you_mean(base, timm.list_models())
+        raise ValueError(f"--model: timm has no model {name!r} (timm.list_models()); {known}")
+
+
 def load_model(
     name: str, checkpoint: Path | None, arguments: Mapping[str, Any], device: str = "cpu"
 ) -> nn.Module:
@@ -29,10 +39,7 @@ def load_model(
     """
     import timm
 
-    base = name.partition(".")[0]
-    if not timm.is_model(base):
-        known = did_you_mean(base, timm.list_models())
-        raise ValueError(f"--model: timm has no model {name!r} (timm.list_models()); {known}")
+    check_name(name)
     model: nn.Module = timm.create_model(name, pretrained=checkpoint is None, **arguments)
     if checkpoint is not None:
         from safetensors import SafetensorError
@@ -79,29 +86,34 @@ class ImageFolder:
             yield torch.stack(images)  # [B, 3, H, W]
 
 
-def image_batches(
-    model: nn.Module, arguments: Mapping[str, Any], folder: Path, limit: int, batch_size: int
-) -> ImageFolder:
-    """Return up to `limit` pictures under `folder`, sorted by path, preprocessed for `model`.
-
-    Args:
-        model: as `load_model` returned it.
-        arguments: what it was built with; an `img_size` among them overrides the model's usual one.
-        folder: searched with its subfolders.
-        limit: pictures at most.
-        batch_size: pictures per batch.
+def find_pictures(folder: Path, limit: int) -> tuple[Path, ...]:
+    """Return up to `limit` pictures under `folder` and its subfolders, sorted by path.
 
     Raises:
         ValueError: the folder is absent or has no picture.
     """
-    from timm.data import resolve_data_config
-
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGES)[:limit]
     if not paths:
         raise ValueError(
             f"--data: expected pictures ({', '.join(sorted(IMAGES))}) under {folder}, found none"
         )
+    return tuple(paths)
+
+
+def image_batches(
+    model: nn.Module, arguments: Mapping[str, Any], paths: tuple[Path, ...], batch_size: int
+) -> ImageFolder:
+    """Return pictures preprocessed for `model`.
+
+    Args:
+        model: as `load_model` returned it.
+        arguments: what it was built with; an `img_size` among them overrides the model's usual one.
+        paths: the files.
+        batch_size: pictures per batch.
+    """
+    from timm.data import resolve_data_config
+
     size = {k: v for k, v in arguments.items() if k == "img_size"}
     config = resolve_data_config(size, model=model, use_test_size=True)
     keys = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
-    return ImageFolder(tuple(paths), {k: config[k] for k in keys if k in config}, batch_size)
+    return ImageFolder(paths, {k: config[k] for k in keys if k in config}, batch_size)

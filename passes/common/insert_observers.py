@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
-from fxq.account import kind_of
+from fxq.account import UNKNOWN, is_unknown, kind_of
 from fxq.dialect import ATEN, OBSERVED, Dialect
 from fxq.errors import UnsupportedError, did_you_mean
 from fxq.graph import (
@@ -21,6 +22,7 @@ from fxq.graph import (
     is_settled,
     owner_name,
     shape_of,
+    val_of,
     weight_of,
 )
 from fxq.layer import Skip, treat
@@ -127,7 +129,9 @@ class InsertObservers(Pass):
             kind = None if is_settled(node) else kind_of(node)
             if kind is None:
                 continue
-            if kind not in NO_LINEAR and _has_weight(node) and "linear" in self.targets:
+            if is_unknown(node):
+                treat(node, name, UNKNOWN)
+            elif kind not in NO_LINEAR and _has_weight(node) and "linear" in self.targets:
                 why = f"its weight multiplies as {kind}, in a form that is not a linear"
                 treat(node, name, Skip(why, intended=False))
             elif kind not in TARGETS:
@@ -135,8 +139,14 @@ class InsertObservers(Pass):
 
 
 def _has_weight(node: Node) -> bool:
-    """Tell whether a product is one of a constant and something that is not."""
-    return len({is_constant(operand) for operand in node.all_input_nodes}) == 2
+    """Tell whether a product is one of a constant and something that is not, where its groups end
+    aside."""
+    values = [operand for operand in node.all_input_nodes if not _is_index(operand)]
+    return len({is_constant(value) for value in values}) == 2
+
+
+def _is_index(node: Node) -> bool:
+    return getattr(val_of(node), "dtype", None) in (torch.int32, torch.int64)
 
 
 def _index(gm: GraphModule, layer: Node, spec: LayerSpec) -> tuple[Node | None, str, str]:

@@ -130,7 +130,7 @@ def _ends_alike(name: str, other: str) -> bool:
 
 def differ(observer: RangeObserver, seen: RangeObserver) -> str:
     """Return why an observer cannot have what another has seen; "" where it can."""
-    if observer.spec == seen.spec and observer.scale_shape == seen.scale_shape:
+    if observer.is_like(seen):
         return ""
     return (
         f"observed as {seen.spec.granularity} with a scale of {seen.scale_shape}, and here "
@@ -150,6 +150,7 @@ def _quantize_in(gm: GraphModule, layer: Node, seen: RangeObserver) -> None:
     """Have a layer's input quantized in a range that was seen; layers of one edge with equal states
     share a quantizer."""
     edge = args_of(layer)[0]
+    seen = seen.at_rank(val_of(edge).ndim)
     for other in edge.args[0].users:
         if other.op == "call_module" and other.args == edge.args and other is not edge:
             known = gm.get_submodule(str(other.target))
@@ -157,7 +158,7 @@ def _quantize_in(gm: GraphModule, layer: Node, seen: RangeObserver) -> None:
             if _equal(known, seen):
                 layer.replace_input_with(edge, other)
                 return
-    give_observer(gm, layer, copy.deepcopy(seen).to(val_of(edge).device))
+    give_observer(gm, layer, seen.to(val_of(edge).device))
 
 
 def _equal(one: RangeObserver, other: RangeObserver) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from fxq.account import kind_of
+from fxq.account import UNKNOWN, is_unknown, kind_of
 from fxq.dialect import ATEN, Dialect
 from fxq.graph import is_constant, is_op, is_settled, owner_name, tensor_of, weight_of
 from fxq.identity import TensorKey
@@ -107,7 +107,9 @@ def prunable(
     plans: dict[Node, Pattern] = {}
     for node in multiply:
         name, plan = chosen.get(node, (None, pattern))
-        if kind_of(node) != "linear":
+        if is_unknown(node):
+            treat(node, by, UNKNOWN)
+        elif kind_of(node) != "linear":
             treat(node, by, Skip(f"{by} does not prune {kind_of(node)}", intended=True))
         elif plan is None:
             treat(node, by, Skip(f"override {name!r} keeps it dense", intended=True))

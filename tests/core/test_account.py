@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fxq
 from fxq.errors import SkippedError
-from fxq.passes import w8a8
+from fxq.passes import pruning, w8a8
 from fxq.pipeline import Recipe
 from fxq.signature import split_inputs
 
@@ -159,6 +159,121 @@ def test_a_recurrent_layer_is_reported_and_stops_strict() -> None:
     assert rows["lstm"].row.flops == 2 * 4 * 3 * 4 * 64 * (64 + 64)
     with pytest.raises(SkippedError, match="multiplies as lstm"):
         fxq.compress(model, x, w8a8.DYNAMIC, strict=True)
+
+
+def by_groups(a: Tensor, b: Tensor, ends: list[int]) -> list[Tensor]:
+    """`torch.nn.functional.grouped_mm`, one product after another."""
+    if a.ndim == b.ndim == 3:
+        return [x @ y for x, y in zip(a, b, strict=True)]
+    parts = [slice(*each) for each in zip([0, *ends], ends, strict=False)]
+    if a.ndim == b.ndim == 2:
+        return [a[:, part] @ b[part] for part in parts]
+    if a.ndim == 2:
+        return [a[part] @ b[g] for g, part in enumerate(parts)]
+    return [a[g] @ b[:, part] for g, part in enumerate(parts)]
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [((32, 64), (3, 64, 48)), ((3, 16, 64), (64, 32)), ((3, 16, 64), (3, 64, 48)),
+     ((16, 32), (32, 48))],
+    ids=("rows", "columns", "batch", "inner"),
+)  # fmt: skip
+def test_products_by_groups_count_as_their_parts(a: tuple[int, ...], b: tuple[int, ...]) -> None:
+    ends = [8, 16, 32]
+    offs = None if len(a) == len(b) == 3 else torch.tensor(ends, dtype=torch.int32)
+    x, y = torch.randn(a).bfloat16(), torch.randn(b).mT.contiguous().bfloat16().mT
+
+    found, _ = rows_of(Call(lambda x: torch._grouped_mm(x, y, offs)), x)
+
+    with FlopCounterMode(display=False) as counter:
+        by_groups(x, y, ends)
+    assert found == {"_grouped_mm": counter.get_total_flops()}
+
+
+class Experts(nn.Module):
+    """A linear, then a product by groups, which `multiply` computes."""
+
+    def __init__(self, multiply: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.head, self.multiply = nn.Linear(64, 64), multiply
+        self.weight = nn.Parameter(torch.randn(3, 64, 48) / 8)
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        return self.multiply(self.head(x), self.weight, ends)
+
+
+@torch.library.custom_op("fxq_test::multiply_by_groups", mutates_args=())
+def multiply_by_groups(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    return torch.cat(by_groups(x, weight, ends.tolist()))
+
+
+@multiply_by_groups.register_fake
+def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[2])
+
+
+@torch.library.custom_op("fxq_test::squash", mutates_args=())
+def squash(x: Tensor) -> Tensor:
+    return x.tanh()
+
+
+@squash.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+ENDS = torch.tensor([8, 16, 32], dtype=torch.int32)
+
+
+def test_experts_are_reported_and_stop_strict() -> None:
+    model = Experts(torch._grouped_mm).eval().bfloat16()
+    example = (torch.randn(32, 64, dtype=torch.bfloat16), ENDS)
+
+    program = fxq.compress(model, example, w8a8.DYNAMIC, dynamic_shapes=None)
+
+    rows = {r.row.kind: r for r in fxq.report(program).rows}
+    assert "its weight multiplies as _grouped_mm" in rows["_grouped_mm"].reason
+    assert rows["_grouped_mm"].row.flops == 2 * 32 * 64 * 48
+    with pytest.raises(SkippedError, match="multiplies as _grouped_mm"):
+        fxq.compress(model, example, w8a8.DYNAMIC, strict=True, dynamic_shapes=None)
+
+
+def test_groups_that_are_known_are_no_weight() -> None:
+    model = Call(lambda x: torch._grouped_mm(x, x[:16].repeat(3, 1, 1), ENDS)).eval()
+    x = torch.randn(32, 16, dtype=torch.bfloat16)
+
+    program = fxq.compress(model, x, w8a8.DYNAMIC, dynamic_shapes=None)
+
+    (row,) = fxq.report(program).rows
+    assert row.reason == "this recipe does not quantize _grouped_mm"
+
+
+@pytest.mark.filterwarnings("ignore:this program cannot be saved")
+@pytest.mark.parametrize("recipe", [w8a8.DYNAMIC, pruning.MAGNITUDE_50], ids=lambda r: r.name)
+def test_a_weight_in_an_unknown_operator_is_reported_and_stops_strict(recipe: Recipe) -> None:
+    model, example = Experts(multiply_by_groups).eval(), (torch.randn(32, 64), ENDS)
+
+    program = fxq.compress(model, example, recipe, [example], dynamic_shapes=None)
+
+    report = fxq.report(program)
+    row = next(r for r in report.rows if r.row.kind == "fxq_test::multiply_by_groups")
+    assert row.status == "float"
+    assert "an operator that fxq does not know" in row.reason
+    assert row.row.flops == 0 < report.flops
+    assert "1 operator cannot be counted" in report.caption
+    with pytest.raises(SkippedError, match="that fxq does not know reads its weight"):
+        fxq.compress(model, example, recipe, [example], strict=True, dynamic_shapes=None)
+
+
+@pytest.mark.filterwarnings("ignore:this program cannot be saved")
+def test_an_unknown_operator_without_a_weight_is_named_and_no_row() -> None:
+    model, x = Call(lambda x, m: squash(m(x)), nn.Linear(64, 64)).eval(), torch.randn(4, 64)
+
+    report = fxq.report(fxq.compress(model, x, w8a8.DYNAMIC, strict=True))
+
+    assert [r.row.kind for r in report.rows] == ["linear"]
+    assert report.uncounted == {"fxq_test::squash": 1}
 
 
 def test_free_sizes_count_as_asked() -> None:

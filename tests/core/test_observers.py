@@ -387,9 +387,12 @@ def test_another_token_count_raises_with_both() -> None:
         observer(data()[:, :4])
 
 
-def test_another_number_of_dimensions_raises() -> None:
+def test_another_number_of_dimensions_raises_where_the_scale_is_another() -> None:
+    observer = RangeObserver(QuantSpec(granularity=PerChannel(1)), (6, 4, 8), "x")
+
     with pytest.raises(ValueError, match="found a tensor of shape"):
-        observe(MinMax(), [data()])(data()[0])
+        observer(torch.randn(6, 5))
+    observer(torch.randn(6, 2, 4, 8)[:, 0])
 
 
 @pytest.mark.parametrize(

@@ -288,6 +288,32 @@ def test_saving_anything_else_is_a_type_error(program: Program, path: Path) -> N
     assert not path.exists()
 
 
+@torch.library.custom_op("fxq_test::twice", mutates_args=())
+def twice(x: Tensor) -> Tensor:
+    return 2 * x
+
+
+@twice.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def test_an_operator_that_a_file_cannot_carry_is_told_at_once(path: Path) -> None:
+    class Custom(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(twice(twice(x)))
+
+    model, x = Custom(2, 2).eval(), torch.randn(3, 2)
+
+    with pytest.warns(FxqWarning, match="cannot be saved") as told:
+        program = compress(model, x, w8a8.DYNAMIC)
+
+    assert [str(w.message).count("fxq_test.twice") for w in told] == [1]
+    with pytest.raises(UnsupportedError, match=r"found fxq_test.twice.default, which") as error:
+        save(program, path)
+    assert "%" not in str(error.value)
+
+
 def test_failed_save_leaves_the_old_file(program: Program, path: Path) -> None:
     path.write_bytes(b"old")
     wide = Program(program.graph_module, program.signature, program.recipe)

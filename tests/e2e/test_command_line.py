@@ -139,6 +139,33 @@ def test_files_that_are_something_else_end_in_one_line(
     assert "Traceback" not in error
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "empty"], "expected pictures"),
+        (["--data", "pictures", "--recipe", "w8a8_sttic"], "did you mean 'w8a8_static"),
+    ],
+)
+def test_what_can_be_checked_is_before_a_model_is_built(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for folder in ("empty", "pictures"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "pictures" / "a.png").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(timm, "create_model", None)
+    monkeypatch.setattr(sys, "argv", ["fxq", "compress", "--model", "timm:test_vit", *arguments])
+
+    with pytest.raises(SystemExit):
+        main()
+
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
 def test_recipes_are_listed() -> None:
     assert "w8a8_static " in CliRunner().invoke(app, ["recipes"]).output
 

@@ -1,6 +1,8 @@
 """A language model with its cache in the program, token by token, compiled once for each kind of
 call. Judges: transformers' `generate` with its own static cache, and the eager model."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +11,19 @@ from story import Story
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.fx import GraphModule
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+)
 
 import fxq
 from fxq.adapters.static_cache import FREE_TOKENS, StaticDecoder, calls, greedy
@@ -43,7 +57,7 @@ def forced(step: Any, ids: Tensor, n_prompt: int) -> Tensor:
         return torch.cat([step(**call) for call in calls(ids, n_prompt)], 1)
 
 
-def test_a_float_program_writes_what_generate_writes() -> None:
+def test_a_float_program_writes_what_generate_writes(tmp_path: Path) -> None:
     model, prompt = llama(num_hidden_layers=2), torch.randint(1, 61, (2, PROMPT))
     expected = model.generate(
         prompt, max_new_tokens=WRITTEN, do_sample=False, cache_implementation="static"
@@ -51,8 +65,44 @@ def test_a_float_program_writes_what_generate_writes() -> None:
 
     program = program_of(StaticDecoder(model, 2, LENGTH), FLOAT, prompt)
 
-    for _ in range(2):  # a new prompt begins anew
-        assert torch.equal(greedy(program, prompt, WRITTEN), expected[:, PROMPT:])
+    fxq.save(program, tmp_path / "program.safetensors")
+    for step in (program, program, fxq.load(tmp_path / "program.safetensors")):
+        # a new prompt begins anew
+        assert torch.equal(greedy(step, prompt, WRITTEN), expected[:, PROMPT:])
+
+
+def one_head_for_all() -> PreTrainedModel:
+    sizes = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    return FalconForCausalLM(FalconConfig(**sizes, multi_query=True))
+
+
+def narrow_values() -> PreTrainedModel:
+    sizes = {key: value for key, value in SIZES.items() if key != "head_dim"}
+    latent = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 4, "v_head_dim": 8,
+              "qk_nope_head_dim": 8, "first_k_dense_replace": 1}  # fmt: skip
+    return DeepseekV3ForCausalLM(DeepseekV3Config(**sizes | {"num_key_value_heads": 2}, **latent))
+
+
+def positions_by_a_mask() -> PreTrainedModel:
+    sizes = {"vocab_size": 61, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 1}
+    more = {"num_attention_heads": 2, "max_position_embeddings": 64, "word_embed_proj_dim": 32}
+    return OPTForCausalLM(OPTConfig(**sizes, **more))
+
+
+@pytest.mark.parametrize("make", [one_head_for_all, narrow_values, positions_by_a_mask])
+def test_the_model_says_what_its_cache_holds(make: Callable[[], PreTrainedModel]) -> None:
+    torch.manual_seed(0)
+    model, prompt = make().eval(), torch.randint(3, 61, (2, PROMPT))
+    model.generation_config.eos_token_id = None
+    for parameter in model.parameters():  # so that tokens differ
+        parameter.data += torch.randn_like(parameter) / 8
+    expected = model.generate(prompt, max_new_tokens=WRITTEN, do_sample=False, pad_token_id=0)
+
+    decoder = StaticDecoder(model, 2, LENGTH)
+
+    assert all(not value.any() for n, value in decoder.named_buffers() if n.startswith(("k", "v")))
+    program = program_of(decoder, FLOAT, prompt)
+    assert torch.equal(greedy(program, prompt, WRITTEN), expected[:, PROMPT:])
 
 
 def test_the_loop_compiles_once_for_a_prompt_and_once_for_a_token(
@@ -87,6 +137,10 @@ def test_the_loop_compiles_once_for_a_prompt_and_once_for_a_token(
         assert (value.int() - codes[name].int()).abs().max() <= 1
     greedy(fast, ids[2:4, :PROMPT], LENGTH - PROMPT)
     assert len(built) == 2
+    before_the_first = torch.arange(-PROMPT, 0)  # the last ones, to Inductor
+    for step in (program, fast):
+        with torch.no_grad(), pytest.raises(RuntimeError, match="expected places from 0 on"):
+            step(input_ids=prompt, cache_position=before_the_first)
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Calibration of whatever runs: ranges against hooks on the eager model, and static programs."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from fxq.passes.common import FIRST, Calibrate, Convert, InsertObservers, Observ
 from fxq.passes.smoothquant import SmoothQuant
 from fxq.pipeline import Recipe
 from fxq.rows import ByStep, ByTimestep
-from fxq.spec import LayerSpec, PerToken, QuantSpec
+from fxq.spec import LayerSpec, Percentile, PerChannel, PerToken, QuantSpec
 
 
 def test_every_block_has_its_own_ranges_across_graph_breaks_and_lengths() -> None:
@@ -315,3 +316,51 @@ def test_a_pipeline_has_a_range_for_each_of_its_time_steps(every_layer_pays: Non
     transformer.compile(backend="fxq", options={"recipe": seen.recipe, "strict": True})
     # Measured 31 dB; one range for all time-steps: 28.
     assert sqnr_db(eager, draw()) > 27
+
+
+class Ranks(nn.Module):
+    """Linears whose callers give rows `[B, C]` and sequences `[B, T, C]`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(16, 32), nn.Linear(32, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.fc1(x).relu())
+
+
+PER_CHANNEL = LayerSpec(replace(ACTIVATION, granularity=PerChannel(-1)), LAYER.weight)
+HISTOGRAM = LayerSpec(replace(ACTIVATION, observer=Percentile(99.0)), LAYER.weight)
+
+
+@pytest.mark.parametrize("spec", [LAYER, PER_CHANNEL, HISTOGRAM], ids=("tensor", "channel", "hist"))
+@pytest.mark.parametrize("first", [2, 3])
+def test_a_layer_called_with_rows_and_with_sequences_has_one_range(
+    spec: LayerSpec, first: int
+) -> None:
+    model = Ranks().eval()
+    batches = [torch.randn(2, 16), 3 * torch.randn(2, 7, 16)][:: 5 - 2 * first]
+    recipe = Recipe("ranks", (InsertObservers(spec), Calibrate(), Convert()))
+
+    with torch.no_grad(), fxq.observe(model, recipe) as seen:
+        for batch in batches:
+            model(batch)
+
+    rows = torch.cat([batch.reshape(-1, 16) for batch in batches])
+    expected = fxq.compress(model, rows, recipe, [rows])
+    for x in (torch.randn(4, 16), torch.randn(4, 3, 16)):
+        of_rows = expected(x.reshape(-1, 16)).reshape(*x.shape[:-1], 8)
+        assert torch.equal(fxq.compress(model, x, seen.recipe)(x), of_rows)
+
+
+def test_one_range_of_rows_and_of_sequences_compiles(every_layer_pays: None) -> None:
+    model = Ranks().eval()
+    with torch.no_grad(), fxq.observe(model, STATIC) as seen:
+        for shape in ((2, 16), (2, 7, 16)):
+            model(torch.randn(shape))
+
+    fast = torch.compile(model, backend="fxq", options={"recipe": seen.recipe, "strict": True})
+
+    for x in (torch.randn(4, 16), torch.randn(4, 3, 16)):
+        with torch.no_grad():
+            torch.testing.assert_close(fast(x), fxq.compress(model, x, seen.recipe)(x))

@@ -148,6 +148,7 @@ def _(x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
+@pytest.mark.filterwarnings("ignore:this program cannot be saved")
 def test_without_a_gradient_every_layer_is_quantized_and_a_warning_says_so() -> None:
     class Custom(Uneven):
         def forward(self, x: Tensor) -> Tensor:
