@@ -9,18 +9,16 @@ import torch
 from torch.fx import Node
 
 from fxq.graph import args_of, is_constant, is_op, shape_of
-from fxq.lowering.int8_conv import accumulate
-from fxq.lowering.lower_linear import (
+from fxq.lowering.epilogue import (
     GUARDS,
-    Int8Layer,
-    Operands,
     Takes,
     fusible_epilogue,
     is_coded,
     is_finite,
     is_per_sample,
-    operands_of,
 )
+from fxq.lowering.int8_conv import accumulate
+from fxq.lowering.lower_linear import Int8Layer, Operands, operands_of
 from fxq.operators import operand
 from fxq.rewriting import insert_call
 

@@ -15,9 +15,10 @@ import torch
 from torch.fx import Node
 
 from fxq.graph import args_of, dtype_of, hint, shape_of, tensor_of, val_of
+from fxq.lowering.epilogue import Takes
 from fxq.lowering.lower_attention import SparseAttention
 from fxq.lowering.lower_conv import Int8Conv
-from fxq.lowering.lower_linear import Int8Linear, Operands, Takes
+from fxq.lowering.lower_linear import Int8Linear, Operands
 from fxq.lowering.rule import Decision, Device, Lowering
 
 MAX_BLOCKS = 4096  # `fxq.lowering.kernels.select_blocks.MAX_BLOCKS`, which loads Triton

@@ -35,8 +35,9 @@ from fxq.lowering.cpu import avx2_conv, avx2_linear
 from fxq.lowering.cpu.native import native
 from fxq.lowering.cpu.onednn import cpu_int8
 from fxq.lowering.devices.other import TorchAttention
+from fxq.lowering.epilogue import Takes, is_single
 from fxq.lowering.lower_conv import ConvOperands, Int8Conv
-from fxq.lowering.lower_linear import Int8Linear, Operands, Takes, is_single, match
+from fxq.lowering.lower_linear import Int8Linear, Operands, match
 from fxq.lowering.lower_unsigned import SIGN, constant, to_unsigned
 from fxq.lowering.lower_weight_only import WeightOnlyLinear
 from fxq.lowering.rule import Decision, Device, Lowering
