@@ -402,6 +402,30 @@ def test_what_is_not_finite_spoils_what_reads_it_through_codes_too(
     assert 0 < int(found.isnan().sum()) < found[1].numel()
 
 
+class Beside(nn.Module):
+    """A residual that no other layer reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 1)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self.b(torch.relu(self.a(x) + residual))
+
+
+def test_a_residual_that_is_not_finite_spoils_what_reads_the_sum() -> None:
+    torch.manual_seed(0)
+    x, residual = torch.randn(3, 16, 9, 9), torch.randn(3, 16, 9, 9)
+    program = fxq.compress(Beside().eval(), (x, residual), CODED, data=[(x, residual)])
+    lowered, _ = lower(program.graph_module, CPU)
+    residual[1, 4, 3, 2] = torch.nan
+
+    found, expected = lowered(x, residual)[0], program(x, residual)
+
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert 0 < int(found.isnan().sum()) < found[1].numel()
+
+
 def test_weights_of_4_bits_say_so() -> None:
     spec = LayerSpec(
         w8a8.STATIC_LAYER.activation, QuantSpec(4, granularity=w8a8.WEIGHT.granularity)
