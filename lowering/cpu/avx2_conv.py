@@ -31,7 +31,7 @@ from fxq.lowering.kernels import buffers
 from fxq.numerics import codes_dtype, is_pair_safe
 
 N_AXES = 3  # of space, of the kernel
-FORMATS = None, torch.float32, torch.int8, torch.uint8  # of a residual
+FORMATS = None, torch.float32, torch.int8, torch.uint8  # of a residual, as `epilogue.h` has them
 ONEDNN_BLOCK = 4  # input channels of a group that oneDNN multiplies at a time
 
 

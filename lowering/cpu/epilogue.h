@@ -21,12 +21,14 @@ struct Spread {
   int64_t row_step, channel_step;
 };
 
-enum Kind { WHOLE, REAL, CODES };  // int32, fp32, int8 or uint8: those of `avx2_linear.WHOLE, REAL, CODES`
+// Results: int32, fp32, int8 or uint8; as `avx2_linear` numbers them.
+enum Kind { WHOLE, REAL, CODES };
 
-// What is added to results, `[rows, n_out]` of
-enum Format { NOTHING, FLOATS, SIGNED, UNSIGNED };  // fp32, int8, uint8
+// What is added to results: fp32, int8 or uint8, as `avx2_conv.FORMATS` numbers them.
+enum Format { NOTHING, FLOATS, SIGNED, UNSIGNED };
+
 struct Residual {
-  const void* data;
+  const void* data;  // [rows, n_out]
   Format format;
   const float* scale;   // one number, of codes
   const int32_t* zero;  // likewise, or none
