@@ -14,6 +14,7 @@ from rich.table import Table
 from fxq.account import Row, account, uncounted
 from fxq.layer import Induction
 from fxq.lowering.lower import lower
+from fxq.lowering.rule import Decision
 from fxq.program import Program, check_program
 from fxq.signature import Inputs, split_inputs
 
@@ -28,7 +29,7 @@ class ReportRow:
         row: its account in the program's graph.
         status: "lowered" to a kernel, of integers or of sparse attention; "simulated": computed
             by the definition, on quantized values in float arithmetic; or "float".
-        kernel: the kernel where lowered.
+        kernel: the kernel where lowered; of "float" rows, that which reads an int8 cache.
         reason: why not lowered, or a remark.
     """
 
@@ -147,9 +148,10 @@ def report(program: Program, inputs: Inputs | None = None) -> Report:
     for row in account(program.graph_module, sizes):
         note = row.layer.remarks
         if row.skip is not None:
+            decision = decisions.get(row.node, Decision(None))  # on what reads an int8 cache
             pruned = "" if row.layer.mask is None else note
-            reason = "; ".join(filter(None, (row.skip.reason, pruned)))
-            rows.append(ReportRow(row, "float", None, reason))
+            reason = "; ".join(filter(None, (row.skip.reason, decision.reason, pruned)))
+            rows.append(ReportRow(row, "float", decision.kernel, reason))
             continue
         decision = decisions[row.node]
         status: Status = "simulated" if decision.kernel is None else "lowered"

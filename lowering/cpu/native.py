@@ -26,6 +26,7 @@ CAPABLE = ("AVX2", "AVX512", "AVX10")  # and what begins with them
 MAX_ERROR = 200  # characters of a compiler's complaint
 
 ADDRESS, SIZE, NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+FACTOR = ctypes.c_float
 # Arguments of the function `fxq_<name>` of `<name>.cpp`.
 SIGNATURES: dict[str, tuple[Any, ...]] = {
     "weight_only_linear": (
@@ -36,6 +37,10 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
         *(ADDRESS, SIZE, SIZE, NUMBER, ADDRESS, SIZE, ADDRESS, SIZE, ADDRESS, ADDRESS, NUMBER),
         *(ADDRESS, SIZE, SIZE, ADDRESS, ADDRESS, ADDRESS, SIZE, NUMBER, ADDRESS),
         *(ADDRESS, SIZE, SIZE, ADDRESS, SIZE, SIZE, NUMBER, NUMBER, ADDRESS, NUMBER, SIZE, NUMBER),
+    ),
+    "cache_attention": (
+        *(ADDRESS, ADDRESS, ADDRESS, ADDRESS, ADDRESS, ADDRESS, ADDRESS),
+        *(ADDRESS, NUMBER, FACTOR, ADDRESS, NUMBER),
     ),
     "avx2_conv": (
         *(ADDRESS, ADDRESS, ADDRESS, NUMBER, ADDRESS, ADDRESS, ADDRESS, ADDRESS, NUMBER),

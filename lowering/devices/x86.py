@@ -1,8 +1,8 @@
 """x86: int8 products and convolutions, where they are exact and no slower than fp32. Without VNNI
 they are fxq's own (`fxq.lowering.cpu.avx2_linear`, `avx2_conv`) where the weight is pair-safe:
 activations keep their codes, scales and zero-points are applied in the kernel, and so is what
-follows, as far as `TAKES` and `CONV_TAKES` say. Weight-only products are fxq's own too. All else is
-oneDNN's.
+follows, as far as `TAKES` and `CONV_TAKES` say. Weight-only products and attention to an int8 cache
+are fxq's own too. All else is oneDNN's.
 
 For oneDNN the codes of the activations become uint8 (codes and zero-point plus 128: the same
 values). With one scale for the whole tensor the kernel does everything; with a scale per token, or
@@ -36,6 +36,7 @@ from fxq.lowering.cpu.native import native
 from fxq.lowering.cpu.onednn import cpu_int8
 from fxq.lowering.devices.other import TorchAttention
 from fxq.lowering.epilogue import Takes, is_single
+from fxq.lowering.lower_cache_attention import CacheAttention
 from fxq.lowering.lower_conv import ConvOperands, Int8Conv
 from fxq.lowering.lower_linear import Int8Linear, Operands, match
 from fxq.lowering.lower_unsigned import SIGN, constant, to_unsigned
@@ -319,6 +320,7 @@ X86 = Device(
     lambda device: device.type == "cpu" and cpu_int8().available,
     (
         WeightOnlyLinear(),
+        CacheAttention(),
         Avx2Linear(),
         OneDnnInt8Linear(),
         Avx2Conv(),

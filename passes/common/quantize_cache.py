@@ -1,6 +1,6 @@
 """QuantizeCache: keep a model's KV cache as int8.
 
-    write   codes = round(rows / scale), saturated at +-127
+    write   codes of the rows (`fxq.cache_codes`)
     read    codes * scale
 
 The state of the program is the codes, a quarter of float32: a call quantizes the rows that it
@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
-from fxq import numerics
+from fxq.cache_codes import LIMIT, NOT_FINITE, encode
 from fxq.calibrate import calibrate, warn_of_missing_data
 from fxq.checkpoint import Checkpoint
 from fxq.dialect import QUANTIZED, Dialect
@@ -47,8 +47,6 @@ from fxq.spec import MinMax, Observer, PerAxes, QuantSpec
 from fxq.writes import STORED
 
 aten, ops = torch.ops.aten, torch.ops.fxq
-LIMIT = 127  # largest code of a finite value, and minus the smallest
-NOT_FINITE = -128
 
 
 @dataclass(frozen=True)
@@ -101,16 +99,6 @@ class QuantizeCache(DataPass):
     def _observer(self, cache: Cache) -> RangeObserver:
         spec = QuantSpec(granularity=PerAxes(cache.scale_axes), observer=self.observer)
         return RangeObserver(spec, shape_of(cache.state), cache.name)
-
-
-def encode(x: Tensor, scale: Tensor) -> Tensor:
-    """Return the codes of a cache: int8, `NOT_FINITE` for NaN and Inf.
-
-    Args:
-        x: values `[...]`, any float dtype.
-        scale: fp32, broadcasts against `x`.
-    """
-    return torch.where(x.isfinite(), numerics.quantize(x, scale, None, -LIMIT, LIMIT), NOT_FINITE)
 
 
 def _tell(caches: Iterable[Cache], left: dict[str, str]) -> None:
