@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 from fxq.einsum import Equation
 from fxq.flops import counted_flops, is_opaque, reads_weight
 from fxq.graph import constant_of, hint, is_constant, is_op, owner_name, shape_of, val_of
-from fxq.layer import Layer, Skip, layer_of
+from fxq.layer import NOT_SEEN, Layer, Skip, layer_of
 from fxq.operators import SPARSE_ATTENTION, TABLE, Movement, multiplied, operand
 
 KINDS: Mapping[Movement | None, str] = {
@@ -26,8 +26,8 @@ KINDS: Mapping[Movement | None, str] = {
     Movement.MATMUL: "matmul", Movement.ADDMM: "matmul", Movement.EINSUM: "einsum",
     Movement.ATTENTION: "attention", Movement.SPARSE_ATTENTION: "attention",
 }  # fmt: skip
-
-
+MIN_CHANGED = 0.01  # of the operations, below which a recipe's user is told
+N_REASONS = 3
 UNKNOWN = Skip(
     "an operator that fxq does not know reads its weight; its operations cannot be counted",
     intended=False,
@@ -145,6 +145,24 @@ def account(gm: GraphModule, sizes: Mapping[str, int] | None = None) -> list[Row
         layer = replace(layer, format=layer.format or sparse_format(node))
         rows.append(Row(node.name, owner_name(node), kind, flops_of(node, sizes), layer))
     return rows
+
+
+def little_changed(gm: GraphModule) -> str | None:
+    """Return, of a graph in which a recipe left all but a hundredth of the operations as they were,
+    that it did and why; None of any other, and where passes did not look at all of it."""
+    rows = account(gm)
+    total = sum(row.flops for row in rows)
+    left = Counter[str]()
+    for row in rows:
+        if row.skip == NOT_SEEN:
+            return None
+        if row.skip is not None:
+            left[f"{row.kind}: {row.skip.reason}"] += row.flops
+    if total - left.total() >= MIN_CHANGED * total:
+        return None
+    reasons = [f"{why} ({flops / total:.1%})" for why, flops in left.most_common(N_REASONS)]
+    done = f"it changed {1 - left.total() / total:.1%} of the operations and left as they were"
+    return f"{done} {'; '.join(reasons)}"
 
 
 def unintended_skips(gm: GraphModule) -> dict[str, str]:

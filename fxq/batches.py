@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 
 from fxq.capturing import Captured
 from fxq.errors import FxqWarning
+from fxq.numerics import is_inexact
 from fxq.rewriting import copy_graph
 from fxq.signature import RETURN_DICT, Leaf, split_inputs
 from fxq.writes import as_stored
@@ -102,7 +103,7 @@ class CheckedBatches:
             args, kwargs = split_inputs(self._without_labels(batch))
             leaves = self.signature.flatten(args, kwargs, f"data batch {index}", self.device)
             for leaf, value in zip(self.signature.tensors, leaves, strict=True):
-                if value.is_floating_point() and (bad := int((~value.isfinite()).sum())):
+                if is_inexact(value) and (bad := int((~value.isfinite()).sum())):
                     raise ValueError(
                         f"data batch {index}, input {leaf.name!r}: expected finite values, found "
                         f"{bad} NaN or Inf; "

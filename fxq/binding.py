@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from fxq.errors import UnsupportedError, did_you_mean
+from fxq.numerics import is_inexact
 from fxq.signature import RETURN_DICT, Inputs, split_inputs
 
 
@@ -133,7 +134,7 @@ def bind_exported(program: ExportedProgram, example: Inputs) -> Bound:
 
 def check_finite(values: Mapping[str, Any]) -> None:
     for path, value in pytree.tree_flatten_with_path(dict(values))[0]:
-        if isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
+        if is_inexact(value) and not value.isfinite().all():
             raise ValueError(
                 f"example_inputs: expected finite values, found NaN or Inf in {pytree.keystr(path)}"
             )

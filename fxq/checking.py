@@ -22,6 +22,7 @@ from fxq.errors import UnsupportedError
 from fxq.graph import hint, val_of
 from fxq.identity import TensorKey
 from fxq.module_state import Snapshot, spared
+from fxq.numerics import as_real, is_inexact
 from fxq.seeding import same_seed
 from fxq.signature import Leaf, Signature
 
@@ -291,9 +292,9 @@ def _other(value: Tensor, shape: Sequence[int]) -> Tensor:
         if size != value.shape[dim]:
             index = torch.arange(size, device=value.device) % value.shape[dim]
             value = value.index_select(dim, index)
-    if value.ndim and value.is_floating_point():
+    if value.ndim and is_inexact(value):
         return value.roll(1, 0) * 0.5
-    return value * 0.5 if value.is_floating_point() else value.clone()
+    return value * 0.5 if is_inexact(value) else value.clone()
 
 
 def difference(expected: Sequence[Any], found: Sequence[Any]) -> str | None:
@@ -309,7 +310,7 @@ def difference(expected: Sequence[Any], found: Sequence[Any]) -> str | None:
         if a.shape != b.shape or a.dtype != b.dtype:
             return f"value {index} is {a.dtype} {list(a.shape)} against {b.dtype} {list(b.shape)}"
         relative = relative_difference(a, b)
-        if not relative <= TOLERANCE.get(a.dtype, 0.0):
+        if not relative <= TOLERANCE.get(a.dtype.to_real(), 0.0):
             return f"value {index} differs by {relative:.1e} of its size"
     return None
 
@@ -329,8 +330,9 @@ def relative_difference(expected: Tensor, found: Tensor) -> float:
     """
     if not expected.numel():
         return 0.0
-    if not expected.is_floating_point():
+    if not is_inexact(expected):
         return float((expected != found).float().mean())
+    expected, found = as_real(expected), as_real(found)
     rows = len(expected) if expected.ndim > 1 else 1
     a, b = (t.detach().double().reshape(rows, -1) for t in (expected, found))
     same = (a == b) | (a.isnan() & b.isnan())

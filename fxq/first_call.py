@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 
 from fxq.checking import difference
 from fxq.errors import FxqWarning, PassError
-from fxq.numerics import sqnr_db
+from fxq.numerics import is_inexact, sqnr_db
 
 # Rounding moves codes, and each implementation rounds its own way: noise of the same size, not the
 # same noise. On a result of few elements its power differs by more than the usual 0.5 dB.
@@ -101,7 +101,7 @@ def _apart(expected: Any, found: Any, simulated: Any) -> str | None:
         return why
     if not isinstance(expected, Tensor) or expected.shape != found.shape:
         return why
-    if not expected.is_floating_point():
+    if not is_inexact(expected):
         return None  # of quantized values: an index may be another
     if not torch.equal(simulated.isfinite(), found.isfinite()):
         return "it has NaN or infinities elsewhere than the simulated graph's"

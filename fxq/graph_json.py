@@ -3,11 +3,12 @@
 None, bool, int, finite float, str and list stand for themselves. Anything else is a JSON object
 with one key, its tag: `{"node": "linear_1"}`, `{"tuple": [...]}`, `{"torch": "torch.float32"}`.
 Operators are names in three `torch.ops` namespaces; Python functions come from one closed table.
-FX generates Python source from names and targets, so every name is matched against `NAME` or `PATH`
+FX generates Python source from names and targets, so `NAME` and `is_path` see every one of them
 before it reaches a graph. No device is written: a program has one, and `load` chooses it.
 """
 
 import contextlib
+import keyword
 import math
 import operator
 import re
@@ -26,8 +27,9 @@ from fxq.errors import UnsupportedError
 from fxq.graph import hint, owner_name, val_of
 from fxq.layer_json import decode_layer, encode_layer
 
+PART = re.compile(r"[\w +,/:@~-]+")
+IN_NAMES = "letters, digits and _ +,/:@~-, no Python keyword among its parts"
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
-PATH = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*", re.ASCII)
 # Not `aten::from_file`, which opens, and may create, the file it is told.
 OPERATOR = re.compile(r"(aten|prims|fxq)\.(?!from_file\.)([A-Za-z_]\w*)\.([A-Za-z_]\w*)", re.ASCII)
 SYMBOL = re.compile(r"s[0-9]+")
@@ -121,15 +123,18 @@ def encode_target(target: Any) -> str:
     )
 
 
-def not_in_files(graph: Graph) -> list[str]:
-    """Return the names of the operators and functions of a graph that a file cannot carry."""
+def not_in_files(graph: Graph) -> str | None:
+    """Return what a file cannot carry of a graph, None where it can carry all."""
     found: dict[str, None] = {}
+    tensors = [str(node.target) for node in graph.nodes if node.op == "get_attr"]
+    if bad := ", ".join(repr(name) for name in dict.fromkeys(tensors) if not is_path(name)):
+        return f"{bad} would have to be names of {IN_NAMES}"
     for target in {node.target: None for node in graph.nodes if node.op == "call_function"}:
         try:
             encode_target(target)
         except UnsupportedError:
             found[str(target)] = None
-    return [*found]
+    return f"{', '.join(found)} would have to be operators of aten, prims or fxq" if found else None
 
 
 def decode_target(name: str) -> Callable[..., Any]:
@@ -204,6 +209,12 @@ def _decode_size(data: Any, symbols: Mapping[str, Any]) -> Any:
     return sum(parts) if tag == "add" else math.prod(parts)
 
 
+def is_path(name: str) -> bool:
+    """Tell whether a dotted name of a tensor is one that FX can write into Python source, where a
+    part that is no identifier stands in double quotes, and that cannot be taken for code."""
+    return all(PART.fullmatch(part) and not keyword.iskeyword(part) for part in name.split("."))
+
+
 def encode_graph(gm: GraphModule) -> dict[str, Any]:
     """Return the nodes of `gm` with the meta fxq reads, and the symbolic sizes of its inputs.
 
@@ -221,6 +232,10 @@ def encode_graph(gm: GraphModule) -> dict[str, Any]:
             elif node.op == "get_attr":
                 if node.target not in buffers:
                     raise UnsupportedError(f"expected a buffer, found {node.target!r}")
+                if not is_path(node.target):
+                    raise UnsupportedError(
+                        f"expected a name of {IN_NAMES} for a file, found {node.target!r}"
+                    )
                 entry["target"] = node.target
             else:
                 if node.op == "call_function":
@@ -283,7 +298,7 @@ def _decode_node_target(entry: Mapping[str, Any]) -> Any:
     op, name, target = entry["op"], entry["name"], entry.get("target", "")
     if op == "call_function":
         return decode_target(target)
-    if op == "get_attr" and PATH.fullmatch(target):
+    if op == "get_attr" and is_path(target):
         return target
     if op in ("placeholder", "output"):
         return name

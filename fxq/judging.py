@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from fxq.account import kind_of
 from fxq.graph import owner_name
 from fxq.module_state import spared
-from fxq.numerics import sqnr_db
+from fxq.numerics import as_real, is_inexact, sqnr_db
 from fxq.seeding import same_seed, seeded
 from fxq.teacher_forcing import Call, compare_layer
 
@@ -251,12 +251,12 @@ def _compare(
 
 
 def outputs_sqnr_db(expected: Any, found: Any) -> tuple[float, float]:
-    """Return the SQNR of all floating outputs together, and of the worst sample along the first
-    dimension; infinity where there are no such outputs."""
+    """Return the SQNR of all floating and complex outputs together, and of the worst sample along
+    the first dimension; infinity where there are no such outputs."""
     pairs = [
-        (a.double(), b.double())
+        (as_real(a).double(), as_real(b).double())
         for a, b in zip(tree_leaves(expected), tree_leaves(found), strict=True)
-        if isinstance(a, Tensor) and a.is_floating_point()
+        if is_inexact(a)
     ]
     if not pairs:
         return torch.inf, torch.inf

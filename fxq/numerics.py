@@ -16,6 +16,7 @@ are unspecified. Other rows are untouched.
 """
 
 from collections.abc import Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -245,11 +246,22 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return (a.double() @ b.double()).float()
 
 
+def is_inexact(value: object) -> TypeGuard[Tensor]:
+    """Tell whether a value is a tensor of floating-point numbers, real or complex."""
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def as_real(x: Tensor) -> Tensor:
+    """Return complex numbers as pairs, real and imaginary part, along a further axis; others as
+    they are. To cast them to a real dtype would drop the imaginary part."""
+    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
+
+
 def sqnr_db(reference: Tensor, other: Tensor) -> float:
     """Return the signal-to-quantization-noise ratio in dB: 10 log10(|ref|^2 / |ref - other|^2), inf
     where equal. NaN and infinities that both have at the same places are equal; others give NaN or
-    -inf."""
-    reference, other = reference.detach().double(), other.detach().double()
+    -inf. Of complex numbers, real and imaginary parts count alike."""
+    reference, other = as_real(reference.detach()).double(), as_real(other.detach()).double()
     same = (reference == other) | (reference.isnan() & other.isnan())
     noise = torch.where(same, 0.0, reference - other).square().sum()
     if noise == 0:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fxq.errors import FxqWarning
-from fxq.graph_json import PATH, decode, encode
+from fxq.graph_json import decode, encode, is_path
 from fxq.rewriting import register_tensor
 
 
@@ -188,6 +188,6 @@ def decode_tensors(
 
 def register(gm: GraphModule, name: str, value: Tensor) -> None:
     """Register a buffer under a dotted name; torch refuses one that hides an attribute."""
-    if not PATH.fullmatch(name):
+    if not is_path(name):
         raise ValueError(f"expected a dotted name for a tensor, found {name!r}")
     register_tensor(gm, name, value)

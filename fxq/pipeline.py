@@ -21,7 +21,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
-from fxq.account import unintended_skips
+from fxq.account import little_changed, unintended_skips
 from fxq.batches import CheckedBatches, StoredBatches, device_of
 from fxq.capturing import capture
 from fxq.checkpoint import Checkpoint
@@ -261,10 +261,8 @@ def compress(
     ):
         captured = capture(model, example_inputs, dynamic_shapes)
         if unsaved := not_in_files(captured.graph_module.graph):
-            names = ", ".join(unsaved)
             warnings.warn(
-                f"this program cannot be saved: {names} would have to be operators of aten, prims "
-                "or fxq for a file to carry them",
+                f"this program cannot be saved: {unsaved} for a file to carry them",
                 FxqWarning,
                 stacklevel=2,
             )
@@ -284,6 +282,8 @@ def compress(
         results = (float_results, seeded(program.graph_module, example))
         program.sqnr_db, _ = outputs_sqnr_db(*map(captured.signature.results, results))
         report(f"outputs on the example: {program.sqnr_db:.1f} dB against float")
+        if little := little_changed(program.graph_module):
+            warnings.warn(f"recipe {recipe.name!r}: {little}", FxqWarning, stacklevel=2)
         call = split_inputs(example_inputs)
         if far := far_from_float(program.sqnr_db, program.graph_module, example, model, *call):
             warnings.warn(f"recipe {recipe.name!r}: {far}", FxqWarning, stacklevel=2)

@@ -9,6 +9,7 @@ from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
 
 from fxq.errors import PassError
+from fxq.numerics import as_real, is_inexact
 from fxq.seeding import seeded
 
 # Largest relative difference that rounding explains.
@@ -23,7 +24,7 @@ def float_difference(
 ) -> dict[torch.dtype, float]:
     """Return the largest `|before - after| / |before|` (Euclidean norms) of any output, by dtype.
 
-    Outputs that are not floating point must be equal: they differ by 0 or infinity.
+    Outputs that are neither floating point nor complex must be equal: they differ by 0 or infinity.
 
     Args:
         before: a graph.
@@ -55,13 +56,13 @@ def check_float_function(
         after: and after it.
         batches: the graphs' positional inputs.
         name: what the error calls the pass.
-        tolerance: largest relative difference by dtype; 1e-5 in fp32, 1e-12 in fp64.
+        tolerance: largest relative difference by real dtype; 1e-5 in fp32, 1e-12 in fp64.
     Raises:
         PassError: a larger one.
     """
     worst = float_difference(before, after, batches)
     for dtype, difference in worst.items():
-        allowed = tolerance.get(dtype, 0.0)
+        allowed = tolerance.get(dtype.to_real(), 0.0)
         if not difference <= allowed:
             raise PassError(
                 f"{name}: expected the float function to stay the same to {allowed:.0e} in "
@@ -74,9 +75,9 @@ def check_float_function(
 def _relative(expected: Tensor, found: Tensor) -> float:
     if expected.shape != found.shape or expected.dtype != found.dtype:
         return torch.inf
-    if not expected.is_floating_point():
+    if not is_inexact(expected):
         return 0.0 if torch.equal(expected, found) else torch.inf
-    a, b = expected.double(), found.double()
+    a, b = as_real(expected).double(), as_real(found).double()
     same = (a == b) | (a.isnan() & b.isnan())  # infinities and NaN that were there before
     difference = torch.where(same, 0.0, a - b).norm()
     size = a[a.isfinite()].norm()

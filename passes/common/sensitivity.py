@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 from fxq.calibrate import all_reduce, n_processes
 from fxq.errors import UnsupportedError
 from fxq.graph import tensor_of
+from fxq.numerics import as_real
 from fxq.rewriting import frozen
 from fxq.teacher_forcing import evaluate
 
@@ -50,7 +51,7 @@ def sensitivities(
     for batch in batches:
         with torch.enable_grad():
             results = watching.run(*batch)
-            floats = [r for r in results if isinstance(r, Tensor) and r.requires_grad]
+            floats = [as_real(r) for r in results if isinstance(r, Tensor) and r.requires_grad]
             signed = [(r * torch.randint_like(r, 2).mul(2).sub(1)).sum() for r in floats]
             values = list(watching.values.values())
             gradients = (
@@ -115,7 +116,7 @@ def errors_at_results(
     for batch in batches:
         with torch.inference_mode(False), torch.enable_grad():
             leaves = tree_leaves(watching.run(*batch))
-            results = [r for r in leaves if isinstance(r, Tensor) and r.requires_grad]
+            results = [as_real(r) for r in leaves if isinstance(r, Tensor) and r.requires_grad]
             values = [watching.values[name] for name in names]
             with torch.no_grad():
                 known = ChainMap({n.name: v for n, v in watching.env.items()}, constants)

@@ -23,6 +23,7 @@ from fxq.calibrate import (
     gather,
     n_processes,
 )
+from fxq.numerics import as_real, is_inexact
 from fxq.observers import RangeObserver
 from fxq.passes.common.convert import Convert
 from fxq.passes.common.insert_observers import InsertObservers
@@ -168,10 +169,10 @@ def _compare(found: GraphModule, exact: GraphModule, data: Batches) -> WholeErro
 
 
 def _float_outputs(gm: GraphModule) -> list[int]:
-    """Return which of a graph's outputs are floating-point tensors."""
+    """Return which of a graph's outputs are tensors of floating-point or complex numbers."""
     (output,) = (node for node in gm.graph.nodes if node.op == "output")
     values = [getattr(leaf, "meta", {}).get("val") for leaf in tree_leaves(output.args[0])]
-    return [i for i, v in enumerate(values) if isinstance(v, Tensor) and v.is_floating_point()]
+    return [i for i, v in enumerate(values) if is_inexact(v)]
 
 
 def _squares(found: Tensor, exact: Tensor, n_samples: int) -> Tensor:
@@ -180,6 +181,7 @@ def _squares(found: Tensor, exact: Tensor, n_samples: int) -> Tensor:
     Of an output without samples, each has its share. Where the float value is not finite there is
     neither: masks are made of such.
     """
+    found, exact = as_real(found), as_real(exact)
     finite = exact.isfinite()
     error = torch.where(finite, found.float() - exact.float(), 0.0).square()
     signal = torch.where(finite, exact.float(), 0.0).square()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fxq.errors import MissingInputError, did_you_mean
+from fxq.numerics import is_inexact
 
 Call = Any  # a tuple of arguments, or a dict of all of them by name
 
@@ -66,10 +67,7 @@ class Trajectories:
 
         found = pytree.tree_map_only(Tensor, part, whole)
         for where, leaf in pytree.tree_leaves_with_path(found):
-            bad = (
-                isinstance(leaf, Tensor) and leaf.is_floating_point() and not leaf.isfinite().all()
-            )
-            if bad:
+            if is_inexact(leaf) and not leaf.isfinite().all():
                 raise ValueError(
                     f"calls: expected finite values, found NaN or Inf in {pytree.keystr(where)} of "
                     f"{self.named(call)}; repair the pipeline, or leave out its run"

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import fxq
-from fxq.errors import SkippedError
+from fxq.errors import FxqWarning, SkippedError
 from fxq.passes import pruning, w8a8
 from fxq.pipeline import Recipe
 from fxq.signature import split_inputs
@@ -239,6 +239,7 @@ def test_experts_are_reported_and_stop_strict() -> None:
         fxq.compress(model, example, w8a8.DYNAMIC, strict=True, dynamic_shapes=None)
 
 
+@pytest.mark.filterwarnings("ignore:recipe .* it changed 0.0%")
 def test_groups_that_are_known_are_no_weight() -> None:
     model = Call(lambda x: torch._grouped_mm(x, x[:16].repeat(3, 1, 1), ENDS)).eval()
     x = torch.randn(32, 16, dtype=torch.bfloat16)
@@ -249,6 +250,7 @@ def test_groups_that_are_known_are_no_weight() -> None:
     assert row.reason == "this recipe does not quantize _grouped_mm"
 
 
+@pytest.mark.filterwarnings("ignore:recipe .* it changed 0.0%")
 @pytest.mark.filterwarnings("ignore:this program cannot be saved")
 @pytest.mark.parametrize("recipe", [w8a8.DYNAMIC, pruning.MAGNITUDE_50], ids=lambda r: r.name)
 def test_a_weight_in_an_unknown_operator_is_reported_and_stops_strict(recipe: Recipe) -> None:
@@ -283,3 +285,12 @@ def test_free_sizes_count_as_asked() -> None:
     at_two, at_seven = (fxq.report(program, torch.randn(n, 5, 8)).flops for n in (2, 7))
 
     assert 2 * at_seven == 7 * at_two > 0
+
+
+def test_a_recipe_that_changes_next_to_nothing_says_so() -> None:
+    body = [nn.Conv2d(3, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    model, x = nn.Sequential(*body, nn.Linear(16, 10)).eval(), torch.randn(2, 3, 32, 32)
+
+    with pytest.warns(FxqWarning, match=r"changed 0.0% .* conv: .* linear only \(100.0%\)"):
+        fxq.compress(model, x, w8a8.DYNAMIC)
+    fxq.compress(model, x[..., :4, :4], w8a8.DYNAMIC)  # 5 %, no warning

@@ -52,6 +52,12 @@ CODE = "x=__import__('os').mkdir('pwned')"
         lambda c: node_of(c, "aten.linear.default").update(op="call_module"),
         lambda c: c["tensors"].append({"name": CODE, "same_as": c["tensors"][0]["name"]}),
         lambda c: c["tensors"].append({"name": "forward", "same_as": c["tensors"][0]["name"]}),
+        *(
+            lambda c, part=part: next(
+                n for n in c["graph"]["nodes"] if n["op"] == "get_attr"
+            ).update(target=f"linear.{part}")
+            for part in ('"', "\\", "a\nb", "class", "", CODE)
+        ),
         lambda c: c["graph"]["symbols"].update({CODE: {"hint": 2, "low": 2, "high": None}}),
         lambda c: c["graph"]["symbols"].update({"s0": {"hint": CODE, "low": 2, "high": None}}),
     ],

@@ -374,3 +374,12 @@ def test_sqnr_takes_equal_nan_and_infinities_as_equal(
     found = numerics.sqnr_db(torch.tensor(reference), torch.tensor(other))
 
     assert found == pytest.approx(db, nan_ok=True)
+
+
+def test_sqnr_of_complex_numbers_counts_both_parts() -> None:
+    reference = torch.tensor([3 + 4j, 0j])
+
+    assert numerics.sqnr_db(reference, reference) == float("inf")
+    other = torch.tensor([3 + 3.5j, 0j])
+    assert numerics.sqnr_db(reference, other) == pytest.approx(20.0)  # 25 / .25
+    assert numerics.sqnr_db(reference.conj(), other.conj()) == pytest.approx(20.0)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import fxq
 from fxq.errors import FxqWarning
 from fxq.judging import Judgement, LayerCheck
-from fxq.passes import smoothquant, w8a8, weight_only
+from fxq.passes import recommended, smoothquant, w8a8, weight_only
 from fxq.passes.common import Calibrate, Convert, InsertObservers
 from fxq.pipeline import Recipe
 from fxq.spec import LayerSpec, PerChannel, QuantSpec
@@ -287,6 +287,7 @@ def test_compress_tells_how_far_the_example_is_from_the_model(
     assert fxq.load(tmp_path / "program.safetensors").sqnr_db == program.sqnr_db
 
 
+@pytest.mark.filterwarnings("ignore:recipe .* it changed 0.0%")
 def test_an_exact_program_has_no_error_and_is_saved(tmp_path: Path) -> None:
     from fxq.passes.common import Convert, InsertObservers
 
@@ -326,3 +327,43 @@ def test_a_collapse_is_told_of_keyword_arguments_and_exported_programs() -> None
         fxq.compress(model, {"input": x}, w8a8_but("*", 2), data=[{"input": x}])
     with pytest.warns(FxqWarning, match="below 10 dB"):
         fxq.compress(exported, x, w8a8_but("*", 2), data=[x], dynamic_shapes=None)
+
+
+class Rotates(nn.Module):
+    """A model whose result is complex, nearly all of it imaginary, in conjugate view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(32, 64), nn.Linear(64, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.b(self.a(x).relu())
+        return torch.complex(0.001 * y, y).conj()
+
+
+@pytest.mark.parametrize(
+    "recipe", [w8a8.STATIC, recommended.W8A8, recommended.W6A6], ids=lambda r: r.name
+)
+def test_complex_outputs_are_judged_by_both_parts(recipe: Recipe) -> None:
+    torch.manual_seed(0)
+    model, x = Rotates().eval(), torch.randn(64, 32)
+    x[:, 3] *= 100
+    with torch.no_grad():
+        model.a.weight[:, 3] /= 100
+
+    program = fxq.compress(model, x, recipe, data=[x, 0.5 * x.roll(1, 0)])
+    _, found = judged(program, x, model)
+
+    exact, other = (torch.view_as_real(run(x).resolve_conj()) for run in (model, program))
+    assert program.sqnr_db == pytest.approx(db(exact, other), abs=0.01)
+    assert found.sqnr_db == pytest.approx(db(exact, other), abs=0.01)
+    samples = [db(a, b) for a, b in zip(exact, other, strict=True)]
+    assert found.worst_sample_db == pytest.approx(min(samples), abs=0.01)
+
+
+def test_a_collapse_of_a_complex_output_is_told() -> None:
+    torch.manual_seed(0)
+    model, x = Rotates().eval(), torch.randn(16, 32)
+
+    with pytest.warns(FxqWarning, match="below 10 dB"):
+        fxq.compress(model, x, w8a8_but("*", 2), data=[x])

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxq.numerics import as_real, is_inexact
+
 
 def relative_error(found: Tensor, exact: Tensor, weight: Tensor | None = None) -> Tensor:
     """Return the mean squared error of a tensor in units of its mean square; a scalar.
@@ -24,7 +26,7 @@ def relative_error(found: Tensor, exact: Tensor, weight: Tensor | None = None) -
     Infinities that both have, as a mask does, count as zeros. Where everything should be zero the
     unit is 1.
     """
-    exact, found = exact.float(), found.float()
+    exact, found = as_real(exact).float(), as_real(found).float()
     alike = exact.isinf() & (found == exact)
     power = exact.masked_fill(alike, 0).square()
     error = (found - exact).masked_fill(alike, 0).square()
@@ -37,7 +39,8 @@ def relative_error(found: Tensor, exact: Tensor, weight: Tensor | None = None) -
 def total_error(
     found: Sequence[Any], exact: Sequence[Any], weights: Sequence[Tensor | None]
 ) -> Tensor:
-    """Return the sum of relative errors, a scalar; what is not a tensor of floats does not count.
+    """Return the sum of relative errors, a scalar; what is no tensor of floating-point or complex
+    numbers does not count.
 
     Args:
         found: as quantized.
@@ -50,8 +53,8 @@ def total_error(
 
 
 def is_float(value: Any) -> bool:
-    """Tell whether a value is a tensor of floats that has elements."""
-    return isinstance(value, Tensor) and value.is_floating_point() and value.numel() > 0
+    """Tell whether a value is a tensor of floats, or of complex numbers, that has elements."""
+    return is_inexact(value) and value.numel() > 0
 
 
 @dataclass(frozen=True)

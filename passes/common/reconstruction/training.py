@@ -187,7 +187,7 @@ def _mixed(found: Any, exact: Any, share: float) -> Any:
     """Return `found` in a share of the elements, and `exact` in the others."""
     if share == 1 or not is_float(found):
         return found
-    return torch.where(torch.rand_like(found) < share, found, exact)
+    return torch.where(torch.rand_like(found.real) < share, found, exact)
 
 
 def _averaged(gradients: Sequence[Tensor]) -> Sequence[Tensor]:
