@@ -1,6 +1,6 @@
 """How much of the accuracy that unbalanced channels cost do scaling methods recover?
 
-    python benchmarks/planted_imbalance.py --data PATH      # some minutes on two cores
+    python benchmarks/planted_imbalance.py --data PATH      # an hour on one core, busy
 
 In every model 5 % of the channels of each exact site are multiplied by 5 to 50 and the weights
 that read them divided: the float function is unchanged (checked), its quantized version is not.
@@ -15,12 +15,14 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
+import trained
 from common import Cell, Machine, Table, publish
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -37,6 +39,7 @@ from fxq.rewriting import copy_graph
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from digits_vit import digits, train_vit
 
+N_CALIBRATION, N_TEST = 64, 96  # of models whose samples are few
 RECIPES = {
     "W8A8": (w8a8.STATIC, smoothquant.W8A8, repq_vit.W8A8, outlier_suppression.W8A8),
     "W6A6": (w6a6.STATIC, smoothquant.W6A6, repq_vit.W6A6, outlier_suppression.W6A6),
@@ -54,20 +57,48 @@ class Study:
     test: Sequence[Sequence[Tensor]]
 
 
-def studies(data: str | None, smoke: bool) -> Iterator[Study]:
-    """Yield the models, each when it is needed."""
+def digits_vit(smoke: bool) -> Study:
+    """Return a ViT that is trained here."""
     images, labels, test_images, _ = digits()
     model = train_vit(images, labels, epochs=2 if smoke else 40)
     calibration = [(part,) for part in images[:256].split(64)]
-    yield Study("digits ViT", model, test_images[:1], calibration, [(test_images,)])
+    return Study("digits ViT", model, test_images[:1], calibration, [(test_images,)])
+
+
+def studies(data: str | None, smoke: bool) -> dict[str, Callable[[], Study]]:
+    """Return how to get each model."""
+    found: dict[str, Callable[[], Study]] = {"digits ViT": lambda: digits_vit(smoke)}
     if data is None or smoke:
-        return
+        return found
     sys.path.insert(0, data)
     import zoo
 
+    loaders = trained.studies(zoo, N_CALIBRATION + N_TEST)
+    return found | {
+        "CIFAR-10 ViT": lambda: cifar10_vit(zoo),
+        "MNIST DiT": lambda: mnist_dit(zoo),
+        "KWT-1, post-norm": lambda: whole("KWT-1, post-norm", loaders["kwt1"]()),
+        "story Llama, 260K": lambda: whole("story Llama, 260K", loaders["stories260k"]()),
+    }
+
+
+def whole(name: str, study: trained.Study) -> Study:
+    """Return the first samples to calibrate and the next ones to test."""
+    parts = [part for x in study.inputs for part in [x[:N_CALIBRATION].split(16)]]
+    test = tuple(x[N_CALIBRATION : N_CALIBRATION + N_TEST] for x in study.inputs)
+    data = list(zip(*parts, strict=True))
+    return Study(name, study.model, tuple(x[:1] for x in test), data, [test])
+
+
+def cifar10_vit(zoo: ModuleType) -> Study:
+    """Return a ViT on images."""
     x, y = zoo.cifar10("calib")[0], zoo.cifar10("test")[0]
     calibration = [(part,) for part in x[:256].split(64)]
-    yield Study("CIFAR-10 ViT", zoo.vit_cifar10(), x[:1], calibration, [(y[:256],)])
+    return Study("CIFAR-10 ViT", zoo.vit_cifar10(), x[:1], calibration, [(y[:256],)])
+
+
+def mnist_dit(zoo: ModuleType) -> Study:
+    """Return a diffusion transformer, on noise."""
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(96, 1, 16, 16, generator=generator)
     t = torch.randint(0, 1000, (96,), generator=generator)
@@ -75,7 +106,7 @@ def studies(data: str | None, smoke: bool) -> Iterator[Study]:
     dit = [(z[i : i + 32], t[i : i + 32], c[i : i + 32]) for i in (0, 32, 64)]
     names = ("hidden_states", "timestep", "class_labels")
     example = dict(zip(names, (part[:1] for part in dit[0]), strict=True))
-    yield Study("MNIST DiT", zoo.dit_mnist(), example, dit[:2], dit[2:])
+    return Study("MNIST DiT", zoo.dit_mnist(), example, dit[:2], dit[2:])
 
 
 def sqnr(gm: GraphModule, exact: Tensor, test: Sequence[Sequence[Tensor]]) -> float:
@@ -89,7 +120,9 @@ def outputs(gm: GraphModule, test: Sequence[Sequence[Tensor]]) -> Tensor:
         return torch.cat([leaf.flatten() for inputs in test for leaf in tree_leaves(gm(*inputs))])
 
 
-def rows(study: Study, seeds: int) -> Iterator[dict[str, Cell]]:
+def rows(
+    study: Study, recipes: Mapping[str, Sequence[Recipe]], seeds: int
+) -> Iterator[dict[str, Cell]]:
     """Measure one model: every recipe without and with planted imbalance."""
     original = fxq.capture(study.model, study.example).graph_module
     exact = outputs(original, study.test)
@@ -106,7 +139,7 @@ def rows(study: Study, seeds: int) -> Iterator[dict[str, Cell]]:
         same = sqnr(planted[-1], exact, study.test)
         if same < 100:
             raise RuntimeError(f"{study.name}: planting changed the float function ({same:.0f} dB)")
-    for bits, (plain, *methods) in RECIPES.items():
+    for bits, (plain, *methods) in recipes.items():
         before = run(plain, original)[0]
         lost = [run(plain, gm)[0] for gm in planted]
         yield {"model": study.name, "bits": bits, "method": "none", "unplanted dB": before,
@@ -147,10 +180,17 @@ def main() -> None:
     """Measure and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data", help="folder with zoo.py and pretrained models")
+    parser.add_argument("--models", nargs="+", help="some of them, in the place of all")
+    parser.add_argument("--bits", nargs="+", choices=RECIPES, default=[*RECIPES])
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--smoke", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     machine, seeds = Machine.here(), 1 if args.smoke else 3
-    found = [row for study in studies(args.data, args.smoke) for row in rows(study, seeds)]
+    loaders, recipes = studies(args.data, args.smoke), {bits: RECIPES[bits] for bits in args.bits}
+    found = [
+        row for name in args.models or loaders for row in rows(loaders[name](), recipes, seeds)
+    ]
     finding, folding = vit_b_seconds() if not args.smoke else (0.0, 0.0)
     columns = ("model", "bits", "method", "unplanted dB", "planted dB", "recovered", "worst seed",
                "recipe s")  # fmt: skip
