@@ -39,7 +39,7 @@ from fxq.rewriting import copy_graph
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from digits_vit import digits, train_vit
 
-N_CALIBRATION, N_TEST = 64, 96  # of models whose samples are few
+N_CALIBRATION, N_TEST, BATCH = 64, 96, 16  # of models whose samples are few, or their batch fixed
 RECIPES = {
     "W8A8": (w8a8.STATIC, smoothquant.W8A8, repq_vit.W8A8, outlier_suppression.W8A8),
     "W6A6": (w6a6.STATIC, smoothquant.W6A6, repq_vit.W6A6, outlier_suppression.W6A6),
@@ -84,10 +84,10 @@ def studies(data: str | None, smoke: bool) -> dict[str, Callable[[], Study]]:
 
 def whole(name: str, study: trained.Study) -> Study:
     """Return the first samples to calibrate and the next ones to test."""
-    parts = [part for x in study.inputs for part in [x[:N_CALIBRATION].split(16)]]
-    test = tuple(x[N_CALIBRATION : N_CALIBRATION + N_TEST] for x in study.inputs)
-    data = list(zip(*parts, strict=True))
-    return Study(name, study.model, tuple(x[:1] for x in test), data, [test])
+    parts = [x[: N_CALIBRATION + N_TEST].split(BATCH) for x in study.inputs]
+    batches = list(zip(*parts, strict=True))
+    n = N_CALIBRATION // BATCH
+    return Study(name, study.model, batches[0], batches[:n], batches[n:])
 
 
 def cifar10_vit(zoo: ModuleType) -> Study:

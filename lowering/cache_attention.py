@@ -7,6 +7,8 @@ where a query that sees nothing gives 0, as of `scaled_dot_product_attention`. H
 and values: neighbouring ones do.
 """
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -43,18 +45,12 @@ def reference(
 
 
 def cache_attention(
-    query: Tensor,
-    keys: Tensor,
-    key_scale: Tensor,
-    values: Tensor,
-    value_scale: Tensor,
-    mask: Tensor | None,
-    scale: float,
+    query: Tensor, keys: Tensor, key_scale: Tensor, values: Tensor, *rest: Any
 ) -> Tensor:
     """Compute `reference` with the fastest implementation for the device of `query`."""
     on_cpu = query.device.type == "cpu" and not isinstance(native("cache_attention"), str)
     compute = launch if on_cpu and fits(query, keys, values) else reference
-    return compute(query, keys, key_scale, values, value_scale, mask, scale)
+    return compute(query, keys, key_scale, values, *rest)
 
 
 def _fake(query: Tensor, values: Tensor, **_: object) -> Tensor:
