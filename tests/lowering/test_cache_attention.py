@@ -141,7 +141,7 @@ def test_what_is_not_finite_spoils_its_head_or_channel(compute: Any, width: int)
     query, keys, k_scale, values, v_scale = case(2, 4, 2, 2, 9, width, width)
     mask = (torch.arange(9) < 5)[None]
     keys[0, 1, 7, width - 3] = NOT_FINITE  # hidden, and read all the same
-    values[1, 0, 2, 5] = values[1, 0, 8, width - 1] = NOT_FINITE
+    values[1, 0, 8, 5] = values[1, 0, 0, width - 1] = NOT_FINITE
 
     found = compute(query, keys, k_scale, values, v_scale, mask, 0.5)
 
