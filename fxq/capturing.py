@@ -35,6 +35,7 @@ from fxq.exporting import (
 )
 from fxq.graph import is_transform, shape_of, why_unreadable, writes
 from fxq.module_state import restored, spared
+from fxq.rewriting import check_writable
 from fxq.signature import Inputs, Leaf, Signature, described, free_sizes, split_inputs
 from fxq.writes import lift_writes
 
@@ -209,6 +210,15 @@ def _sign(
 
 
 def _module_of(exported: ExportedProgram) -> GraphModule:
+    """Return the exported program as a module, whose parameters are get_attr nodes."""
+    signature = exported.graph_signature
+    named = (
+        signature.inputs_to_parameters,
+        signature.inputs_to_buffers,
+        signature.inputs_to_lifted_tensor_constants,
+    )
+    for name in (name for names in named for name in names.values()):
+        check_writable(name)
     takes_guards = "check_guards" in inspect.signature(exported.module).parameters
     return exported.module(check_guards=False) if takes_guards else exported.module()
 
