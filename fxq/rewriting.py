@@ -1,8 +1,9 @@
 """How passes change FX graphs: put in, take out, work out values again, and copy."""
 
 import contextlib
+import itertools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from keyword import iskeyword
 from typing import Any
 
@@ -125,10 +126,11 @@ def add_buffer(gm: GraphModule, name: str, value: Tensor, *, like: Node) -> Node
 
 
 def _fake_mode(graph: Graph) -> FakeTensorMode | None:
-    mode: FakeTensorMode | None = detect_fake_mode(
-        [n.meta["val"] for n in graph.nodes if "val" in n.meta]
-    )
-    return mode
+    """Return the mode of the graph's first fake value, which is that of all; None where it has
+    none."""
+    values = (node.meta["val"] for node in graph.nodes if "val" in node.meta)
+    modes: Iterator[FakeTensorMode | None] = map(detect_fake_mode, itertools.chain([None], values))
+    return next((mode for mode in modes if mode is not None), None)
 
 
 def register_tensor(module: nn.Module, name: str, value: Tensor) -> None:
