@@ -322,3 +322,15 @@ def test_other_writes_are_values_too(how: str, monkeypatch: pytest.MonkeyPatch) 
     found = gm(x.clone())[0]
     assert found.dtype == expected.dtype
     assert torch.equal(found, expected)
+
+
+def test_an_exported_model_keeps_the_writes_that_nobody_sees() -> None:
+    model, x = Unseen(F.relu, True).eval(), torch.randn(2, 3, 8, 8)
+    exported = torch.export.export(model, (x,))
+    before = str(exported.graph)
+
+    program = fxq.compress(exported, x, FLOAT)
+
+    assert "relu_.default" in before
+    assert str(exported.graph) == before
+    assert torch.equal(program(x), model(x))
