@@ -35,8 +35,9 @@ from fxq.exporting import (
 )
 from fxq.graph import is_transform, shape_of, why_unreadable, writes
 from fxq.module_state import restored, spared
+from fxq.rewriting import check_writable
 from fxq.signature import Inputs, Leaf, Signature, described, free_sizes, split_inputs
-from fxq.writes import lift_writes
+from fxq.writes import drop_unseen_writes, is_unseen, lift_writes
 
 
 @dataclass(frozen=True)
@@ -132,8 +133,9 @@ def _capture(
     refuse_train_mode(exported.graph_module)
     if why := why_unreadable(exported.graph):
         raise UnsupportedError(why)
-    if any(writes(node) or is_transform(node) for node in exported.graph.nodes):
-        # A pass may put a read in front of a write to the same memory: leave no writes.
+    if any(is_transform(n) or (writes(n) and not is_unseen(n)) for n in exported.graph.nodes):
+        # A pass may put a read in front of a write to the same memory: leave no writes. This traces
+        # once more, which is what writes that nobody sees can do without.
         free = n_free_sizes(exported)
         with refusing(type(module).__name__):
             exported = exported.run_decompositions({})
@@ -141,6 +143,7 @@ def _capture(
                 # It has fixed them at the sizes that were traced, which need not be the example's.
                 exported = try_export(model, bound, bound.values, None).run_decompositions({})
     gm = _unlift(exported)
+    drop_unseen_writes(gm)
     signature, state, remarks = _sign(gm, exported, bound)
     if dynamic_shapes == "batch" and not notes:
         notes = fixed_batches(signature, bound.values)
@@ -209,6 +212,15 @@ def _sign(
 
 
 def _module_of(exported: ExportedProgram) -> GraphModule:
+    """Return the exported program as a module, whose parameters are get_attr nodes."""
+    signature = exported.graph_signature
+    named = (
+        signature.inputs_to_parameters,
+        signature.inputs_to_buffers,
+        signature.inputs_to_lifted_tensor_constants,
+    )
+    for name in (name for names in named for name in names.values()):
+        check_writable(name)
     takes_guards = "check_guards" in inspect.signature(exported.module).parameters
     return exported.module(check_guards=False) if takes_guards else exported.module()
 

@@ -1,4 +1,8 @@
-"""The command line: `fxq compress`, `fxq report`, `fxq recipes`."""
+"""The command line: `fxq compress`, `fxq report`, `fxq recipes`.
+
+What is printed is `rich.text.Text`, here and wherever fxq prints. Of a string rich takes `[b]` and
+`:smile:` for markup, and either may be part of a path or a name.
+"""
 
 import importlib.metadata
 import sys
@@ -7,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 app = typer.Typer(
     add_completion=False,
@@ -83,7 +87,7 @@ def compress(
     from fxq.scorecard import measure
 
     def say(text: str) -> None:
-        console.print(f"[dim]·[/dim] {text}", highlight=False)
+        console.print(Text.assemble(("·", "dim"), " ", text))
 
     _, name = parse_model(model)
     if out is not None:
@@ -127,7 +131,7 @@ def report(program: Annotated[Path, typer.Argument(help="a file that fxq saved")
 def recipes() -> None:
     """List the recipes that are installed."""
     for point in sorted(importlib.metadata.entry_points(group="fxq.recipes"), key=lambda p: p.name):
-        console.print(f"{point.name:24} {point.value}", highlight=False)
+        console.print(Text(f"{point.name:24} {point.value}"))
 
 
 def main() -> None:
@@ -135,6 +139,6 @@ def main() -> None:
     try:
         app()
     except (ValueError, TypeError, OSError, NotImplementedError) as error:
-        message = f"[bold red]fxq:[/bold red] {escape(str(error))}"
-        Console(stderr=True).print(message, highlight=False)
+        message = Text.assemble(("fxq:", "bold red"), " ", str(error))
+        Console(stderr=True).print(message)
         sys.exit(2)

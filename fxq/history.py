@@ -27,7 +27,7 @@ class Stage:
 
     Args:
         name: of the pass; "capture" for the first stage.
-        seconds: that it took.
+        seconds: that it took; of "capture" tracing and the comparison with the model.
         graph_module: a copy, as the pass left it.
         changed: names of nodes that are new, or read or are known otherwise than before; an
             observer that has seen more is.

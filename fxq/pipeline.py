@@ -148,10 +148,9 @@ class Recipe:
         """Run every pass on `gm`, checking the dialect after each.
 
         The last pass that reads data has the checkpoint; those before it run again after an
-        interruption, and must come to the same graph. `history` gets the graph after each.
+        interruption, and must come to the same graph. `history` gets the graph after each; its last
+        stage is what `gm` was before, and all is new where it has none.
         """
-        if history is not None:
-            history.append(stage("capture", 0.0, gm, None))
         reading = (i for i, p in enumerate(self.passes) if isinstance(p, DataPass))
         last = max(reading, default=None)
         with reporting(progress) as report:
@@ -176,7 +175,8 @@ class Recipe:
                 check_masks(gm, after=name)
                 seconds = time.perf_counter() - began
                 if history is not None:
-                    history.append(stage(name, seconds, gm, history[-1].graph_module))
+                    before = history[-1].graph_module if history else None
+                    history.append(stage(name, seconds, gm, before))
                 change = "" if result.modified else " (changed nothing)"
                 report(f"{name}: {seconds:.1f} s{change}")
         propagate(gm)
@@ -259,7 +259,11 @@ def compress(
         torch.inference_mode(False),  # tensors made here must count their versions
         torch.no_grad(),
     ):
+        began = time.perf_counter()
         captured = capture(model, example_inputs, dynamic_shapes)
+        if history is not None:
+            seconds = time.perf_counter() - began
+            history.append(stage("capture", seconds, captured.graph_module, None))
         if unsaved := not_in_files(captured.graph_module.graph):
             warnings.warn(
                 f"this program cannot be saved: {unsaved} for a file to carry them",

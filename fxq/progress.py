@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
+from rich.text import Text
 
 Item = TypeVar("Item")
 Progress = Callable[[str], object] | bool | None  # what a user gives as progress=
@@ -86,7 +86,7 @@ class Task:
         self.last = now
         text = news() if news else ""
         if bars and self.bar is not None:
-            bars.update(self.bar, completed=self.done, news=escape(text))
+            bars.update(self.bar, completed=self.done, news=text)
             return
         of = "" if self.total is None else f" of {self.total}"
         left = ""
@@ -118,13 +118,14 @@ def reporting(progress: Progress, console: Console | None = None) -> Iterator[Re
         console = console or Console(stderr=True)
 
         def say(text: str) -> None:
-            console.print(text, markup=False, highlight=False, soft_wrap=True)
+            console.print(Text(text), soft_wrap=True)
 
         if not console.is_terminal:
             yield Reporter(say)
             return
-        news = TextColumn("[dim]{task.fields[news]}")
-        columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn()
+        name = TextColumn("{task.description}", markup=False)
+        news = TextColumn("{task.fields[news]}", style="dim", markup=False)
+        columns = name, BarColumn(), TaskProgressColumn()
         with Bars(*columns, TimeRemainingColumn(), news, console=console) as bars:
             yield Reporter(say, bars)
     elif progress is None or progress is False or callable(progress):

@@ -8,8 +8,8 @@ from typing import Literal
 
 import torch
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from fxq.account import Row, account, uncounted
 from fxq.layer import Induction
@@ -82,7 +82,7 @@ class Report:
         console = Console(file=text, width=120)
         console.print(self.table())
         for note in self.notes:
-            console.print(f"note: {escape(note)}", highlight=False)
+            console.print(Text(f"note: {note}"))
         return text.getvalue()
 
     @property
@@ -116,7 +116,7 @@ class Report:
             title=f"{self.flops / 1e9:.3g} GFLOP on {self.device}: "
             f"{self.share('lowered'):.1%} lowered, {self.share('simulated'):.1%} simulated, "
             f"{self.share('float'):.1%} float; {self.size_bytes / 1e6:.2f} MB",
-            caption=self.caption,
+            caption=Text(self.caption, "table.caption"),
             caption_justify="left",
         )
         for name in ("operator", "count", "FLOPs", "format", "status", "kernel or reason"):
@@ -125,7 +125,7 @@ class Report:
             kind, format, status, why = group
             share = f"{flops / self.flops if self.flops else 0.0:.1%}"
             share = "?" if kind in self.uncounted else share
-            table.add_row(kind, str(counts[group]), share, format, status, escape(why))
+            table.add_row(*map(Text, (kind, str(counts[group]), share, format, status, why)))
         return table
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 
 from fxq.numerics import sqnr_db
@@ -50,7 +51,7 @@ class Scorecard:
         table = Table(title="What it cost and what it brought", title_justify="left")
         for name in ("", "float", "simulated", "compiled"):
             table.add_column(name, justify="right" if name else "left")
-        table.add_row(self.accuracy_name, *(f"{a:.2%}" for a in self.accuracy))
+        table.add_row(Text(self.accuracy_name), *(f"{a:.2%}" for a in self.accuracy))
         table.add_row("SQNR against float", "", *(f"{s:.1f} dB" for s in self.sqnr_db))
         table.add_row(
             f"latency, batch {self.batch}",

@@ -21,7 +21,7 @@ from torch.fx.node import map_arg
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from fxq.errors import UnsupportedError
-from fxq.graph import args_of, is_op, tensor_of, writes
+from fxq.graph import args_of, dtype_of, is_op, tensor_of, val_of, writes
 from fxq.identity import TensorKey
 from fxq.rewriting import insert_call
 
@@ -30,6 +30,24 @@ aten = torch.ops.aten
 # Keys in the meta of an input that is written to: which result is its new value, and, of a buffer
 # that a pass keeps in another form than the model, what makes that form of the model's values.
 WRITTEN, STORED = "fxq_written", "fxq_stored"
+
+# Operators that write what they compute to their first argument, and the same without the write.
+ACTIVATIONS = {
+    getattr(aten, f"{name}_").default: getattr(aten, name).default
+    for name in (
+        "relu", "relu6", "hardtanh", "leaky_relu", "elu", "gelu", "silu", "mish", "hardswish",
+        "hardsigmoid", "sigmoid", "tanh",
+    )
+}  # fmt: skip
+SUMS = {aten.add_.Tensor: aten.add.Tensor, aten.mul_.Tensor: aten.mul.Tensor}
+WITHOUT_WRITE = ACTIVATIONS | SUMS
+
+# Operators whose result never is their argument, or a view of it. Schemas do not tell: in eval mode
+# dropout gives what it is given, and an einsum may be a view.
+FRESH = (
+    aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.conv2d.padding,
+    aten.linear.default, aten.batch_norm.default, aten.cat.default, *WITHOUT_WRITE.values(),
+)  # fmt: skip
 
 
 class Functionalized:
@@ -59,6 +77,34 @@ def _is_written(arg: Any) -> bool:
     if not isinstance(arg, FunctionalTensor):
         return False
     return torch._functionalize_has_data_mutation(arg.elem)  # type: ignore[attr-defined]
+
+
+def is_unseen(node: Node) -> bool:
+    """Tell whether nobody would miss that an operator of `WITHOUT_WRITE` writes: it alone reads the
+    value, which has memory of its own, or that of a value of which the same is true."""
+    if not is_op(node, *WITHOUT_WRITE):
+        return False
+    value, *others = args_of(node)
+    if not is_op(value, *FRESH, *WITHOUT_WRITE) or list(value.users) != [node]:
+        return False
+    if is_op(node, *ACTIVATIONS):
+        return True
+    # Of others in another dtype the result would be too, and what is written is as it was before.
+    values = [val_of(other) if isinstance(other, Node) else other for other in others]
+    return all(isinstance(v, Tensor) and v.dtype == dtype_of(value) for v in values)
+
+
+def drop_unseen_writes(gm: GraphModule) -> None:
+    """Replace in-place operators by those that compute the same and write nothing.
+
+    Args:
+        gm: whose writes in place all are unseen (`is_unseen`).
+    """
+    for node in [n for n in gm.graph.nodes if is_op(n, *WITHOUT_WRITE)]:
+        target = WITHOUT_WRITE[node.target]
+        new = insert_call(target, args_of(node), node.kwargs, before=node, like=node)
+        node.replace_all_uses_with(new)
+        gm.graph.erase_node(node)
 
 
 def lift_writes(gm: GraphModule) -> tuple[dict[str, Tensor], tuple[int, ...]]:

@@ -1,6 +1,7 @@
 """The account misses nothing: its total is what torch's own counter finds in the model."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -276,6 +277,22 @@ def test_an_unknown_operator_without_a_weight_is_named_and_no_row() -> None:
 
     assert [r.row.kind for r in report.rows] == ["linear"]
     assert report.uncounted == {"fxq_test::squash": 1}
+
+
+def test_a_report_prints_names_as_they_are() -> None:
+    report = fxq.report(fxq.compress(nn.Linear(64, 64).eval(), torch.randn(4, 64), w8a8.DYNAMIC))
+    (row,) = report.rows
+    names = {
+        "rows": (replace(row, reason="by a[/b] :smile:", kernel="k[red]"),),
+        "notes": ("of b[/b] :smile:",),
+        "uncounted": {"c[/b]:smile:": 1},
+    }
+
+    text = str(replace(report, **names))
+
+    assert "k[red]; by a[/b] :smile:" in text
+    assert "note: of b[/b] :smile:\n" in text
+    assert "fxq does not know c[/b]:smile:" in text
 
 
 def test_free_sizes_count_as_asked() -> None:

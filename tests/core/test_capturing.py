@@ -16,10 +16,11 @@ from fxq.account import kind_of
 from fxq.capturing import capture
 from fxq.dialect import ATEN
 from fxq.errors import UnsupportedError
-from fxq.graph import shape_of, writes
+from fxq.graph import owner_name, shape_of, writes
 from fxq.lowering.devices import x86
 from fxq.numerics import sqnr_db
 from fxq.passes import w8a8
+from fxq.rewriting import add_buffer, insert_module
 from fxq.signature import split_inputs
 
 # linear, conv, attention, matmul, layer_norm + rms_norm after canonicalisation: a regression shows
@@ -408,3 +409,61 @@ def test_an_example_that_is_part_of_a_larger_tensor_leaves_named_sizes_free() ->
     for length in (1, 7, 16):
         (found,) = captured.graph_module(rows[:, :length])
         torch.testing.assert_close(found, Tokens()(rows[:, :length].contiguous()))
+
+
+UNWRITABLE = ['a"b', "a\nb", "a\rb", "a\0b", "a\\b", "class"]  # in code that torch.fx makes
+
+
+class Named(nn.Module):
+    """A layer, a buffer and an activation function under one name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.inner = nn.ModuleDict({name: nn.Linear(8, 8)})
+        self.register_buffer(name, torch.ones(8))
+        self.name = name
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner[self.name](x) * getattr(self, self.name)
+
+
+@pytest.mark.parametrize("name", UNWRITABLE)
+@pytest.mark.parametrize("exported", [False, True], ids=["module", "exported"])
+def test_a_name_that_cannot_be_in_code_is_refused(name: str, exported: bool) -> None:
+    model, x = (
+        nn.Sequential(collections.OrderedDict({name: nn.Linear(8, 8)})).eval(),
+        torch.ones(2, 8),
+    )
+    given = torch.export.export(model, (x,)) if exported else model
+
+    with pytest.raises(UnsupportedError) as refusal:
+        fxq.compress(given, x, "w8")
+
+    assert f"found {name + '.weight'!r}" in str(refusal.value)
+    assert "rename" in str(refusal.value)
+    assert refusal.value.__cause__ is None
+
+
+@pytest.mark.parametrize("name", UNWRITABLE)
+def test_a_name_that_a_pass_makes_of_one_that_cannot_be_in_code_is_refused(name: str) -> None:
+    class Product(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ x.mT
+
+    model = nn.Sequential(collections.OrderedDict({name: Product()})).eval()
+    gm = capture(model, x := torch.ones(2, 8, 8)).graph_module
+    (product,) = [node for node in gm.graph.nodes if kind_of(node) == "matmul"]
+
+    with pytest.raises(UnsupportedError, match="rename"):
+        add_buffer(gm, f"{owner_name(product)}.scale", x, like=product)
+    with pytest.raises(UnsupportedError, match="rename"):
+        insert_module(gm, f"{owner_name(product)}.observer", nn.Identity(), product)
+
+
+@pytest.mark.parametrize("name", ["a b", "a'b", "a{b}", "1", "a-b", "a:b", "é", "Class"])
+def test_any_other_name_is_captured(name: str) -> None:
+    model, x = Named(name).eval(), torch.randn(2, 8)
+
+    program = fxq.compress(model, x, "w8")
+
+    assert sqnr_db(model(x), program(x)) > 30  # 8 bits give more

@@ -1,14 +1,18 @@
 """Recipes: order and records."""
 
+import time
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 import fxq
+from fxq.capturing import Captured
 from fxq.history import Stage
 from fxq.observers import RangeObserver
 from fxq.passes import w8a8
-from fxq.pipeline import Recipe
+from fxq.pipeline import FLOAT, Recipe
 
 
 def test_a_recipe_in_the_wrong_order_is_refused() -> None:
@@ -56,3 +60,22 @@ def test_observers_of_a_stage_have_seen_what_they_had_then() -> None:
         for stage in stages
     ]
     assert counts == [[], [0], [48], []]  # 24 values in calibration, and 24 now
+
+
+def test_the_history_has_the_seconds_that_capture_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    stages: list[Stage] = []
+
+    def compress(delay_s: float) -> float:
+        def capture(*args: Any) -> Captured:
+            time.sleep(delay_s)
+            return fxq.capture(*args)
+
+        monkeypatch.setattr("fxq.pipeline.capture", capture)
+        began = time.perf_counter()
+        fxq.compress(nn.Linear(16, 16).eval(), torch.randn(2, 16), FLOAT, history=stages)
+        return time.perf_counter() - began
+
+    all_of_it = compress(0.0)
+    compress(delay_s=all_of_it)
+
+    assert 0 < stages[0].seconds < all_of_it < stages[1].seconds

@@ -281,15 +281,15 @@ def test_true_draws_bars_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     console = Console(file=text, force_terminal=True, width=100, color_system=None)
 
     with reporting(True, console) as report:
-        report("one [line]")
-        with reporting(report) as inner, inner.task("count", "sheep", 8) as task:
-            task.advance(2, lambda: "wool [b]")
+        report("one [line] :smile:")
+        with reporting(report) as inner, inner.task("count[/b]:smile:", "sheep", 8) as task:
+            task.advance(2, lambda: "wool [b] :smile:")
             assert report.bars is not None
             report.bars.refresh()
 
     shown = text.getvalue()
-    assert "one [line]" in shown
-    assert re.search(r"count ━*\S*━*\s+25%.*wool \[b\]", shown)
+    assert "one [line] :smile:" in shown
+    assert re.search(r"count\[/b\]:smile: ━*\S*━*\s+25%.*wool \[b\] :smile:", shown)
     assert not report.bars.tasks
 
 

@@ -3,15 +3,18 @@
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from stateful_models import Assigned, Cache, Masked, Swap, calls, run, seeded
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fxq
 from fxq.errors import UnsupportedError
+from fxq.graph import writes
 from fxq.pipeline import FLOAT
 from fxq.writes import check_apart, read_before_writing
 
@@ -219,3 +222,115 @@ def test_every_write_reads_what_was_there_before_the_first(
     assert all(map(torch.equal, (a, b, c), expected))
     own = torch.ops.aten.lift_fresh_copy.default
     assert len(gm.graph.find_nodes(op="call_function", target=own)) == 1
+
+
+class Unseen(nn.Module):
+    """Writes in place to what nobody else reads, or does not write."""
+
+    def __init__(self, function: Callable[..., Tensor], inplace: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.after = nn.Conv2d(8, 8, 1)
+        self.function, self.inplace = function, inplace
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.function(self.norm(self.conv(x)), inplace=self.inplace)
+        y = self.after(h)
+        y = y.add_(h, alpha=2) if self.inplace else y.add(h, alpha=2)
+        y = self.function(y, inplace=self.inplace)
+        return self.norm(y).mul_(h) if self.inplace else self.norm(y) * h
+
+
+def traced_again(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Return a list that gets an element where a graph is traced once more for its writes."""
+    again: list[bool] = []
+    decompose = torch.export.ExportedProgram.run_decompositions
+
+    def counting(self: torch.export.ExportedProgram, *args: Any) -> torch.export.ExportedProgram:
+        again.append(True)
+        return decompose(self, *args)
+
+    monkeypatch.setattr(torch.export.ExportedProgram, "run_decompositions", counting)
+    return again
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        F.relu, F.relu6, F.hardtanh, F.leaky_relu, F.elu, F.silu, F.mish, F.hardswish,
+        F.hardsigmoid,
+        lambda x, inplace: x.sigmoid_() if inplace else x.sigmoid(),
+        lambda x, inplace: x.tanh_() if inplace else x.tanh(),
+    ],
+)  # fmt: skip
+def test_writes_that_nobody_sees_are_those_of_the_model_without_them(
+    function: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    again, x = traced_again(monkeypatch), torch.randn(2, 3, 8, 8)
+
+    found, expected = (fxq.capture(Unseen(function, i).eval(), x) for i in (True, False))
+
+    assert not again
+    nodes = [
+        [
+            (str(n.target), n.meta["val"].shape, n.meta["val"].stride(), n.meta["val"].dtype)
+            for n in captured.graph_module.graph.nodes
+            if n.op == "call_function"
+        ]
+        for captured in (found, expected)
+    ]
+    assert [str(node) for node in nodes[0]] == [str(node) for node in nodes[1]]
+    other = torch.randn(3, 3, 8, 8)
+    with torch.no_grad():
+        expected_result = Unseen(function, True).eval()(other)
+    assert torch.equal(found.graph_module(other)[0], expected_result)
+
+
+SEEN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "read in other places": lambda h, x: (g := h[:, 0].clone()).add(h.relu_()[:, 0]) * g + h[:, 1],
+    "read before, through a view": lambda h, x: h.view(-1).add(h.relu_().view(-1)),
+    "a view": lambda h, x: h[:, 1:].relu_() + h[:, :-1],
+    "dropped out of": lambda h, x: F.dropout(h, 0.5, False).relu_() + h,
+    "the input": lambda h, x: h + x.relu_(),
+    "of a sum": lambda h, x: (g := h + 1).add_(x[:, :1]).sub_(1) * g,
+    "in another dtype": lambda h, x: h.half().add(1).add_(x),
+    "a number": lambda h, x: (h * 2).add_(1),
+    "a size": lambda h, x: (h * 2).mul_(x.shape[0]),
+}
+
+
+@pytest.mark.parametrize("how", SEEN)
+def test_other_writes_are_values_too(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Seen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return SEEN[how](self.layer(x), x)
+
+    torch.manual_seed(0)
+    again, model, x = traced_again(monkeypatch), Seen().eval(), torch.randn(3, 4)
+    with torch.no_grad():
+        expected = model(x.clone())
+
+    gm = fxq.capture(model, x.clone()).graph_module
+
+    assert again
+    assert not any(map(writes, gm.graph.nodes))
+    found = gm(x.clone())[0]
+    assert found.dtype == expected.dtype
+    assert torch.equal(found, expected)
+
+
+def test_an_exported_model_keeps_the_writes_that_nobody_sees() -> None:
+    model, x = Unseen(F.relu, True).eval(), torch.randn(2, 3, 8, 8)
+    exported = torch.export.export(model, (x,))
+    before = str(exported.graph)
+
+    program = fxq.compress(exported, x, FLOAT)
+
+    assert "relu_.default" in before
+    assert str(exported.graph) == before
+    assert torch.equal(program(x), model(x))

@@ -17,7 +17,7 @@ from written_again import W4A8, Decisions, by_hand
 
 import fxq
 from fxq.dialect import ATEN, Dialect
-from fxq.errors import FxqWarning
+from fxq.errors import FxqWarning, UnsupportedError
 from fxq.lowering.cpu.onednn import CpuInt8
 from fxq.lowering.devices import x86
 from fxq.numerics import sqnr_db
@@ -234,6 +234,18 @@ def test_a_recipe_can_be_chosen_by_value(decisions: Decisions) -> None:
 
     with torch.no_grad():
         assert sqnr_db(by_hand(x, model, bits=4), compiled(x)) > 60.0
+
+
+@pytest.mark.parametrize("name", ['a"b', "a\nb", "a\\b", "class"])
+def test_a_name_that_cannot_be_in_code_is_refused(name: str) -> None:
+    model = nn.Sequential()
+    model.add_module(name, nn.Linear(64, 64))
+    compiled = torch.compile(model.eval(), backend="fxq")
+
+    with pytest.raises(BackendCompilerFailed, match="rename") as refusal, torch.no_grad():
+        compiled(torch.randn(2, 64))
+
+    assert isinstance(refusal.value.inner_exception, UnsupportedError)
 
 
 def test_strict_raises_where_there_is_no_kernel() -> None:

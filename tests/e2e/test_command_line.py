@@ -1,6 +1,7 @@
 """The command line on a real pretrained ViT and real pictures, and its answers to mistakes."""
 
 import importlib
+import importlib.metadata
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 
 import fxq
 from fxq.cli import app, main, parse_argument
+from fxq.scorecard import Scorecard
 
 CIFAR_VIT = [
     "--model", "timm:vit_tiny_patch16_224",
@@ -164,6 +166,60 @@ def test_what_can_be_checked_is_before_a_model_is_built(
         main()
 
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("name", ["x[b]", "[b]x", "x[/b]", "[red]", ":smile:", "x\\[b]"])
+def test_names_of_files_are_printed_as_they_are(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from PIL import Image
+
+    (folder := tmp_path / name).mkdir(parents=True)
+    Image.new("RGB", (32, 32)).save(folder / "a.png")
+    found = Scorecard("a", (1.0, 1.0, 1.0), (1.0, 1.0), (1.0, 1.0), (1, 1), 1.0, True, 1.0, 1)
+    monkeypatch.setattr("fxq.scorecard.measure", lambda *args, **kwargs: found)
+    monkeypatch.setattr("fxq.adapters.timm_images.load_model", lambda *args: Pooled())
+    monkeypatch.setattr("fxq.cli.console.width", 500)
+    monkeypatch.chdir(tmp_path)
+    given = ["--model", "timm:test_vit", "--data", name, "--out", f"{name}.safetensors"]
+
+    result = CliRunner().invoke(app, ["compress", *given, "--recipe", "w8a8_dynamic"])
+
+    assert result.exit_code == 0, result.exception
+    assert f"reading 1 pictures from {name}\n" in result.output
+    assert f"saved {name}.safetensors (" in result.output
+
+
+class Pooled(torch.nn.Linear):
+    """Stands for a model of timm: of pictures, and small."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 64)
+        self.pretrained_cfg = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3}
+        self.eval()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("name", ["x[b]", "x[/b]", ":smile:"])
+def test_errors_are_printed_as_they_are(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["fxq", "report", name])
+
+    with pytest.raises(SystemExit):
+        main()
+
+    assert name in capsys.readouterr().err
+
+
+def test_recipes_of_other_packages_are_printed_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    point = importlib.metadata.EntryPoint("mine[/b]", "mine:RECIPE [extra]", "fxq.recipes")
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [point])
+
+    assert "mine[/b]" in (output := CliRunner().invoke(app, ["recipes"]).output)
+    assert "mine:RECIPE [extra]" in output
 
 
 def test_recipes_are_listed() -> None:
