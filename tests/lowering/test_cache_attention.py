@@ -191,6 +191,7 @@ LAYOUTS = [
 ]
 OTHERS = {
     "repeated in turn": lambda x, n: x.repeat(1, n, 1, 1),
+    "in turn by a view": lambda x, n: x[:, None].expand(-1, n, -1, -1, -1).flatten(1, 2),
     "flipped": lambda x, n: x.flip(2).repeat_interleave(n, 1),
 }
 
@@ -246,6 +247,21 @@ def test_attention_reads_codes_however_a_cache_lies(layout: Layout) -> None:
         assert all(fxq.verify(program, step).ok for step in own)
         exact, found = (torch.stack([run(*step) for step in own]) for run in (judge, program))
     assert sqnr_db(exact, found) > 28  # measured 30 and 31: first steps attend to few rows
+
+
+@needs_native
+def test_heads_that_the_operator_shares_are_shared() -> None:
+    model, own = Attends(2, lambda x, _: x, enable_gqa=True), steps(0.5)
+    judge = deepcopy(model)
+
+    program = compressed(model)
+
+    (decision,) = lower(program.graph_module, CPU)[1].values()
+    assert decision.kernel == "cache_attention (AVX2)"
+    with torch.no_grad():
+        assert all(fxq.verify(program, step).ok for step in own)
+        exact, found = (torch.stack([run(*step) for step in own]) for run in (judge, program))
+    assert sqnr_db(exact, found) > 28
 
 
 @needs_native
