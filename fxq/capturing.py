@@ -5,8 +5,10 @@ call's arguments, in order, and returns the tensors among the results; a `Signat
 both hang together. Parameters and buffers are get_attr nodes that share the model's own tensors.
 """
 
+import copy
 import inspect
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -33,9 +35,8 @@ from fxq.exporting import (
     refusing,
     try_export,
 )
-from fxq.graph import is_transform, shape_of, why_unreadable, writes
+from fxq.graph import is_transform, shape_of, why_unreadable, writable, writes
 from fxq.module_state import restored, spared
-from fxq.rewriting import check_writable
 from fxq.signature import Inputs, Leaf, Signature, described, free_sizes, split_inputs
 from fxq.writes import drop_unseen_writes, is_unseen, lift_writes
 
@@ -213,16 +214,41 @@ def _sign(
 
 def _module_of(exported: ExportedProgram) -> GraphModule:
     """Return the exported program as a module, whose parameters are get_attr nodes."""
-    signature = exported.graph_signature
-    named = (
-        signature.inputs_to_parameters,
-        signature.inputs_to_buffers,
-        signature.inputs_to_lifted_tensor_constants,
-    )
-    for name in (name for names in named for name in names.values()):
-        check_writable(name)
+    exported = _with_writable_names(exported)
     takes_guards = "check_guards" in inspect.signature(exported.module).parameters
     return exported.module(check_guards=False) if takes_guards else exported.module()
+
+
+def _with_writable_names(exported: ExportedProgram) -> ExportedProgram:
+    """Return the exported program with names of parameters and buffers that code can have.
+
+    Raises:
+        UnsupportedError: two would have the same.
+    """
+    names = [*exported.state_dict, *exported.constants]
+    renamed = {name: writable(name) for name in names}
+    if all(name == new for name, new in renamed.items()):
+        return exported
+    if twice := [name for name, count in Counter(renamed.values()).items() if count > 1]:
+        odd = [name for name, new in renamed.items() if new in twice and name != new]
+        raise UnsupportedError(
+            f"expected names of parameters and buffers that code can have, found {odd}, and that "
+            f"{twice} are names of others; rename them in the model"
+        )
+    signature = exported.graph_signature
+
+    def named(specs: Sequence[Any]) -> list[Any]:
+        return [replace(spec, target=renamed.get(spec.target, spec.target)) for spec in specs]
+
+    copied = copy.copy(exported)
+    copied._graph_signature = replace(
+        signature,
+        input_specs=named(signature.input_specs),
+        output_specs=named(signature.output_specs),
+    )
+    copied._state_dict = {renamed[name]: value for name, value in exported.state_dict.items()}
+    copied._constants = {renamed[name]: value for name, value in exported.constants.items()}
+    return copied
 
 
 def _unlift(exported: ExportedProgram) -> GraphModule:

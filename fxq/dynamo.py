@@ -23,7 +23,15 @@ from fxq.autocast import drop_inert_regions
 from fxq.canonicalize import canonicalize
 from fxq.canonicalize.cleanup import refuse_train_mode
 from fxq.errors import UnreadableGraphError
-from fxq.graph import is_op, is_transform, settle_marked, tensor_of, why_unreadable, writes
+from fxq.graph import (
+    is_op,
+    is_transform,
+    settle_marked,
+    tensor_of,
+    why_unreadable,
+    writable,
+    writes,
+)
 from fxq.writes import Functionalized, give_own_memory
 
 UNREADABLE = (*exceptions_allowed_to_be_fallback, PendingUnbackedSymbolNotFound)
@@ -270,12 +278,13 @@ def qualified_name(placeholder: Node) -> str:
     text = source.name if source is not None else ""
     text = text() if callable(text) else text
     local, *names = _parts_of(text) or [placeholder.name]
-    return ".".join(names) or local  # of a parameter the local holds the model; an input is one
+    # Of a parameter the local holds the model; an input is one.
+    return writable(".".join(names) or local)
 
 
 def _module_path(source: str) -> str:
     """Return `blocks.0.attn` for Dynamo's `L['self'].blocks.0.attn`."""
-    return ".".join(_parts_of(source)[1:])
+    return writable(".".join(_parts_of(source)[1:]))
 
 
 def _parts_of(source: str) -> list[str]:

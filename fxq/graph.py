@@ -1,7 +1,10 @@
 """What an FX graph says: the words that passes use to ask it."""
 
+import re
 from collections.abc import Mapping
+from keyword import iskeyword
 from typing import Any
+from unicodedata import normalize
 
 import torch
 from torch import Tensor
@@ -20,6 +23,8 @@ RUNTIME_STATE = "runtime_state"
 # that came from a `Program`.
 SETTLED = "fxq_settled"
 
+
+UNWRITABLE = re.compile(r"[^\w +,/:@~-]")  # in a name that stands in code, or in a file
 
 AUTOCAST = ("_enter_autocast", "wrap_with_autocast")  # of Dynamo, of torch.export
 
@@ -131,15 +136,28 @@ def dtype_of(node: Any) -> torch.dtype:
     return node.meta["val"].dtype
 
 
+def writable(name: str) -> str:
+    """Return a dotted name as torch.fx can write it into the code of a graph: `heads.class_` of
+    `heads.class`, with underscores in the place of what is neither letter, digit nor harmless.
+
+    It puts quotes around a part that is no identifier, escapes nothing and does not know keywords:
+    the code would not be Python, or read another attribute, or be what a file wants run.
+    """
+    parts = (UNWRITABLE.sub("_", part) for part in normalize("NFKC", name).split("."))
+    return ".".join(f"{part}_" if iskeyword(part) else part for part in parts)
+
+
 def owner_name(node: Node) -> str:
     """Return the qualified name of the module a node belongs to, e.g. `blocks.0.attn.qkv`."""
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    path: str = stack[-1][0] if stack else ""
     for arg in node.all_input_nodes[1:2]:
         while is_op(arg, *VIEWS):
             arg = arg.args[0]  # type: ignore[assignment]
         if arg.op == "get_attr" and "." in str(arg.target):
-            return str(arg.target).rpartition(".")[0]
-    stack = list(node.meta.get("nn_module_stack", {}).values())
-    return stack[-1][0] if stack and stack[-1][0] else node.name
+            name = str(arg.target).rpartition(".")[0]
+            return path if writable(path) == name else name
+    return path or node.name
 
 
 def input_name(placeholder: Node) -> str:

@@ -8,7 +8,6 @@ before it reaches a graph. No device is written: a program has one, and `load` c
 """
 
 import contextlib
-import keyword
 import math
 import operator
 import re
@@ -24,11 +23,9 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._sympy.numbers import int_oo
 
 from fxq.errors import UnsupportedError
-from fxq.graph import hint, owner_name, val_of
+from fxq.graph import hint, owner_name, val_of, writable
 from fxq.layer_json import decode_layer, encode_layer
 
-PART = re.compile(r"[\w +,/:@~-]+")
-IN_NAMES = "letters, digits and _ +,/:@~-, no Python keyword among its parts"
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 # Not `aten::from_file`, which opens, and may create, the file it is told.
 OPERATOR = re.compile(r"(aten|prims|fxq)\.(?!from_file\.)([A-Za-z_]\w*)\.([A-Za-z_]\w*)", re.ASCII)
@@ -126,9 +123,6 @@ def encode_target(target: Any) -> str:
 def not_in_files(graph: Graph) -> str | None:
     """Return what a file cannot carry of a graph, None where it can carry all."""
     found: dict[str, None] = {}
-    tensors = [str(node.target) for node in graph.nodes if node.op == "get_attr"]
-    if bad := ", ".join(repr(name) for name in dict.fromkeys(tensors) if not is_path(name)):
-        return f"{bad} would have to be names of {IN_NAMES}"
     for target in {node.target: None for node in graph.nodes if node.op == "call_function"}:
         try:
             encode_target(target)
@@ -210,9 +204,8 @@ def _decode_size(data: Any, symbols: Mapping[str, Any]) -> Any:
 
 
 def is_path(name: str) -> bool:
-    """Tell whether a dotted name of a tensor is one that FX can write into Python source, where a
-    part that is no identifier stands in double quotes, and that cannot be taken for code."""
-    return all(PART.fullmatch(part) and not keyword.iskeyword(part) for part in name.split("."))
+    """Tell whether a dotted name of a tensor is one that code can have."""
+    return name == writable(name) and all(name.split("."))
 
 
 def encode_graph(gm: GraphModule) -> dict[str, Any]:
@@ -232,10 +225,6 @@ def encode_graph(gm: GraphModule) -> dict[str, Any]:
             elif node.op == "get_attr":
                 if node.target not in buffers:
                     raise UnsupportedError(f"expected a buffer, found {node.target!r}")
-                if not is_path(node.target):
-                    raise UnsupportedError(
-                        f"expected a name of {IN_NAMES} for a file, found {node.target!r}"
-                    )
                 entry["target"] = node.target
             else:
                 if node.op == "call_function":

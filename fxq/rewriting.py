@@ -2,9 +2,7 @@
 
 import contextlib
 import itertools
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from keyword import iskeyword
 from typing import Any
 
 import torch
@@ -16,11 +14,7 @@ from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
-from fxq.errors import UnsupportedError
-from fxq.graph import SETTLED, args_of, val_of
-
-# What ends a string in Python code, or stands for another character there.
-UNWRITABLE = re.compile(r'["\\\n\r\0]')
+from fxq.graph import SETTLED, args_of, val_of, writable
 
 
 def insert_call(
@@ -61,7 +55,6 @@ def insert_call(
 def insert_module(gm: GraphModule, name: str, module: nn.Module, *args: Node) -> Node:
     """Insert a call of a module that returns its first argument, after the nodes it reads."""
     name = unique_name(gm, name)
-    check_writable(name)
     gm.add_submodule(name, module)
     after = args[0]
     with gm.graph.inserting_after(insertion_point(last_of(*args))):
@@ -91,7 +84,9 @@ def inherit(node: Node, origin: Node) -> None:
 
 
 def unique_name(gm: GraphModule, name: str) -> str:
-    """Return `name`, with a number at its end where the module already has such an attribute."""
+    """Return a name, as code can have it, with a number at its end where the module already has
+    such an attribute."""
+    name = writable(name)
     candidate, count = name, 0
     while has_attribute(gm, candidate):
         count += 1
@@ -134,9 +129,8 @@ def _fake_mode(graph: Graph) -> FakeTensorMode | None:
 
 
 def register_tensor(module: nn.Module, name: str, value: Tensor) -> None:
-    """Register a parameter or buffer under a dotted name, making the modules on the way; torch
-    refuses a name that hides another attribute, and `check_writable` one that breaks code."""
-    check_writable(name)
+    """Register a parameter or buffer under a dotted name, which code can have (`graph.writable`),
+    making the modules on the way; torch refuses a name that hides another attribute."""
     *path, leaf = name.split(".")
     for part in path:
         if part not in module._modules:
@@ -146,23 +140,6 @@ def register_tensor(module: nn.Module, name: str, value: Tensor) -> None:
         module.register_parameter(leaf, value)
     else:
         module.register_buffer(leaf, value)
-
-
-def check_writable(name: str) -> None:
-    """Raise where torch.fx cannot write a dotted name into the code of a graph.
-
-    It puts quotes around a part that is no identifier, escapes nothing and does not know keywords:
-    the code may not be Python, or read another attribute.
-
-    Raises:
-        UnsupportedError: the name has such a part.
-    """
-    if any(iskeyword(part) or UNWRITABLE.search(part) for part in name.split(".")):
-        raise UnsupportedError(
-            "expected names of modules, parameters and buffers that code can have, found "
-            f"{name!r}; rename it in the model, without quotation marks, backslashes, ends of "
-            "lines and zero bytes, and to no keyword of Python, such as 'class'"
-        )
 
 
 def erase_dead(gm: GraphModule) -> None:

@@ -429,23 +429,32 @@ class Named(nn.Module):
 
 @pytest.mark.parametrize("name", UNWRITABLE)
 @pytest.mark.parametrize("exported", [False, True], ids=["module", "exported"])
-def test_a_name_that_cannot_be_in_code_is_refused(name: str, exported: bool) -> None:
-    model, x = (
-        nn.Sequential(collections.OrderedDict({name: nn.Linear(8, 8)})).eval(),
-        torch.ones(2, 8),
-    )
+def test_a_name_that_cannot_be_in_code_is_another_there(name: str, exported: bool) -> None:
+    model, x = Named(name).eval(), torch.randn(2, 8)
     given = torch.export.export(model, (x,)) if exported else model
+    keys = [*given.state_dict] if exported else [*model.state_dict()]
 
-    with pytest.raises(UnsupportedError) as refusal:
-        fxq.compress(given, x, "w8")
+    program = fxq.compress(given, x, "w8", dynamic_shapes=None if exported else "batch")
 
-    assert f"found {name + '.weight'!r}" in str(refusal.value)
-    assert "rename" in str(refusal.value)
-    assert refusal.value.__cause__ is None
+    assert sqnr_db(model(x), program(x)) > 30
+    (row,) = fxq.report(program).rows
+    assert row.row.module == f"inner.{name}"
+    judgement = fxq.verify(program, x, model=model).against_model
+    assert judgement is not None
+    assert [layer.reason for layer in judgement.layers] == [""]
+    assert [*(given.state_dict if exported else model.state_dict())] == keys
+
+
+def test_two_names_that_code_would_take_for_one_are_refused() -> None:
+    layers = {"class": nn.Linear(8, 8), "class_": nn.Linear(8, 8)}
+    model = nn.Sequential(collections.OrderedDict(layers)).eval()
+
+    with pytest.raises(UnsupportedError, match=r"found \['class.weight', .*rename"):
+        fxq.compress(model, torch.ones(2, 8), "w8")
 
 
 @pytest.mark.parametrize("name", UNWRITABLE)
-def test_a_name_that_a_pass_makes_of_one_that_cannot_be_in_code_is_refused(name: str) -> None:
+def test_what_a_pass_names_after_a_module_can_be_in_code(name: str) -> None:
     class Product(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x @ x.mT
@@ -454,10 +463,11 @@ def test_a_name_that_a_pass_makes_of_one_that_cannot_be_in_code_is_refused(name:
     gm = capture(model, x := torch.ones(2, 8, 8)).graph_module
     (product,) = [node for node in gm.graph.nodes if kind_of(node) == "matmul"]
 
-    with pytest.raises(UnsupportedError, match="rename"):
-        add_buffer(gm, f"{owner_name(product)}.scale", x, like=product)
-    with pytest.raises(UnsupportedError, match="rename"):
-        insert_module(gm, f"{owner_name(product)}.observer", nn.Identity(), product)
+    assert owner_name(product) == name
+    add_buffer(gm, f"{owner_name(product)}.scale", x, like=product)
+    insert_module(gm, f"{owner_name(product)}.observer", nn.Identity(), product)
+    gm.recompile()
+    assert torch.equal(gm(x)[0], model(x))
 
 
 @pytest.mark.parametrize("name", ["a b", "a'b", "a{b}", "1", "a-b", "a:b", "é", "Class"])

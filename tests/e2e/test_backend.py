@@ -17,7 +17,7 @@ from written_again import W4A8, Decisions, by_hand
 
 import fxq
 from fxq.dialect import ATEN, Dialect
-from fxq.errors import FxqWarning, UnsupportedError
+from fxq.errors import FxqWarning
 from fxq.lowering.cpu.onednn import CpuInt8
 from fxq.lowering.devices import x86
 from fxq.numerics import sqnr_db
@@ -237,15 +237,13 @@ def test_a_recipe_can_be_chosen_by_value(decisions: Decisions) -> None:
 
 
 @pytest.mark.parametrize("name", ['a"b', "a\nb", "a\\b", "class"])
-def test_a_name_that_cannot_be_in_code_is_refused(name: str) -> None:
-    model = nn.Sequential()
-    model.add_module(name, nn.Linear(64, 64))
+def test_a_name_that_cannot_be_in_code_is_compiled(name: str) -> None:
+    model, x = nn.Sequential(), torch.randn(256, 512)
+    model.add_module(name, nn.Linear(512, 512))
     compiled = torch.compile(model.eval(), backend="fxq")
 
-    with pytest.raises(BackendCompilerFailed, match="rename") as refusal, torch.no_grad():
-        compiled(torch.randn(2, 64))
-
-    assert isinstance(refusal.value.inner_exception, UnsupportedError)
+    with torch.no_grad():
+        assert 30 < sqnr_db(model(x), compiled(x)) < 60  # in 8 bits
 
 
 def test_strict_raises_where_there_is_no_kernel() -> None:
