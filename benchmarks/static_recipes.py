@@ -1,10 +1,10 @@
 """What static recipes keep of an ImageNet ViT, and what each part of the recommended one brings.
 
-    python benchmarks/static_recipes.py --data PATH      # about 20 minutes on two cores
+    python benchmarks/static_recipes.py --data PATH      # an hour on one core, busy
 
 32 photographs calibrate, the others judge: the share whose class is right, SQNR of the logits over
-all of them, and that of the worst. `--data` is a folder with `zoo.py`, which loads the model and
-the photographs.
+all of them, and that of the worst. Each row is written as soon as it is measured. `--data` is a
+folder with `zoo.py`, which loads the model and the photographs.
 """
 
 import argparse
@@ -89,6 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data", required=True, help="folder with zoo.py")
     parser.add_argument("--seeds", type=int, default=3, help="calibration sets")
+    parser.add_argument("--bits", nargs="+", choices=RECIPES, default=[*RECIPES])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--smoke", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -98,22 +99,24 @@ def main() -> None:
 
     x, y = zoo.imagenet_batch(40 if args.smoke else 200)
     model, seeds = zoo.vit_tiny_imagenet(), 1 if args.smoke else args.seeds
-    found = [row for bits in RECIPES for row in rows(model, bits, x, y, seeds)]
-    table = Table(
-        name="static_recipes",
-        title="Static recipes on ViT-Ti/16, ImageNet",
-        settings={"calibration photographs": N_CALIBRATION, "judging photographs":
-                  len(x) - N_CALIBRATION, "calibration sets": seeds, "threads": args.threads},
-        machine=Machine.here(),
-        columns=tuple(found[0]),
-        rows=tuple(found),
-        notes=(
-            "Means over calibration sets; the spread is between sets, the worst photograph is that "
-            "of all sets. The photographs are probably training images of the model: read "
-            "differences, not levels.",
-        ),
-    )  # fmt: skip
-    publish(table, smoke=args.smoke)
+    found: list[dict[str, Cell]] = []
+    for row in (row for bits in args.bits for row in rows(model, bits, x, y, seeds)):
+        found.append(row)
+        table = Table(
+            name="static_recipes",
+            title="Static recipes on ViT-Ti/16, ImageNet",
+            settings={"calibration photographs": N_CALIBRATION, "judging photographs":
+                      len(x) - N_CALIBRATION, "calibration sets": seeds, "threads": args.threads},
+            machine=Machine.here(),
+            columns=tuple(found[0]),
+            rows=tuple(found),
+            notes=(
+                "Means over calibration sets; the spread is between sets, the worst photograph is "
+                "that of all sets. The photographs are probably training images of the model: read "
+                "differences, not levels.",
+            ),
+        )  # fmt: skip
+        publish(table, smoke=args.smoke)
 
 
 if __name__ == "__main__":
