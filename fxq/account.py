@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 from fxq.einsum import Equation
 from fxq.flops import counted_flops, is_opaque, reads_weight
 from fxq.graph import constant_of, hint, is_constant, is_op, owner_name, shape_of, val_of
-from fxq.layer import NOT_SEEN, Layer, Skip, layer_of
+from fxq.layer import Layer, Skip, layer_of
 from fxq.operators import SPARSE_ATTENTION, TABLE, Movement, multiplied, operand
 
 KINDS: Mapping[Movement | None, str] = {
@@ -148,21 +148,21 @@ def account(gm: GraphModule, sizes: Mapping[str, int] | None = None) -> list[Row
 
 
 def little_changed(gm: GraphModule) -> str | None:
-    """Return, of a graph in which a recipe left all but a hundredth of the operations as they were,
-    that it did and why; None of any other, and where passes did not look at all of it."""
+    """Return, of a graph in which a recipe quantized something, but less than a hundredth of the
+    operations, that it did and why; None of any other, and where overrides asked for it."""
     rows = account(gm)
     total = sum(row.flops for row in rows)
+    share = sum(row.flops for row in rows if row.format is not None) / max(total, 1)
+    if not 0 < share < MIN_CHANGED:
+        return None
     left = Counter[str]()
     for row in rows:
-        if row.skip == NOT_SEEN:
-            return None
-        if row.skip is not None:
+        if row.skip is not None and not row.skip.reason.startswith("override "):
             left[f"{row.kind}: {row.skip.reason}"] += row.flops
-    if total - left.total() >= MIN_CHANGED * total:
+    if left.total() < (1 - MIN_CHANGED) * total:
         return None
     reasons = [f"{why} ({flops / total:.1%})" for why, flops in left.most_common(N_REASONS)]
-    done = f"it changed {1 - left.total() / total:.1%} of the operations and left as they were"
-    return f"{done} {'; '.join(reasons)}"
+    return f"it changed {share:.1%} of the operations and left as they were {'; '.join(reasons)}"
 
 
 def unintended_skips(gm: GraphModule) -> dict[str, str]:

@@ -240,7 +240,6 @@ def test_experts_are_reported_and_stop_strict() -> None:
         fxq.compress(model, example, w8a8.DYNAMIC, strict=True, dynamic_shapes=None)
 
 
-@pytest.mark.filterwarnings("ignore:recipe .* it changed 0.0%")
 def test_groups_that_are_known_are_no_weight() -> None:
     model = Call(lambda x: torch._grouped_mm(x, x[:16].repeat(3, 1, 1), ENDS)).eval()
     x = torch.randn(32, 16, dtype=torch.bfloat16)
@@ -251,7 +250,6 @@ def test_groups_that_are_known_are_no_weight() -> None:
     assert row.reason == "this recipe does not quantize _grouped_mm"
 
 
-@pytest.mark.filterwarnings("ignore:recipe .* it changed 0.0%")
 @pytest.mark.filterwarnings("ignore:this program cannot be saved")
 @pytest.mark.parametrize("recipe", [w8a8.DYNAMIC, pruning.MAGNITUDE_50], ids=lambda r: r.name)
 def test_a_weight_in_an_unknown_operator_is_reported_and_stops_strict(recipe: Recipe) -> None:

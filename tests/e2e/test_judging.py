@@ -287,7 +287,6 @@ def test_compress_tells_how_far_the_example_is_from_the_model(
     assert fxq.load(tmp_path / "program.safetensors").sqnr_db == program.sqnr_db
 
 
-@pytest.mark.filterwarnings("ignore:recipe .* it changed 0.0%")
 def test_an_exact_program_has_no_error_and_is_saved(tmp_path: Path) -> None:
     from fxq.passes.common import Convert, InsertObservers
 
