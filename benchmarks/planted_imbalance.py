@@ -182,6 +182,7 @@ def main() -> None:
     parser.add_argument("--data", help="folder with zoo.py and pretrained models")
     parser.add_argument("--models", nargs="+", help="some of them, in the place of all")
     parser.add_argument("--bits", nargs="+", choices=RECIPES, default=[*RECIPES])
+    parser.add_argument("--name", help="added to that of the table")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--smoke", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -195,7 +196,7 @@ def main() -> None:
     columns = ("model", "bits", "method", "unplanted dB", "planted dB", "recovered", "worst seed",
                "recipe s")  # fmt: skip
     table = Table(
-        name="planted_imbalance",
+        name="_".join(filter(None, ("planted_imbalance", args.name))),
         title="Planted channel imbalance, and what scaling methods recover of it",
         settings={"seeds": seeds, "planted": "5 % of the channels of each exact site, x 5 to 50"},
         machine=machine,
