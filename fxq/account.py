@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 from fxq.einsum import Equation
 from fxq.flops import counted_flops, is_opaque, reads_weight
 from fxq.graph import constant_of, hint, is_constant, is_op, owner_name, shape_of, val_of
-from fxq.layer import Layer, Skip, layer_of
+from fxq.layer import OVERRIDE, Layer, Skip, layer_of
 from fxq.operators import SPARSE_ATTENTION, TABLE, Movement, multiplied, operand
 
 KINDS: Mapping[Movement | None, str] = {
@@ -157,7 +157,7 @@ def little_changed(gm: GraphModule) -> str | None:
         return None
     left = Counter[str]()
     for row in rows:
-        if row.skip is not None and not row.skip.reason.startswith("override "):
+        if row.skip is not None and not row.skip.reason.startswith(OVERRIDE):
             left[f"{row.kind}: {row.skip.reason}"] += row.flops
     if left.total() < (1 - MIN_CHANGED) * total:
         return None

@@ -7,7 +7,7 @@ both hang together. Parameters and buffers are get_attr nodes that share the mod
 
 import copy
 import inspect
-from collections import Counter
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -220,21 +220,19 @@ def _module_of(exported: ExportedProgram) -> GraphModule:
 
 
 def _with_writable_names(exported: ExportedProgram) -> ExportedProgram:
-    """Return the exported program with names of parameters and buffers that code can have.
-
-    Raises:
-        UnsupportedError: two would have the same.
-    """
+    """Return the exported program with names of parameters and buffers that code can have, with a
+    number at the end of one that is another's already."""
     names = [*exported.state_dict, *exported.constants]
-    renamed = {name: writable(name) for name in names}
-    if all(name == new for name, new in renamed.items()):
+    renamed = {name: name for name in names if writable(name) == name}
+    if len(renamed) == len(set(names)):
         return exported
-    if twice := [name for name, count in Counter(renamed.values()).items() if count > 1]:
-        odd = [name for name, new in renamed.items() if new in twice and name != new]
-        raise UnsupportedError(
-            f"expected names of parameters and buffers that code can have, found {odd}, and that "
-            f"{twice} are names of others; rename them in the model"
-        )
+    taken = set(renamed)
+    for name in names:
+        if name not in renamed:
+            known = writable(name)
+            numbered = (f"{known}_{count}" for count in itertools.count(1))
+            renamed[name] = next(n for n in itertools.chain([known], numbered) if n not in taken)
+            taken.add(renamed[name])
     signature = exported.graph_signature
 
     def named(specs: Sequence[Any]) -> list[Any]:

@@ -22,6 +22,7 @@ from fxq import numerics
 from fxq.spec import LayerSpec, QuantSpec, block_of, scale_shape
 
 LAYER = "fxq_layer"  # key in a node's meta
+OVERRIDE = "override "  # begins the reason where a pattern of the user's left a layer
 
 
 @dataclass(frozen=True)

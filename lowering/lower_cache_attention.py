@@ -31,8 +31,8 @@ SLICE, REPEAT = aten.slice.Tensor, aten.repeat_interleave.self_int
 COPIES = (aten.clone.default, aten.contiguous.default)
 VIEWS, TRANSPOSE = of(Movement.VIEW), (aten.permute.default, aten.transpose.int)
 N_AXES = 4
-# Scores are sums of products in fp32, and exp makes of their absolute errors relative ones: scores
-# of 100 leave 104 dB on either side.
+# Scores are sums of products in fp32, and exp makes of their absolute errors relative ones: between
+# this and torch's attention are 124 dB where the largest score is 4, 115 dB where it is 130.
 MIN_SQNR_DB = 100.0
 
 

@@ -25,7 +25,7 @@ from fxq.graph import (
     val_of,
     weight_of,
 )
-from fxq.layer import Skip, treat
+from fxq.layer import OVERRIDE, Skip, treat
 from fxq.observers import RangeObserver
 from fxq.passes.common.layer_choice import overridden
 from fxq.pipeline import Pass
@@ -99,7 +99,7 @@ class InsertObservers(Pass):
                 pattern, spec = None, self.default if kind_of(layer) in self.targets else None
             if spec is None:
                 why = (
-                    f"override {pattern!r}"
+                    f"{OVERRIDE}{pattern!r}"
                     if pattern
                     else f"this recipe quantizes {', '.join(self.targets)} only"
                 )

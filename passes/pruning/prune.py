@@ -13,7 +13,7 @@ from fxq.account import UNKNOWN, is_unknown, kind_of
 from fxq.dialect import ATEN, Dialect
 from fxq.graph import is_constant, is_op, is_settled, owner_name, tensor_of, weight_of
 from fxq.identity import TensorKey
-from fxq.layer import Skip, layer_of, treat
+from fxq.layer import OVERRIDE, Skip, layer_of, treat
 from fxq.operators import VIEWS
 from fxq.passes.common import LAST
 from fxq.passes.common.layer_choice import overridden
@@ -112,7 +112,7 @@ def prunable(
         elif kind_of(node) != "linear":
             treat(node, by, Skip(f"{by} does not prune {kind_of(node)}", intended=True))
         elif plan is None:
-            treat(node, by, Skip(f"override {name!r} keeps it dense", intended=True))
+            treat(node, by, Skip(f"{OVERRIDE}{name!r} keeps it dense", intended=True))
         elif not is_constant(node.args[1]):
             treat(node, by, Skip("its weight is computed at run time", intended=False))
         elif layer_of(node).mask is not None:

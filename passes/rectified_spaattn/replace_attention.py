@@ -22,7 +22,7 @@ from fxq.analysis.streams import Positions
 from fxq.dialect import QUANTIZED, Dialect
 from fxq.errors import did_you_mean
 from fxq.graph import args_of, is_op, is_settled, owner_name, shape_of, val_of
-from fxq.layer import NOT_SEEN, Skip, hand_on, layer_of, treat
+from fxq.layer import NOT_SEEN, OVERRIDE, Skip, hand_on, layer_of, treat
 from fxq.operators import ATTENTION, DENSE_ATTENTION, SPARSE_ATTENTION, operand
 from fxq.passes.rectified_spaattn.arranging import arrange, put_back
 from fxq.passes.rectified_spaattn.curve import Grid, block_adjacency, curve_order
@@ -180,7 +180,7 @@ class ReplaceAttention(Pass):
         """Return what to replace, or why not. `lengths` has what masks seen so far say."""
         pattern, density = overridden.get(node, (None, None))
         if pattern is not None and (density is None or density >= 1):
-            return Skip(f"override {pattern!r}", intended=True)
+            return Skip(f"{OVERRIDE}{pattern!r}", intended=True)
         segments = find_segments(node, positions, self.layout)
         if reason := why_dense(node, self.min_tokens, masks, segments):
             return reason
