@@ -3,7 +3,7 @@ that cost and brought.
 
     python examples/digits_vit.py          (or `make demo`)
 
-Takes about two minutes on two cores, half of it compiling. Expect at least 97 % accuracy before and
+Takes two to four minutes on two cores, most of it training. Expect at least 97 % accuracy before and
 after. The 1,797 digits of 8 x 8 pixels ship inside scikit-learn; nothing is downloaded.
 """
 
