@@ -3,8 +3,8 @@ that cost and brought.
 
     python examples/digits_vit.py          (or `make demo`)
 
-Takes two to four minutes on two cores, most of it training. Expect at least 97 % accuracy before and
-after. The 1,797 digits of 8 x 8 pixels ship inside scikit-learn; nothing is downloaded.
+Takes two to four minutes on two cores, most of it training. Expect at least 97 % accuracy before
+and after. The 1,797 digits of 8 x 8 pixels ship inside scikit-learn; nothing is downloaded.
 """
 
 import time
