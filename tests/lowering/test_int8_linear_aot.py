@@ -58,16 +58,25 @@ SHAPES = {  # one per way of choosing
 }
 
 
-SHIPPED = [
-    (shape, epilogue, out)
-    for shape in SHAPES
+STORED = [
+    (epilogue, out)
     for epilogue, flags in EPILOGUES.items()
     for out in (("*i8",) if "HAS_OUT_SCALE" in flags else ("*bf16", "*fp32"))
 ]
-STREAMED = [(epilogue, out) for shape, epilogue, out in SHIPPED if shape == "large"]
+# Each shape and each epilogue twice; `-m slow` has the others.
+SHIPPED = [
+    pytest.param(
+        shape, epilogue, out, marks=[pytest.mark.slow] * ((i + j) % len(SHAPES) not in (0, 5))
+    )
+    for i, shape in enumerate(SHAPES)
+    for j, (epilogue, out) in enumerate(STORED)
+]
 
 
-@pytest.mark.parametrize(("epilogue", "out"), STREAMED)
+@pytest.mark.parametrize(
+    ("epilogue", "out"),
+    [pytest.param(*case, marks=[pytest.mark.slow] * (i % 2)) for i, case in enumerate(STORED)],
+)
 def test_on_hopper_some_warps_copy_while_others_multiply(epilogue: str, out: str) -> None:
     code = compiled((8192, 8192, 8192), PLAIN | EPILOGUES[epilogue], out, tma=True)
     loop = code.main_loop
@@ -102,7 +111,7 @@ def test_the_next_tile_is_copied_under_the_epilogue_of_this_one() -> None:
 UNALIGNED = tuple(name for name in POINTERS if name not in ("x_ptr", "w_ptr", "residual_ptr"))
 
 
-@pytest.mark.parametrize("epilogue", ["bias", "everything"])
+@pytest.mark.parametrize("epilogue", [pytest.param("bias", marks=pytest.mark.slow), "everything"])
 def test_what_the_epilogue_reads_may_start_anywhere(epilogue: str) -> None:
     out = "*i8" if epilogue == "everything" else "*bf16"
 
@@ -151,10 +160,7 @@ def test_tiles_fit_the_shared_memory_that_there_is(shape: str, shared: int) -> N
     assert (tiles.bm + tiles.bn) * tiles.bk * tiles.num_stages <= shared
 
 
-@pytest.mark.parametrize(
-    ("shape", "epilogue", "out"),
-    [pytest.param(*case, marks=[pytest.mark.slow] * (i % 3 > 0)) for i, case in enumerate(SHIPPED)],
-)
+@pytest.mark.parametrize(("shape", "epilogue", "out"), SHIPPED)
 def test_what_is_shipped_compiles_for_sm_90_without_spills(
     shape: str, epilogue: str, out: str
 ) -> None:
@@ -206,7 +212,8 @@ def test_shapes_reach_every_configuration() -> None:
     assert chosen == set(CONFIGS.values())
 
 
-@pytest.mark.parametrize("tma", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("tma", [False, True])
 def test_a_heavy_epilogue_in_the_largest_tile_would_spill(tma: bool) -> None:
     flags = PLAIN | EPILOGUES["everything"]
 

@@ -1,6 +1,7 @@
 """Every configuration of the attention kernels that can be launched, compiled for sm_90 without a
 GPU: nothing spills, copies run on at every wait, softmax runs beside the tensor cores."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -97,12 +98,12 @@ def test_what_is_shipped_streams_on_sm_90(mode: str, block: int, dim: int, varia
 @pytest.mark.parametrize(
     ("mode", "block", "dim", "variant"),
     [
-        ("paper", 128, 128, "plain"),
+        pytest.param("paper", 128, 128, "plain", marks=pytest.mark.slow),
         ("paper", 128, 128, "everything"),
-        ("paper", 64, 128, "everything"),
+        pytest.param("paper", 64, 128, "everything", marks=pytest.mark.slow),
         ("paper", 64, 64, "plain"),
         ("online", 128, 128, "everything"),
-        ("sparse", 128, 64, "padded"),
+        pytest.param("sparse", 128, 64, "padded", marks=pytest.mark.slow),
     ],
 )
 def test_without_the_copy_engine_the_next_block_loads_under_the_products_of_this_one(
@@ -116,15 +117,26 @@ def test_without_the_copy_engine_the_next_block_loads_under_the_products_of_this
     assert code.copies_ahead >= 2
 
 
-@pytest.mark.parametrize("tma", [True, False])
-@pytest.mark.parametrize("shared", [65_536 + 1024, 101_376, 166_912, SHARED_BYTES])
-@pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("block", [64, 128])
-def test_tiles_fit_the_shared_memory_that_there_is(
-    block: int, dim: int, shared: int, tma: bool
-) -> None:
-    tiles = choose_config(block, dim, online=False, tma=tma, shared_bytes=shared)
+LIMITS = (65_536 + 1024, 101_376, 166_912, SHARED_BYTES)
+TIGHTEST = {  # shared memory, per choice the least that leads to it
+    (block, dim, choose_config(block, dim, online=False, tma=tma, shared_bytes=limit)): limit
+    for tma in (True, False)
+    for dim in (64, 128)
+    for block in (64, 128)
+    for limit in reversed(LIMITS)
+}
 
+
+@pytest.mark.parametrize(
+    ("block", "dim", "tiles", "shared"),
+    [
+        pytest.param(*chosen, limit, marks=() if chosen[1] == 128 else pytest.mark.slow)
+        for chosen, limit in TIGHTEST.items()
+    ],
+)
+def test_tiles_fit_the_shared_memory_that_there_is(
+    block: int, dim: int, tiles: Config, shared: int
+) -> None:
     code = compiled("paper", block, dim, "plain", tiles=tiles)
 
     assert code.shared_bytes <= shared
@@ -138,7 +150,7 @@ def test_float16_compiles_like_bfloat16(mode: str) -> None:
     assert ".f16.f16" in code.ptx
 
 
-@pytest.mark.parametrize("tma", [True, False])
+@pytest.mark.parametrize("tma", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_four_warps_would_spill(tma: bool) -> None:
     code = compiled("paper", 128, 128, "text", tiles=Config(64, 4, 3, tma))
 
@@ -184,19 +196,26 @@ def test_pooling_compiles_without_spills(order: bool, block: int, dim: int) -> N
     assert "ld.global.v4" in code.ptx or "ld.global.v2.b64" in code.ptx  # 16 bytes at a time
 
 
-@pytest.mark.parametrize(
-    "ones",
-    [
-        ("GROUP", "H", "S", "T", "N"),
-        ("N", "T", "text_start", "text_size"),
-        ("N", "T", "visual_start", "text_size", "H"),
-    ],
-    ids=str,
+ONES = (
+    ("GROUP", "H", "S", "T", "N"),
+    ("N", "T", "text_start", "text_size"),
+    ("N", "T", "visual_start", "text_size", "H"),
 )
-@pytest.mark.parametrize("mode", ["paper", "online"])
-def test_sequences_of_a_token_or_two_compile(mode: str, ones: tuple[str, ...]) -> None:
-    for variant in ("text", "everything"):
-        assert compiled(mode, 64, 64, variant, ones=ones).local_memory == 0
+
+
+@pytest.mark.parametrize(
+    ("mode", "variant", "ones"),
+    [
+        pytest.param(mode, variant, ones, marks=[pytest.mark.slow] * (i % 5 > 0))
+        for i, (mode, variant, ones) in enumerate(
+            itertools.product(("paper", "online"), ("text", "everything"), ONES)
+        )
+    ],
+)
+def test_sequences_of_a_token_or_two_compile(
+    mode: str, variant: str, ones: tuple[str, ...]
+) -> None:
+    assert compiled(mode, 64, 64, variant, ones=ones).local_memory == 0
 
 
 SELECTIONS = {
@@ -208,9 +227,13 @@ SELECTIONS = {
 }
 
 
-@pytest.mark.parametrize("options", SELECTIONS)
-@pytest.mark.parametrize("mode", [0, 1, 2])
-@pytest.mark.parametrize("n_blocks", [1, MAX_BLOCKS])
+@pytest.mark.parametrize(
+    ("n_blocks", "mode", "options"),
+    [
+        pytest.param(*case, marks=[pytest.mark.slow] * (i % 4 > 0))
+        for i, case in enumerate(itertools.product((1, MAX_BLOCKS), (0, 1, 2), SELECTIONS))
+    ],
+)
 def test_selection_compiles_without_spills_in_its_loops(
     n_blocks: int, mode: int, options: str
 ) -> None:
