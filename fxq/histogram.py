@@ -16,6 +16,7 @@ over what is left of the exact range: coarse, never wrong.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from fxq.spec import QuantSpec
 
 MIN_EXPONENT = -32  # smaller magnitudes share the zero bin
 OCTAVES = 64
-TOGETHER = 1 << 18  # elements of an array in a search of ranges: 2 MB, which caches hold
+TOGETHER = 1 << 16  # elements of an array in a search of ranges: 512 KB, which caches hold
 SUB_BINS = 16  # per code in the entropy search: TensorRT has 2048 bins for 128 codes
 
 
@@ -99,6 +100,11 @@ class Density:
             lower=edges[:-1][used].clamp(low, high),
             upper=edges[1:][used].clamp(low, high),
         )
+
+    @cached_property
+    def wide(self) -> Tensor:
+        """Which bins hold more than a single value `[E, bins]`."""
+        return self.upper > self.lower
 
     def up_to(self, points: Tensor) -> Tensor:
         """Return how many values are at most each of an entry's `points` `[E, P]`."""
@@ -174,13 +180,13 @@ def cut_range(
         some = torch.tensor(shares[start : start + at_once], device=low.device)
         t = amax * (some.reshape(-1, *[1] * amax.ndim) if at_once > 1 else some)
         cut_low, cut_high = torch.maximum(low, -t), torch.minimum(high, t)
-        candidates = cost(cut_low, cut_high).reshape(-1, *low.shape)
-        bounds = cut_low.reshape(-1, *low.shape), cut_high.reshape(-1, *low.shape)
-        for candidate, one_low, one_high in zip(candidates, *bounds, strict=True):
-            better = candidate < best
-            best = torch.where(better, candidate, best)
-            best_low = torch.where(better, one_low, best_low)
-            best_high = torch.where(better, one_high, best_high)
+        candidates = cost(cut_low, cut_high).reshape(-1, *low.shape).nan_to_num(nan=torch.inf)
+        cheapest, first = candidates.min(0, keepdim=True)  # of equals, the first
+        better = cheapest[0] < best
+        best = torch.where(better, cheapest[0], best)
+        lows, highs = cut_low.reshape(-1, *low.shape), cut_high.reshape(-1, *low.shape)
+        best_low = torch.where(better, lows.gather(0, first)[0], best_low)
+        best_high = torch.where(better, highs.gather(0, first)[0], best_high)
     return best_low, best_high
 
 
@@ -214,7 +220,8 @@ def quantization_error(
     first, last = residual(density.lower), residual(density.upper)
     width = (density.upper - density.lower) / scale
     mean = integral(*last).sub_(integral(*first)).div_(width)
-    mean = torch.where(width > 0, mean, first[1].abs() ** p)  # a bin cut to a single value
+    if not bool(density.wide.all()):  # bins cut to a single value
+        mean = torch.where(density.wide, mean, first[1].abs() ** p)
     total = mean.mul_(density.counts).sum(-1).div(density.counts.sum(1))
     return total * torch.pow(scale[..., 0], p)
 

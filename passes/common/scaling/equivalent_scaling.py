@@ -5,6 +5,7 @@ finds the sites, collects their statistics in one run over the data, keeps whate
 (which may be nothing), folds it into the weights, and proves that the float function is unchanged.
 """
 
+import math
 from abc import abstractmethod
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -120,14 +121,17 @@ class EquivalentScaling(DataPass):
         if not statistics.folds:
             # One row can be shifted to zero: exact for that row, and wrong for every other.
             return "saw too few rows to judge a factor; give it more data"
-        proposed = self._proposed(site, statistics)
-        losses = torch.zeros(len(proposed), dtype=torch.float64)
-        folds = statistics.folds
-        for fitted, judged in zip(folds, reversed(folds), strict=True):
-            for index, candidate in enumerate(self._proposed(site, fitted)):
-                losses[index] += quantization_loss(fitted, judged, candidate, self.layer)
-        losses[1:] *= 1 + self.least_gain
-        best = int(losses.argmin())
+        proposed, folds = self._proposed(site, statistics), statistics.folds
+        fitted = [self._proposed(site, fold) for fold in folds]
+        best, least = 0, math.inf
+        for index in range(len(proposed)):
+            loss, handicap = 0.0, 1 + self.least_gain if index else 1.0
+            for candidates, fold, judged in zip(fitted, folds, reversed(folds), strict=True):
+                loss += handicap * quantization_loss(fold, judged, candidates[index], self.layer)
+                if not loss < least:
+                    break  # the other fold can only add to it
+            else:
+                best, least = index, loss
         return (best, proposed[best]) if best else "found no gain"
 
     def _proposed(self, site: ScaleSite, statistics: Statistics) -> list[Candidate]:
