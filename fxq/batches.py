@@ -12,12 +12,16 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
+from fxq.calibrate import n_processes
 from fxq.capturing import Captured
 from fxq.errors import FxqWarning
 from fxq.numerics import is_inexact
 from fxq.rewriting import copy_graph
+from fxq.samples import Samples
 from fxq.signature import RETURN_DICT, Leaf, split_inputs
 from fxq.writes import as_stored
+
+FAR_APART = 3.0  # pixels from 0 to 1 have a quarter of the deviation that normalised ones have
 
 
 def checked_device(device: torch.device | str, what: str) -> torch.device:
@@ -53,7 +57,11 @@ class CheckedBatches:
     """
 
     def __init__(
-        self, captured: Captured, data: Iterable[Any], device: torch.device | None
+        self,
+        captured: Captured,
+        data: Iterable[Any],
+        device: torch.device | None,
+        example: Sequence[Any] | None = None,
     ) -> None:
         if not isinstance(data, Iterable):
             raise TypeError(
@@ -64,6 +72,7 @@ class CheckedBatches:
         self.initial_state = list(captured.state.values())
         self.float_graph = copy_graph(captured.graph_module)  # passes rewrite the other
         self.data = list(data) if isinstance(data, Iterator) else data
+        self.example, self.judged = example, False
 
     def _without_labels(self, batch: Any) -> Any:
         """Return a batch of a data loader without what the model does not take: what stands after
@@ -92,13 +101,13 @@ class CheckedBatches:
     def _tell(self, what: str) -> None:
         if not self.told:
             self.told = True
-            warnings.warn(f"data: {what}", FxqWarning, stacklevel=3)
+            _warn(what)
 
     def __length_hint__(self) -> int:
         return operator.length_hint(self.data)
 
     def __iter__(self) -> Iterator[Sequence[Any]]:
-        state = self.initial_state
+        state, seen = self.initial_state, None if self.judged else Samples()
         for index, batch in enumerate(self.data):
             args, kwargs = split_inputs(self._without_labels(batch))
             leaves = self.signature.flatten(args, kwargs, f"data batch {index}", self.device)
@@ -109,11 +118,37 @@ class CheckedBatches:
                         f"{bad} NaN or Inf; "
                         "remove or repair this batch"
                     )
+            if seen is not None:
+                seen.add(leaves)
             inputs = [*leaves, *state]
             yield inputs
             if state:
                 with torch.no_grad():
                     state = self.signature.next_state(inputs, self.float_graph(*inputs))
+        if seen is not None and seen.count and not self.judged:
+            self.judged = True
+            self._judge(seen)
+
+    def _judge(self, seen: Samples) -> None:
+        """Warn of data that say little of other inputs."""
+        if not seen.differ and n_processes() == 1:
+            many = "one sample" if seen.count == 1 else f"{seen.count} samples that are all alike"
+            _warn(f"expected samples that differ, found {many}: ranges and factors found on them "
+                  "may not hold for any other; give some tens of typical inputs")  # fmt: skip
+        if self.example is None:
+            return
+        example = Samples([self.example])
+        for i, leaf in enumerate(self.signature.tensors):
+            of_data, of_example = seen.deviation(i), example.deviation(i)
+            larger, smaller = max(of_data, of_example), min(of_data, of_example)
+            if smaller > 0 and larger > FAR_APART * smaller:
+                _warn(f"the values of {leaf.name!r} have a standard deviation of {of_data:.3g}, "
+                      f"those of the example {of_example:.3g}: are both normalised alike? Ranges "
+                      "come from the data")  # fmt: skip
+
+
+def _warn(what: str) -> None:
+    warnings.warn(f"data: {what}", FxqWarning, stacklevel=3)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from fxq.checkpoint import Checkpoint, Tensors, fingerprint, run_over
 from fxq.errors import FxqWarning
 from fxq.observers import MERGE, RangeObserver
+from fxq.samples import Samples, batch_size
 
 Item = TypeVar("Item")
 Batches = Iterable[Sequence[Any]]  # a batch is the graph's positional inputs
@@ -171,10 +172,21 @@ def n_processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def batch_size(inputs: Sequence[Any]) -> int:
-    """Return the number of samples of a batch: rows of its first tensor that has any."""
-    tensors = (x for x in inputs if isinstance(x, Tensor) and x.ndim)
-    return next((len(x) for x in tensors), 1)
+def all_alike(batches: Batches) -> bool:
+    """Tell whether the batches of all processes hold one sample only, or one again and again."""
+    samples = Samples()
+    for inputs in batches:
+        samples.add(inputs)
+        if samples.differ:
+            break
+    first = [x.cpu() if isinstance(x, Tensor) else x for x in samples.first]
+    found = gather((samples.count, samples.differ, first))
+    firsts = [each for count, _, each in found if count]
+    return not any(differ for _, differ, _ in found) and all(
+        isinstance(b, Tensor) and torch.equal(a, b) if isinstance(a, Tensor) else a == b
+        for each in firsts[1:]
+        for a, b in zip(firsts[0], each, strict=True)
+    )
 
 
 def _merge_over_processes(observer: RangeObserver) -> None:

@@ -272,7 +272,10 @@ def compress(
             )
         example = captured.inputs(example_inputs)
         float_results = seeded(captured.graph_module, example)  # before it is rewritten
-        batches = None if data is None else CheckedBatches(captured, data, device_of(model))
+        batches = None
+        if data is not None:
+            tensors = example[: len(captured.signature.tensors)]
+            batches = CheckedBatches(captured, data, device_of(model), tensors)
         gm = recipe.apply(captured.graph_module, batches, report, kept, history)
         example = as_stored(gm, example)
         state = example[len(captured.signature.tensors) :]

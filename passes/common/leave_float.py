@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
 from fxq.account import flops_of
-from fxq.calibrate import NO_DATA, Batches, all_reduce, batch_size, gather, n_processes
+from fxq.calibrate import NO_DATA, Batches, all_reduce, gather, n_processes
 from fxq.dialect import OBSERVED, Dialect
 from fxq.errors import FxqWarning
 from fxq.layer import Skip, treat
@@ -28,6 +28,7 @@ from fxq.passes.common.student import without_observers
 from fxq.passes.common.whole import batch_inputs
 from fxq.pipeline import DataPass
 from fxq.rewriting import copy_graph, erase_dead
+from fxq.samples import batch_size
 
 PIECE = 8  # samples whose activations are held at once, where a batch can be cut
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
-from fxq.calibrate import NO_DATA, Batches, batch_size, calibrate, gather
+from fxq.calibrate import NO_DATA, Batches, calibrate, gather
 from fxq.dialect import OBSERVED, Dialect
 from fxq.graph import args_of, shape_of
 from fxq.layer import layer_of, set_facts, treat
@@ -30,6 +30,7 @@ from fxq.progress import Reported
 from fxq.rewriting import copy_graph
 from fxq.row_choice import fitting_index, input_node
 from fxq.rows import ByTimestep
+from fxq.samples import batch_size
 from fxq.spec import LayerSpec, MinMax, MovingAverage, Observer
 
 

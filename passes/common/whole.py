@@ -18,7 +18,6 @@ from fxq.calibrate import (
     NO_DATA,
     Batches,
     all_reduce,
-    batch_size,
     calibrate,
     gather,
     n_processes,
@@ -28,6 +27,7 @@ from fxq.observers import RangeObserver
 from fxq.passes.common.convert import Convert
 from fxq.passes.common.insert_observers import InsertObservers
 from fxq.rewriting import copy_graph
+from fxq.samples import batch_size
 from fxq.seeding import seeded
 from fxq.spec import LayerSpec
 

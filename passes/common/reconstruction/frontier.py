@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from fxq.calibrate import batch_size
 from fxq.files import write_tensors
 from fxq.graph import is_state, tensor_of
 from fxq.passes.common.reconstruction.blocks import Block
+from fxq.samples import batch_size
 
 Chain = Literal["exact", "found"]  # of the float model, of the quantized one
 Place = Literal["device", "cpu", "disk"]

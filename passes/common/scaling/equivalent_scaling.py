@@ -18,6 +18,7 @@ from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
 from fxq.account import kind_of
+from fxq.calibrate import all_alike
 from fxq.dialect import ATEN, Dialect
 from fxq.graph import dtype_of
 from fxq.layer import Skip, treat
@@ -75,9 +76,14 @@ class EquivalentScaling(DataPass):
         found = scale_sites(gm)
         name = type(self).__name__
         sites = [site for site in found.sites if wanted(site, self.kinds, self.targets)]
-        statistics = collect(gm, data, sites, self.n_rows) if sites else {}
         best: dict[ScaleSite, int] = {}
         decided: dict[ScaleSite, Scaling | str] = {}
+        if sites and all_alike(data):
+            why = (
+                f"{name} saw one sample only, so none to judge a factor on; give it different ones"
+            )
+            decided, sites = dict.fromkeys(sites, why), []
+        statistics = collect(gm, data, sites, self.n_rows) if sites else {}
         for site in sites:
             choice = self._best(site, statistics.pop(site))
             if isinstance(choice, str):
