@@ -131,7 +131,7 @@ class CheckedBatches:
 
     def _judge(self, seen: Samples) -> None:
         """Warn of data that say little of other inputs."""
-        if not seen.differ and n_processes() == 1:
+        if self.signature.tensors and not seen.differ and n_processes() == 1:
             many = "one sample" if seen.count == 1 else f"{seen.count} samples that are all alike"
             _warn(f"expected samples that differ, found {many}: ranges and factors found on them "
                   "may not hold for any other; give some tens of typical inputs")  # fmt: skip
