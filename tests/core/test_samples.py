@@ -44,6 +44,18 @@ def test_samples_that_differ_are_known(batches: list[Sequence[Any]]) -> None:
     assert Samples(batches).differ
 
 
+@pytest.mark.parametrize("theirs", [[ROW + 1], [ROW, torch.tensor(7)], []])
+def test_other_processes_have_samples_too(
+    theirs: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "fxq.calibrate.gather", lambda mine: [mine, (len(theirs), False, theirs or [])]
+    )
+    mine = [(ROW, torch.tensor(7))] if len(theirs) == 2 else [(ROW,)]
+
+    assert all_alike(mine) == (not theirs or theirs[0] is ROW)
+
+
 def test_spreads_are_those_of_batches() -> None:
     samples = Samples([(torch.tensor([[1.0, 3.0]]), torch.tensor([1])), (torch.full((2, 2), 6.0),)])
 
@@ -79,7 +91,7 @@ def warned(model: nn.Module, example: Tensor, data: Tensor) -> list[str]:
     """Return what is said while a model is compressed."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        fxq.compress(model, example, w8a8.STATIC, data=[(data,)])
+        fxq.compress(model, example, smoothquant.W8A8, data=[(data,)])  # reads them three times
     return [str(w.message) for w in caught]
 
 
@@ -92,5 +104,6 @@ def test_data_normalised_otherwise_than_the_example_are_told() -> None:
 
     assert "deviation of 1, those of batches 0.25 to 0.25: are both normalised alike?" in told
     assert len(warned(block(), pixels, normalised)) == 1
+    assert len(warned(block(), pixels[:1], pixels[:1])) == 1
     assert warned(block(), normalised[:2], normalised) == []
     assert warned(block(), torch.zeros(2, 64, 32), normalised) == []  # says nothing of its own

@@ -18,6 +18,7 @@ from fxq.pipeline import Recipe
 from fxq.program import Program
 from fxq.spec import (
     Entropy,
+    Granularity,
     LayerSpec,
     MeanSquaredError,
     MinMax,
@@ -214,3 +215,24 @@ def test_the_same_data_gives_the_same_bytes() -> None:
     for (name, a), (other, b) in zip(one.named_buffers(), two.named_buffers(), strict=True):
         assert name == other
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("granularity", "shape"),
+    [(PerChannel(0), (13, 16)), (PerChannel(0), (5, 8, 3, 3)), (PerGroup(8), (13, 16)),
+     (PerTensor(), (13, 16))],
+    ids=str,
+)  # fmt: skip
+def test_ranges_searched_in_pieces_are_those_of_the_whole(
+    granularity: Granularity, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = torch.randn(shape)
+    weight *= torch.logspace(-1, 1, shape[0]).reshape(-1, *[1] * (len(shape) - 1))
+    spec = QuantSpec(6, granularity=granularity, observer=MeanSquaredError())
+    codes, scale, _ = quantize_weight(weight, spec)
+    monkeypatch.setattr("fxq.passes.common.convert.TOGETHER", 3 * weight[0].numel())
+
+    in_pieces, its_scale, _ = quantize_weight(weight, spec)
+
+    assert torch.equal(in_pieces, codes)
+    assert torch.equal(its_scale, scale)
