@@ -25,6 +25,7 @@ ALIKE: dict[str, list[Sequence[Any]]] = {
 DIFFERENT: dict[str, list[Sequence[Any]]] = {
     "rows": [(torch.cat([ROW, ROW + 1]),)],
     "batches": [(ROW.repeat(4, 1),), (ROW + 1,)],
+    "one between": [(ROW,), (ROW + 1,), (ROW,)],
     "lengths": [(ROW,), (torch.ones(1, 4),)],
     "times": [(ROW, torch.tensor(7)), (ROW, torch.tensor(8))],
     "numbers": [(ROW, 7), (ROW, 8)],

@@ -5,7 +5,7 @@ import torch
 from models import Block
 from scaling import with_slow
 from small_models import ZOO, seeded
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 import fxq
 from fxq.lowering.devices import x86
@@ -26,8 +26,9 @@ def everything_pays(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_scaled_families_verify_and_stay_close_to_float(name: str) -> None:
     model, example = seeded(ZOO[name])
+    other = tree_map(lambda x: x.flip(-1) if x.ndim else x, example)
 
-    program = fxq.compress(model, example, smoothquant.W8A8, data=[example], strict=True)
+    program = fxq.compress(model, example, smoothquant.W8A8, data=[example, other], strict=True)
 
     verification = fxq.verify(program, example, model=model)
     assert verification.ok, str(verification)
