@@ -19,7 +19,9 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxq.account import kind_of
+from fxq.errors import counted, listed
 from fxq.graph import owner_name
+from fxq.layer import layer_of
 from fxq.module_state import spared
 from fxq.numerics import as_real, is_inexact, sqnr_db
 from fxq.seeding import same_seed, seeded
@@ -189,7 +191,8 @@ def far_from_float(
         return ""
     recorder = Recorder(gm)
     seeded(recorder.run, leaves)
-    worst = judge(gm, recorder.values, None, model, args, kwargs).worst[:N_SHOWN]
+    judgement = judge(gm, recorder.values, None, model, args, kwargs)
+    worst = judgement.worst[:N_SHOWN]
     listing = ", ".join(f"{layer.module} {layer.alone_db:.1f} dB" for layer in worst)
     return (
         f"outputs on the example are {sqnr_db:.1f} dB from the float model's, below {FAR_DB:.0f} "
@@ -198,8 +201,18 @@ def far_from_float(
         + "Leave such layers float or give them 8 bits (overrides), compute outlier channels apart "
         "(recommended), take a range per token, scale channels first (smoothquant, repq_vit, "
         "outlier_suppression), or reconstruct; "
-        "fxq.verify(program, inputs, model=model) compares all layers"
+        f"fxq.verify(program, inputs, model=model) compares {_comparable(gm, judgement)}"
     )
+
+
+def _comparable(gm: GraphModule, judgement: Judgement) -> str:
+    """Return which layers can be compared, naming those that were changed and cannot."""
+    changed = {node.name for node in gm.graph.nodes if layer_of(node).format is not None}
+    left = [layer for layer in judgement.layers if layer.reason and layer.node in changed]
+    if not left:
+        return "all layers"
+    names = listed(layer.module for layer in left)
+    return f"all layers but {counted(len(left), 'changed one')} that cannot be compared: {names}"
 
 
 def _module(model: nn.Module, path: str) -> nn.Module | None:
