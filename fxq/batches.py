@@ -118,9 +118,9 @@ class CheckedBatches:
                         f"{bad} NaN or Inf; "
                         "remove or repair this batch"
                     )
-            if seen is not None:
-                seen.add(leaves)
             inputs = [*leaves, *state]
+            if seen is not None:
+                seen.add(inputs)
             yield inputs
             if state:
                 with torch.no_grad():
@@ -131,7 +131,7 @@ class CheckedBatches:
 
     def _judge(self, seen: Samples) -> None:
         """Warn of data that say little of other inputs."""
-        if not seen.differ and n_processes() == 1:
+        if self.signature.tensors and not seen.differ and n_processes() == 1:
             many = "one sample" if seen.count == 1 else f"{seen.count} samples that are all alike"
             _warn(f"expected samples that differ, found {many}: ranges and factors found on them "
                   "may not hold for any other; give some tens of typical inputs")  # fmt: skip
@@ -139,12 +139,12 @@ class CheckedBatches:
             return
         example = Samples([self.example])
         for i, leaf in enumerate(self.signature.tensors):
-            of_data, of_example = seen.deviation(i), example.deviation(i)
-            larger, smaller = max(of_data, of_example), min(of_data, of_example)
-            if smaller > 0 and larger > FAR_APART * smaller:
-                _warn(f"the values of {leaf.name!r} have a standard deviation of {of_data:.3g}, "
-                      f"those of the example {of_example:.3g}: are both normalised alike? Ranges "
-                      "come from the data")  # fmt: skip
+            least, most = seen.spreads.get(i, (0.0, 0.0))
+            spread, _ = example.spreads.get(i, (0.0, 0.0))
+            if 0 < spread < least / FAR_APART or spread > most * FAR_APART > 0:
+                _warn(f"the example's values of {leaf.name!r} have a standard deviation of "
+                      f"{spread:.3g}, those of batches {least:.3g} to {most:.3g}: are both "
+                      "normalised alike? Ranges come from the data")  # fmt: skip
 
 
 def _warn(what: str) -> None:

@@ -16,13 +16,13 @@ over what is left of the exact range: coarse, never wrong.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
 from fxq import numerics
-from fxq.spec import QuantSpec
+from fxq.spec import Entropy, MeanSquaredError, Percentile, QuantSpec
 
 MIN_EXPONENT = -32  # smaller magnitudes share the zero bin
 OCTAVES = 64
@@ -126,6 +126,43 @@ class Density:
         count = self.counts.gather(1, bin)
         inside = (rank - upto.gather(1, bin) + count) / count.clamp(min=1)
         return self.lower.gather(1, bin).lerp(self.upper.gather(1, bin), inside).squeeze(1)
+
+
+def searched_range(
+    histogram: Tensor, low: Tensor, high: Tensor, bits: int, spec: QuantSpec
+) -> tuple[Tensor, Tensor]:
+    """Return the range that a spec's rule finds, fp32 in the shape of `low`.
+
+    Args:
+        histogram: counts `[E, bins]`.
+        low: exact smallest value of each entry, E entries in any shape.
+        high: exact largest value.
+        bits: mantissa bits of the grid.
+        spec: with the rule, and the codes there are.
+    Raises:
+        TypeError: a rule that weighs no values, and so has no histogram.
+    """
+    match spec.observer:
+        case Percentile(percent):
+            return percentile_range(histogram, low, high, bits, percent, symmetric=spec.symmetric)
+        case MeanSquaredError(p, steps):
+            density = Density.of(histogram, low, high, bits)
+            cost = partial(quantization_error, density, spec=spec, p=p)
+            return cut_range(low, high, steps, cost, density.at_once)
+        case Entropy(steps):
+            density = _nonzero_density(histogram, low, high, bits, symmetric=spec.symmetric)
+            return cut_range(low, high, steps, partial(divergence, density, spec=spec))
+    raise TypeError(f"expected a rule that weighs values, found {spec.observer}")
+
+
+def _nonzero_density(
+    histogram: Tensor, low: Tensor, high: Tensor, bits: int, *, symmetric: bool
+) -> Density:
+    histogram = histogram.clone()
+    histogram[:, histogram.shape[1] // 2] = 0
+    if symmetric:
+        histogram, low, high = fold(histogram), torch.zeros_like(low), torch.maximum(-low, high)
+    return Density.of(histogram, low, high, bits)
 
 
 def percentile_range(

@@ -9,7 +9,6 @@ refuses to merge.
 
 import copy
 from collections.abc import Callable, Sequence
-from functools import partial
 from itertools import dropwhile
 
 import torch
@@ -17,17 +16,7 @@ from torch import SymInt, Tensor, nn
 
 from fxq import numerics
 from fxq.errors import UnsupportedError
-from fxq.histogram import (
-    Density,
-    bin_index,
-    cut_range,
-    divergence,
-    fold,
-    mantissa_bits,
-    n_bins,
-    percentile_range,
-    quantization_error,
-)
+from fxq.histogram import bin_index, mantissa_bits, n_bins, searched_range
 from fxq.rows import ByPosition
 from fxq.spec import (
     ALL,
@@ -290,7 +279,10 @@ class RangeObserver(nn.Module):
                 f"the observer at {self.name} saw no data; calibrate with a batch that reaches it"
             )
         if self.searched is None or self.searched[0] != self.count:
-            self.searched = self.count, *self._search()
+            low, high = self.low.clone(), self.high.clone()
+            if self.bits:
+                low, high = searched_range(self.histogram, low, high, self.bits, self.spec)
+            self.searched = self.count, low, high
         return self.searched[1].to(self.low.device), self.searched[2].to(self.low.device)
 
     def settle(self, low: Tensor, high: Tensor) -> None:
@@ -308,30 +300,6 @@ class RangeObserver(nn.Module):
                 f"{list(low.shape)} and {list(high.shape)}; give one entry for each scale"
             )
         self.searched = self.count, low.clone(), high.clone()
-
-    def _search(self) -> tuple[Tensor, Tensor]:
-        low, high, spec = self.low, self.high, self.spec
-        match spec.observer:
-            case Percentile(percent):
-                return percentile_range(
-                    self.histogram, low, high, self.bits, percent, symmetric=spec.symmetric
-                )
-            case MeanSquaredError(p, steps):
-                density = Density.of(self.histogram, low, high, self.bits)
-                cost = partial(quantization_error, density, spec=spec, p=p)
-                return cut_range(low, high, steps, cost, density.at_once)
-            case Entropy(steps):
-                cost = partial(divergence, self._nonzero_density(), spec=spec)
-                return cut_range(low, high, steps, cost)
-            case _:
-                return low.clone(), high.clone()
-
-    def _nonzero_density(self) -> Density:
-        histogram, low, high = self.histogram.clone(), self.low, self.high
-        histogram[:, histogram.shape[1] // 2] = 0
-        if self.spec.symmetric:
-            histogram, low, high = fold(histogram), torch.zeros_like(low), torch.maximum(-low, high)
-        return Density.of(histogram, low, high, self.bits)
 
     def qparams(self) -> tuple[Tensor, Tensor]:
         """Return scale (fp32, > 0) and zero-point (int32), both in the scale's shape, or with a row

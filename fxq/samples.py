@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 
@@ -23,12 +22,14 @@ class Samples:
         first: of each input, what the first sample has: a row, or the whole of an input that has
             no row for each sample.
         differ: whether any sample is not the first one again.
+        spreads: by input of real numbers, the smallest and largest of the standard deviations that
+            batches have, of all their values.
     """
 
     def __init__(self, batches: Iterable[Sequence[Any]] = ()) -> None:
         self.count, self.differ = 0, False
         self.first: list[Any] = []
-        self._moments: dict[int, Tensor] = {}
+        self.spreads: dict[int, tuple[float, float]] = {}
         for inputs in batches:
             self.add(inputs)
 
@@ -41,18 +42,9 @@ class Samples:
         self.differ = self.differ or any(map(_unlike, inputs, self.first))
         for i, x in enumerate(inputs):
             if isinstance(x, Tensor) and x.is_floating_point() and x.numel():
-                wide = x.detach().double()
-                moments = torch.stack(
-                    [torch.ones_like(wide).sum(), wide.sum(), wide.square().sum()]
-                )
-                self._moments[i] = self._moments.get(i, 0) + moments.cpu()
-
-    def deviation(self, index: int) -> float:
-        """Return the standard deviation of all values of an input; 0 where it has no real ones."""
-        if index not in self._moments:
-            return 0.0
-        count, total, squares = self._moments[index].tolist()
-        return max(squares / count - (total / count) ** 2, 0.0) ** 0.5
+                spread = float(x.detach().double().std(correction=0))
+                least, most = self.spreads.get(i, (spread, spread))
+                self.spreads[i] = min(least, spread), max(most, spread)
 
 
 def _has_rows(x: Any, n: int) -> bool:

@@ -42,6 +42,7 @@ from fxq.spec import LayerSpec, MeanSquaredError, QuantSpec, block_of
 
 ops = torch.ops.fxq
 ZERO = ".zero_point"
+TOGETHER = 1 << 18  # elements of a weight whose ranges are searched together: 1 MB
 aten = torch.ops.aten
 
 
@@ -111,6 +112,20 @@ def _cheapest_range(
     """Return the ranges with the smallest error of the weight itself: it is at hand, so unlike an
     activation's they need no histogram, which is exact to a bin and slow for many scales."""
     weight, block = weight.detach().float(), block_of(spec.granularity, weight.ndim)
+    low, high = numerics.block_amin_amax(weight, block)
+    # Rows with ranges of their own are searched a few at a time, while caches hold them.
+    per_row = max(1, weight.numel() // max(1, len(weight)))
+    n_rows = max(1, TOGETHER // per_row) if len(low) == len(weight) else len(weight)
+    pieces = zip(weight.split(n_rows), low.split(n_rows), high.split(n_rows), strict=True)
+    found = [_searched(*piece, spec, rule) for piece in pieces]
+    lows, highs = zip(*found, strict=True)
+    return torch.cat(lows), torch.cat(highs)
+
+
+def _searched(
+    weight: Tensor, low: Tensor, high: Tensor, spec: QuantSpec, rule: MeanSquaredError
+) -> tuple[Tensor, Tensor]:
+    block = block_of(spec.granularity, weight.ndim)
 
     def cost(low: Tensor, high: Tensor) -> Tensor:
         scale, zero = numerics.choose_qparams(
@@ -120,7 +135,7 @@ def _cheapest_range(
         value = numerics.dequantize(codes, scale, zero, torch.float32)
         return numerics.block_mean((value - weight).abs() ** rule.p, block)
 
-    return cut_range(*numerics.block_amin_amax(weight, block), rule.steps, cost)
+    return cut_range(low, high, rule.steps, cost)
 
 
 def _picked_qparams(gm: GraphModule) -> dict[str, Node]:

@@ -35,6 +35,7 @@ from fxq.rows import EVERY, ByPosition, ByStep
 from fxq.spec import LayerSpec, PerTensor, PerToken, QuantSpec, block_of, scale_shape
 
 TARGETS = ("linear", "conv")
+FEWEST_CHANNELS = 4  # of a linear's input
 # Kinds of operators whose constants are no matrix that multiplies rows.
 NO_LINEAR = frozenset({
     None, "linear", "conv", "transposed conv", "attention", "_convolution", "conv_tbc",
@@ -105,6 +106,9 @@ class InsertObservers(Pass):
                 )
                 treat(layer, name, Skip(why, intended=True))
                 continue
+            if pattern is None and (few := _too_few(layer)):
+                treat(layer, name, Skip(few, intended=True))
+                continue
             try:
                 fitted, remark = _fitted(layer, spec)
             except (ValueError, UnsupportedError) as error:
@@ -157,6 +161,20 @@ def _index(gm: GraphModule, layer: Node, spec: LayerSpec) -> tuple[Node | None, 
     rows, edge = spec.activation.rows, layer.all_input_nodes[0]
     index, why = fitting_index(gm, rows, edge)
     return index, why, "" if index is None else assumed(shape_of(index), shape_of(edge))
+
+
+def _too_few(layer: Node) -> str:
+    """Say why a linear of coordinates stays float; "" for other layers.
+
+    Two or three numbers per row are places or times, of which Fourier features are made: an error
+    of a code there is one of many radians, and such a product takes no time.
+    """
+    if kind_of(layer) != "linear" or not is_constant(layer.args[1]):
+        return ""
+    n_channels = shape_of(layer.args[1])[1]
+    if n_channels >= FEWEST_CHANNELS:
+        return ""
+    return f"its rows have {n_channels} values; fewer than {FEWEST_CHANNELS} are not quantized"
 
 
 def _fitted(layer: Node, spec: LayerSpec) -> tuple[LayerSpec, str]:

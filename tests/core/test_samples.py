@@ -44,12 +44,11 @@ def test_samples_that_differ_are_known(batches: list[Sequence[Any]]) -> None:
     assert Samples(batches).differ
 
 
-def test_deviation_is_that_of_all_values() -> None:
-    samples = Samples([(torch.tensor([[1.0, 2.0]]), torch.tensor([1])), (torch.tensor([[6.0]]),)])
+def test_spreads_are_those_of_batches() -> None:
+    samples = Samples([(torch.tensor([[1.0, 3.0]]), torch.tensor([1])), (torch.full((2, 2), 6.0),)])
 
-    assert samples.count == 2
-    assert samples.deviation(0) == pytest.approx((14 / 3) ** 0.5)  # mean 3: 4 + 1 + 9
-    assert samples.deviation(1) == 0.0  # whole numbers are no measurements
+    assert samples.count == 3
+    assert samples.spreads == {0: (0.0, 1.0)}  # whole numbers are no measurements
 
 
 def block() -> nn.Module:
@@ -91,6 +90,7 @@ def test_data_normalised_otherwise_than_the_example_are_told() -> None:
 
     (told,) = warned(block(), normalised, pixels)
 
-    assert "deviation of 0.25, those of the example 1: are both normalised alike?" in told
+    assert "deviation of 1, those of batches 0.25 to 0.25: are both normalised alike?" in told
+    assert len(warned(block(), pixels, normalised)) == 1
     assert warned(block(), normalised[:2], normalised) == []
     assert warned(block(), torch.zeros(2, 64, 32), normalised) == []  # says nothing of its own

@@ -274,7 +274,7 @@ def test_four_bits_are_above_the_floor(unbalanced: tuple[nn.Module, list[Tensor]
 def test_compress_tells_how_far_the_example_is_from_the_model(
     recipe: fxq.Recipe, tmp_path: Path
 ) -> None:
-    model, x = Block().eval().requires_grad_(False), torch.randn(1, 5, 64)
+    model, x = Block().eval().requires_grad_(False), torch.randn(2, 5, 64)
     said: list[str] = []
 
     program = fxq.compress(model, x, recipe, [x], progress=said.append)

@@ -9,12 +9,15 @@ from models import Block, OutOfOrder, Twice
 from torch import nn
 from torch.fx import GraphModule
 
+import fxq
 from fxq.account import account
 from fxq.capturing import capture
 from fxq.dialect import OBSERVED
 from fxq.graph import owner_name
 from fxq.layer import layer_of
+from fxq.numerics import sqnr_db
 from fxq.observers import RangeObserver
+from fxq.passes import w8a8
 from fxq.passes.common import DEPTHWISE, FIRST, LAST, InsertObservers
 from fxq.spec import LayerSpec, PerChannel, PerGroup, PerTensor, PerToken, QuantSpec
 
@@ -166,3 +169,33 @@ def test_nothing_to_do_is_not_called_a_change() -> None:
     gm = graph(nn.Conv1d(3, 4, 1), 2, 3, 5)
 
     assert not InsertObservers(STATIC).run(gm).modified
+
+
+class Coordinates(nn.Module):
+    """Fourier features of points in the plane."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frequencies, self.up = nn.Linear(2, 64, bias=False), nn.Linear(128, 8)
+        self.frequencies.weight.data *= 4
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        angle = 2 * torch.pi * self.frequencies(x)
+        return self.up(torch.cat([angle.sin(), angle.cos()], -1))
+
+
+def test_a_product_of_coordinates_stays_float_unless_it_is_asked_for() -> None:
+    model, x = Coordinates().eval(), torch.rand(64, 2)
+    gm, asked = (graph(model, 4, 2) for _ in range(2))
+
+    InsertObservers(STATIC).run(gm)
+    InsertObservers(STATIC, overrides=(("frequencies", STATIC),)).run(asked)
+
+    assert chosen(gm) == {"up"}
+    assert reasons(gm)["frequencies"].startswith("its rows have 2 values")
+    assert chosen(asked) == {"frequencies", "up"}
+    program = fxq.compress(model, x, w8a8.DYNAMIC, strict=True)  # nothing is missing
+    y = torch.rand(33, 2)
+    assert sqnr_db(model(y), program(y)) > 35  # 8 with it quantized
+    InsertObservers(STATIC).run(four := graph(nn.Linear(4, 4), 2, 4))
+    assert len([n for n in four.graph.nodes if layer_of(n).spec]) == 1

@@ -14,7 +14,9 @@ from fxq import numerics
 from fxq.observers import RangeObserver
 from fxq.passes.common.convert import quantize_weight
 from fxq.passes.common.scaling.statistics import Consumer, Statistics
-from fxq.spec import LayerSpec, MinMax, PerTensor, PerToken, QuantSpec, block_of
+from fxq.spec import LayerSpec, MeanSquaredError, MinMax, PerTensor, PerToken, QuantSpec, block_of
+
+STEPS = 20  # of a search for a range, at most
 
 
 class Candidate(NamedTuple):
@@ -95,10 +97,19 @@ def quantized_operands(rows: Tensor, seen: Tensor, weight: Tensor, layer: LayerS
     """
     quantized = rows
     if layer.activation is not None:
-        quantized = _fake_quantize_rows(rows, seen, layer.activation)
-    codes, step, zero = quantize_weight(weight, layer.weight)
+        quantized = _fake_quantize_rows(rows, seen, _coarse(layer.activation))
+    codes, step, zero = quantize_weight(weight, _coarse(layer.weight))
     approximate = numerics.dequantize(codes, step, zero, torch.float32)
     return Operands(rows, quantized, weight, approximate)
+
+
+def _coarse(spec: QuantSpec) -> QuantSpec:
+    """Return a spec whose search of a range takes fewer steps: near the best range the error is
+    flat, and candidates are compared under the same steps."""
+    if not isinstance(spec.observer, MeanSquaredError):
+        return spec
+    steps = min(spec.observer.steps, STEPS)
+    return replace(spec, observer=replace(spec.observer, steps=steps))
 
 
 def relative_loss(under: Operands, size: Tensor) -> float:
