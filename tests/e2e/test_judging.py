@@ -190,7 +190,7 @@ def test_what_no_module_answers_for_is_said() -> None:
     assert ok
     assert [layer.reason for layer in found.layers] == [
         "the module computes something else",
-        "no module of the model is this layer",  # a bias from elsewhere makes it another layer
+        "the module computes something else",  # a bias from elsewhere makes it another layer
         "no module of the model is this layer",
     ]
 
