@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from torch.fx import GraphModule, Node
 
 from fxq.einsum import Equation
+from fxq.errors import listed
 from fxq.flops import counted_flops, is_opaque, reads_weight
 from fxq.graph import constant_of, hint, is_constant, is_op, owner_name, shape_of, val_of
 from fxq.layer import OVERRIDE, Layer, Skip, layer_of
@@ -163,6 +164,21 @@ def little_changed(gm: GraphModule) -> str | None:
         return None
     reasons = [f"{why} ({flops / total:.1%})" for why, flops in left.most_common(N_REASONS)]
     return f"it changed {share:.1%} of the operations and left as they were {'; '.join(reasons)}"
+
+
+def weights_unseen(gm: GraphModule) -> str | None:
+    """Return what operators a recipe left as they are because they are unknown and read a weight,
+    how many and where; None where there are none."""
+    rows = [row for row in account(gm) if row.skip == UNKNOWN]
+    if not rows:
+        return None
+    kinds = Counter(row.kind for row in rows)
+    operators = ", ".join(f"{kind} ({count})" for kind, count in kinds.most_common())
+    return (
+        f"operators that fxq does not know read weights, which stay as they are: {operators}, at "
+        f"{listed(row.module for row in rows)}. Their operations cannot be counted and are in no "
+        "share that fxq.report prints; write them in operators of torch to have them quantized"
+    )
 
 
 def unintended_skips(gm: GraphModule) -> dict[str, str]:

@@ -36,6 +36,20 @@ class FxqWarning(UserWarning):
 
 
 MOST_LISTED = 200  # names
+MOST_PLACES = 3  # in a warning
+
+
+def counted(count: int, what: str) -> str:
+    """Return "1 layer", "2 layers"."""
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
+def listed(names: Iterable[str]) -> str:
+    """Return the first few of some names, each once, and how many others there are."""
+    different = list(dict.fromkeys(names))
+    rest = len(different) - MOST_PLACES
+    more = f" and {counted(rest, 'other')}" if rest > 0 else ""
+    return ", ".join(different[:MOST_PLACES]) + more
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

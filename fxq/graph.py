@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
-from fxq.layer import LAYER
+from fxq.layer import LAYER, layer_of
 from fxq.operators import VIEWS
 
 # Submodule of a graph whose buffers may change in place between calls, as a step counter does. The
@@ -22,6 +22,9 @@ RUNTIME_STATE = "runtime_state"
 # Key in a node's meta: it is decided what the node does, and passes leave it as it is. True of all
 # that came from a `Program`.
 SETTLED = "fxq_settled"
+
+# Key in a node's meta: the name it goes by where that is not the module that calls it.
+OWNER = "fxq_owner"
 
 
 UNWRITABLE = re.compile(r"[^\w +,/:@~-]")  # in a name that stands in code, or in a file
@@ -148,16 +151,42 @@ def writable(name: str) -> str:
 
 
 def owner_name(node: Node) -> str:
-    """Return the qualified name of the module a node belongs to, e.g. `blocks.0.attn.qkv`."""
+    """Return the name a node goes by in reports and overrides: of the module that calls it, e.g.
+    `blocks.0.attn.qkv`, or of a module in that one that only lends its weight (`name_lenders`); of
+    what the model itself computes, the node's name at capture.
+
+    It is that of the call, not of the weight: layers that share a weight have names of their own,
+    which no pass changes.
+    """
+    return node.meta.get(OWNER) or _calling_path(node) or layer_of(node).origin
+
+
+def _calling_path(node: Node) -> str:
+    """Return the qualified name of the innermost module that was called; "" for the model."""
     stack = list(node.meta.get("nn_module_stack", {}).values())
-    path: str = stack[-1][0] if stack else ""
+    return str(stack[-1][0]) if stack else ""
+
+
+def weight_owner(node: Node) -> str:
+    """Return the qualified name of the module whose tensor a node multiplies by, as code can have
+    it; "" where the model itself has it, or where it is none of the model's."""
     for arg in node.all_input_nodes[1:2]:
         while is_op(arg, *VIEWS):
             arg = arg.args[0]  # type: ignore[assignment]
-        if arg.op == "get_attr" and "." in str(arg.target):
-            name = str(arg.target).rpartition(".")[0]
-            return path if writable(path) == name else name
-    return path or node.name
+        if arg.op == "get_attr":
+            return str(arg.target).rpartition(".")[0]
+    return ""
+
+
+def name_lenders(gm: GraphModule) -> None:
+    """Have nodes whose weight is of a module in the one that calls them, but which nobody calls,
+    go by that module's name: `attn.out_proj` of a `MultiheadAttention`."""
+    called = {writable(_calling_path(node)) for node in gm.graph.nodes}
+    for node in gm.graph.nodes:
+        path, owner = _calling_path(node), weight_owner(node)
+        start = f"{writable(path)}." if path else ""
+        if owner not in called and owner.startswith(start):
+            node.meta[OWNER] = f"{path}.{owner.removeprefix(start)}" if path else owner
 
 
 def input_name(placeholder: Node) -> str:

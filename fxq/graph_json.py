@@ -24,6 +24,7 @@ from torch.utils._sympy.numbers import int_oo
 
 from fxq.errors import UnsupportedError
 from fxq.graph import hint, owner_name, val_of, writable
+from fxq.layer import layer_of
 from fxq.layer_json import decode_layer, encode_layer
 
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
@@ -250,9 +251,8 @@ def _encode_input(value: Any, symbols: dict[str, Any]) -> dict[str, Any]:
 def _encode_meta(node: Node) -> dict[str, Any]:
     layer = encode_layer(node)
     meta: dict[str, Any] = {} if layer is None else {"layer": layer}
-    stack = list(node.meta.get("nn_module_stack", {}).values())
-    if stack and stack[-1][0]:
-        meta["module"] = stack[-1][0]  # all that `graph.owner_name` reads
+    if (name := owner_name(node)) != layer_of(node).origin:
+        meta["module"] = name
     return {"meta": meta} if meta else {}
 
 

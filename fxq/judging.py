@@ -8,7 +8,7 @@ to which all layers in front contribute.
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,9 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxq.account import kind_of
+from fxq.errors import counted, listed
 from fxq.graph import owner_name
+from fxq.layer import layer_of
 from fxq.module_state import spared
 from fxq.numerics import as_real, is_inexact, sqnr_db
 from fxq.seeding import same_seed, seeded
@@ -147,18 +149,18 @@ def judge(
     elif any(module.training for module in model.modules()):
         raise ValueError("model: expected eval mode, found train mode; call model.eval() first")
     layers = [node for node in gm.graph.nodes if kind_of(node) is not None]
-    by_module: dict[str, list[Node]] = defaultdict(list)
-    for node in layers:
-        by_module[owner_name(node)].append(node)
-    modules = {path: _module(model, path) for path in by_module}
-    with torch.no_grad(), spared(model), _recording(modules) as calls:
+    modules = {node: _module(model, owner_name(node)) for node in layers}
+    by_module: dict[nn.Module | None, list[Node]] = defaultdict(list)
+    for node, module in modules.items():
+        by_module[module].append(node)  # of one with two names, too, in the order of its calls
+    with torch.no_grad(), spared(model), _recording(by_module) as calls:
         own_args, own_kwargs = tree_map_only(Tensor, torch.clone, (tuple(args), dict(kwargs)))
         with same_seed(tree_leaves((own_args, own_kwargs))):
             expected = model(*own_args, **own_kwargs)
         found = {
             check.node: check
-            for path, nodes in by_module.items()
-            for check in _compare(nodes, modules[path], calls[path], recorded)
+            for module, nodes in by_module.items()
+            for check in _compare(nodes, module, calls[module], recorded)
         }
     pooled = worst = torch.nan
     if results is not None:
@@ -189,7 +191,8 @@ def far_from_float(
         return ""
     recorder = Recorder(gm)
     seeded(recorder.run, leaves)
-    worst = judge(gm, recorder.values, None, model, args, kwargs).worst[:N_SHOWN]
+    judgement = judge(gm, recorder.values, None, model, args, kwargs)
+    worst = judgement.worst[:N_SHOWN]
     listing = ", ".join(f"{layer.module} {layer.alone_db:.1f} dB" for layer in worst)
     return (
         f"outputs on the example are {sqnr_db:.1f} dB from the float model's, below {FAR_DB:.0f} "
@@ -198,8 +201,18 @@ def far_from_float(
         + "Leave such layers float or give them 8 bits (overrides), compute outlier channels apart "
         "(recommended), take a range per token, scale channels first (smoothquant, repq_vit, "
         "outlier_suppression), or reconstruct; "
-        "fxq.verify(program, inputs, model=model) compares all layers"
+        f"fxq.verify(program, inputs, model=model) compares {_comparable(gm, judgement)}"
     )
+
+
+def _comparable(gm: GraphModule, judgement: Judgement) -> str:
+    """Return which layers can be compared, naming those that were changed and cannot."""
+    changed = {node.name for node in gm.graph.nodes if layer_of(node).format is not None}
+    left = [layer for layer in judgement.layers if layer.reason and layer.node in changed]
+    if not left:
+        return "all layers"
+    names = listed(layer.module for layer in left)
+    return f"all layers but {counted(len(left), 'changed one')} that cannot be compared: {names}"
 
 
 def _module(model: nn.Module, path: str) -> nn.Module | None:
@@ -210,20 +223,19 @@ def _module(model: nn.Module, path: str) -> nn.Module | None:
 
 
 @contextlib.contextmanager
-def _recording(modules: Mapping[str, nn.Module | None]) -> Iterator[dict[str, list[Call]]]:
-    """Keep what each module is given and returns, while the context lasts."""
-    calls: dict[str, list[Call]] = {path: [] for path in modules}
+def _recording(modules: Iterable[nn.Module | None]) -> Iterator[dict[nn.Module | None, list[Call]]]:
+    """Keep what each module is given and returns, while the context lasts; nothing of None."""
+    calls: dict[nn.Module | None, list[Call]] = {module: [] for module in modules}
+
+    def keep(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        given = next(iter((*args, *kwargs.values())), None)
+        if isinstance(given, Tensor) and isinstance(output, Tensor):
+            calls[module].append(Call(given.clone(), output.clone()))
+
     with contextlib.ExitStack() as stack:
-        for path, module in modules.items():
-            if module is None:
-                continue
-
-            def keep(_: Any, args: Any, kwargs: Any, output: Any, path: str = path) -> None:
-                given = next(iter((*args, *kwargs.values())), None)
-                if isinstance(given, Tensor) and isinstance(output, Tensor):
-                    calls[path].append(Call(given.clone(), output.clone()))
-
-            stack.callback(module.register_forward_hook(keep, with_kwargs=True).remove)
+        for module in calls:
+            if module is not None:
+                stack.callback(module.register_forward_hook(keep, with_kwargs=True).remove)
         yield calls
 
 
@@ -236,7 +248,8 @@ def _compare(
     """Yield the checks of all operators that came from one module."""
     for index, node in enumerate(nodes):
         name, kind = owner_name(node), str(kind_of(node))
-        if kind not in WITH_WEIGHT or not isinstance(getattr(module, "weight", None), Tensor):
+        has_weight = isinstance(getattr(module, "weight", None), Tensor)
+        if kind not in WITH_WEIGHT or not has_weight or not calls:
             yield LayerCheck(node.name, name, kind, reason="no module of the model is this layer")
             continue
         if len(calls) != len(nodes):

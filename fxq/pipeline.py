@@ -21,7 +21,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
-from fxq.account import little_changed, unintended_skips
+from fxq.account import little_changed, unintended_skips, weights_unseen
 from fxq.batches import CheckedBatches, StoredBatches, device_of
 from fxq.capturing import capture
 from fxq.checkpoint import Checkpoint
@@ -289,8 +289,9 @@ def compress(
         results = (float_results, seeded(program.graph_module, example))
         program.sqnr_db, _ = outputs_sqnr_db(*map(captured.signature.results, results))
         report(f"outputs on the example: {program.sqnr_db:.1f} dB against float")
-        if little := little_changed(program.graph_module):
-            warnings.warn(f"recipe {recipe.name!r}: {little}", FxqWarning, stacklevel=2)
+        for find in (little_changed, weights_unseen):
+            if told := find(program.graph_module):
+                warnings.warn(f"recipe {recipe.name!r}: {told}", FxqWarning, stacklevel=2)
         call = split_inputs(example_inputs)
         if far := far_from_float(program.sqnr_db, program.graph_module, example, model, *call):
             warnings.warn(f"recipe {recipe.name!r}: {far}", FxqWarning, stacklevel=2)

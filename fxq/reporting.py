@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fxq.account import Row, account, uncounted
+from fxq.errors import counted
 from fxq.layer import Induction
 from fxq.lowering.lower import lower
 from fxq.lowering.rule import Decision
@@ -86,14 +87,26 @@ class Report:
         return text.getvalue()
 
     @property
+    def title(self) -> str:
+        """What stands above the table: shares of the operations, and how many operators are not
+        among these."""
+        shares = (f"{self.share(s):.1%} {s}" for s in ("lowered", "simulated", "float"))
+        missing = sum(self.uncounted.values())
+        parts = [", ".join(shares), f"{self.size_bytes / 1e6:.2f} MB"]
+        if missing:
+            parts.insert(1, f"{counted(missing, 'operator')} not counted")
+        return f"{self.flops / 1e9:.3g} GFLOP on {self.device}: {'; '.join(parts)}"
+
+    @property
     def caption(self) -> str:
         """What stands below the table: the error, what makes the program slower than float, and
         what is not among the operations."""
         lines = []
         if count := sum(self.uncounted.values()):
             names = ", ".join(sorted(self.uncounted))
-            what = "1 operator" if count == 1 else f"{count} operators"
-            lines.append(f"{what} cannot be counted: fxq does not know {names}")
+            lines.append(
+                f"{counted(count, 'operator')} cannot be counted: fxq does not know {names}"
+            )
         if self.sqnr_db is not None:
             lines.append(f"outputs on the example: {self.sqnr_db:.1f} dB against float")
         if count := sum(r.status == "simulated" for r in self.rows):
@@ -113,9 +126,7 @@ class Report:
             groups[key] += r.row.flops
             counts[key] += 1
         table = Table(
-            title=f"{self.flops / 1e9:.3g} GFLOP on {self.device}: "
-            f"{self.share('lowered'):.1%} lowered, {self.share('simulated'):.1%} simulated, "
-            f"{self.share('float'):.1%} float; {self.size_bytes / 1e6:.2f} MB",
+            title=self.title,
             caption=Text(self.caption, "table.caption"),
             caption_justify="left",
         )

@@ -14,7 +14,7 @@ from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
-from fxq.graph import SETTLED, args_of, val_of, writable
+from fxq.graph import OWNER, SETTLED, args_of, val_of, writable
 
 
 def insert_call(
@@ -78,7 +78,7 @@ def insertion_point(node: Node) -> Node:
 
 def inherit(node: Node, origin: Node) -> None:
     """Give `node` the module names and source location of `origin`."""
-    for key in ("nn_module_stack", "stack_trace", "custom", SETTLED):
+    for key in ("nn_module_stack", "stack_trace", "custom", OWNER, SETTLED):
         if key in origin.meta:
             node.meta[key] = origin.meta[key]
 

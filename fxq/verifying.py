@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from fxq.graph import owner_name, tensor_of
 from fxq.judging import Judgement, Recorder, judge
+from fxq.layer import LAYER, layer_of
 from fxq.lowering.lower import lower
 from fxq.lowering.rule import REPLACED, Replaced
 from fxq.numerics import sqnr_db
@@ -117,7 +118,9 @@ def verify(
     with torch.no_grad():
         simulated = Recorder(program.graph_module)
         results = program.signature.results(seeded(simulated.run, leaves))
-        replay = _Replay(lowered, simulated.values)
+        layers = (node for node in program.graph_module.graph.nodes if LAYER in node.meta)
+        names = {layer_of(node).origin: owner_name(node) for node in layers}
+        replay = _Replay(lowered, simulated.values, names)
         checks = [replay.check(node) for node in lowered.graph.nodes if REPLACED in node.meta]
         if model is None:
             return Verification(tuple(checks))
@@ -128,8 +131,10 @@ def verify(
 class _Replay:
     """Computes nodes of the lowered graph from the recorded values of the simulated one."""
 
-    def __init__(self, lowered: GraphModule, recorded: Mapping[str, Any]) -> None:
-        self.lowered, self.recorded = lowered, recorded
+    def __init__(
+        self, lowered: GraphModule, recorded: Mapping[str, Any], names: Mapping[str, str]
+    ) -> None:
+        self.lowered, self.recorded, self.names = lowered, recorded, names
         self.nodes = {node.name: node for node in lowered.graph.nodes}
 
     def value(self, node: Node) -> Any:
@@ -151,6 +156,7 @@ class _Replay:
         expected, found = self.recorded[made.node], self._computed(node)
         kernel = self.nodes[made.kernel]
         equal, ok = made.rule.check(expected, found, kernel, self.value)
-        name = str(kernel.target).removesuffix(".default")
+        target = str(kernel.target).removesuffix(".default")
+        name = self.names.get(layer_of(kernel).origin, owner_name(node))
         error = sqnr_db(tree_leaves(expected)[0], tree_leaves(found)[0])
-        return NodeCheck(made.node, owner_name(node), name, equal, error, ok)
+        return NodeCheck(made.node, name, target, equal, error, ok)

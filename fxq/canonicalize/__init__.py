@@ -25,6 +25,7 @@ from fxq.canonicalize.matmul_of_einsum import matmul_of_einsum, permute_of_einsu
 from fxq.canonicalize.norm import batch_norm_of_native, rms_norm
 from fxq.canonicalize.products import bmm_of_baddbmm
 from fxq.canonicalize.views import reshape_of_view, transpose_of_property
+from fxq.graph import name_lenders
 from fxq.rewriting import erase_dead
 
 REWRITES: tuple[Callable[[GraphModule], int], ...] = (
@@ -58,5 +59,6 @@ def canonicalize(gm: GraphModule) -> GraphModule:
         counts[rewrite.__name__] += rewrite(gm)
         gm.graph.eliminate_dead_code()
     erase_dead(gm)
+    name_lenders(gm)
     gm.meta["fxq_canonicalized"] = {name: count for name, count in counts.items() if count}
     return gm

@@ -1,7 +1,7 @@
 """Which layers a pass is for: by qualified name, or by where they are in the data flow."""
 
 import fnmatch
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from torch import Tensor
@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from fxq.account import kind_of
 from fxq.errors import MissingInputError, did_you_mean
-from fxq.graph import dtype_of, input_name, is_op, owner_name, shape_of, val_of
+from fxq.graph import dtype_of, input_name, is_op, owner_name, shape_of, val_of, weight_owner
 from fxq.operators import Movement, of
 
 FIRST = "<first>"  # override key: layers that no other layer comes before, by data flow
@@ -26,6 +26,9 @@ def overridden(
 ) -> dict[Node, tuple[str, Choice]]:
     """Return the first override that matches each layer, of those that one matches.
 
+    A pattern is for the layers that have such names (`fxq.graph.owner_name`); where none has, for
+    those whose weight is a module's of such a name: all layers that share it.
+
     Args:
         layers: of a graph.
         overrides: pairs of a pattern and what it chooses.
@@ -35,6 +38,7 @@ def overridden(
         MissingInputError: `first_of` an input that the model does not have.
     """
     names = {layer: owner_name(layer) for layer in layers}
+    owners = {layer: owner for layer in layers if (owner := weight_owner(layer))}
     groups = {
         FIRST: first_layers(layers),
         LAST: last_layers(layers),
@@ -47,7 +51,7 @@ def overridden(
         elif is_of_graph(pattern):
             matched = _first_of(layers, pattern, partial)
         else:
-            matched = [n for n in layers if fnmatch.fnmatchcase(names[n], pattern)]
+            matched = _named(names, pattern) or _named(owners, pattern)
             if not matched and not partial:
                 raise ValueError(
                     f"override {pattern!r} matches no layer; "
@@ -56,6 +60,10 @@ def overridden(
         for layer in matched:
             chosen.setdefault(layer, (pattern, spec))
     return chosen
+
+
+def _named(names: Mapping[Node, str], pattern: str) -> list[Node]:
+    return [layer for layer, name in names.items() if fnmatch.fnmatchcase(name, pattern)]
 
 
 def _first_of(layers: Sequence[Node], pattern: str, partial: bool) -> list[Node]:

@@ -18,7 +18,16 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
 from fxq.dialect import ATEN, Dialect
-from fxq.graph import args_of, is_constant, is_op, is_settled, owner_name, shape_of, weight_of
+from fxq.graph import (
+    OWNER,
+    args_of,
+    is_constant,
+    is_op,
+    is_settled,
+    owner_name,
+    shape_of,
+    weight_of,
+)
 from fxq.layer import Skip, hand_on, layer_of, set_facts, treat
 from fxq.operators import CONV, COPIES, LAYERS, NORMS, RESHAPES, Movement, of, operand, set_operand
 from fxq.pipeline import Pass
@@ -151,6 +160,7 @@ def _split(
         if index:  # the bias is of the first
             set_operand(made, "bias", None)
         hand_on(layer, made)
+        made.meta[OWNER] = f"{owner_name(layer)}.part_{index}"
         if (mask := layer_of(layer).mask) is not None:
             set_facts(made, mask=mask.split([*sizes], 1)[index].contiguous())
         treat(made, SplitConcatenations.__name__, did, f"part {index} of a concatenated input")

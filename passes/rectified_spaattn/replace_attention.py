@@ -232,7 +232,6 @@ class ReplaceAttention(Pass):
             hand_on(node, sparse)
             format = self._format(site.density)
             treat(sparse, type(self).__name__, format, self._note(site), format=format)
-            _keep_name(sparse, owner_name(node))
             result = insert_call(operator.getitem, (sparse, 0), before=node)
             result = put_back(result, taken, segments, node)
             result = of_seen_queries(padding, result, node)
@@ -282,10 +281,3 @@ class ReplaceAttention(Pass):
         elif self.reorder:
             parts.append(f"grid {'x'.join(map(str, segments.grid))} in curve order")
         return ", ".join(parts)
-
-
-def _keep_name(node: Node, name: str) -> None:
-    """Have a new node go by the name of the one it replaces: in no module, that is the node's."""
-    if owner_name(node) != name:
-        stack = node.meta.get("nn_module_stack", {})
-        node.meta["nn_module_stack"] = {**stack, name: (name, "")}

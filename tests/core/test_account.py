@@ -255,9 +255,12 @@ def test_groups_that_are_known_are_no_weight() -> None:
 def test_a_weight_in_an_unknown_operator_is_reported_and_stops_strict(recipe: Recipe) -> None:
     model, example = Experts(multiply_by_groups).eval(), (torch.randn(32, 64), ENDS)
 
-    program = fxq.compress(model, example, recipe, [example], dynamic_shapes=None)
+    told = r"read weights, .* as they are: fxq_test::multiply_by_groups \(1\), at "
+    with pytest.warns(FxqWarning, match=told):
+        program = fxq.compress(model, example, recipe, [example], dynamic_shapes=None)
 
     report = fxq.report(program)
+    assert "% float; 1 operator not counted; " in report.title
     row = next(r for r in report.rows if r.row.kind == "fxq_test::multiply_by_groups")
     assert row.status == "float"
     assert "an operator that fxq does not know" in row.reason
@@ -265,6 +268,31 @@ def test_a_weight_in_an_unknown_operator_is_reported_and_stops_strict(recipe: Re
     assert "1 operator cannot be counted" in report.caption
     with pytest.raises(SkippedError, match="that fxq does not know reads its weight"):
         fxq.compress(model, example, recipe, [example], strict=True, dynamic_shapes=None)
+
+
+class Layers(nn.Module):
+    """Five products by groups, one after another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Experts(multiply_by_groups) for _ in range(5)])
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = F.pad(layer(x, ends), (0, 16))
+        return x
+
+
+@pytest.mark.filterwarnings("ignore:this program cannot be saved")
+def test_unknown_operators_with_weights_are_told_in_one_warning() -> None:
+    model, example = Layers().eval(), (torch.randn(32, 64), ENDS)
+
+    told = r"multiply_by_groups \(5\), at layers.0, layers.1, layers.2 and 2 others"
+    with pytest.warns(FxqWarning, match=told):
+        program = fxq.compress(model, example, w8a8.DYNAMIC, dynamic_shapes=None)
+    fxq.compress(model, example, FLOAT, dynamic_shapes=None)  # wants none: no warning
+
+    assert "; 5 operators not counted; " in fxq.report(program).title
 
 
 @pytest.mark.filterwarnings("ignore:this program cannot be saved")
@@ -275,6 +303,7 @@ def test_an_unknown_operator_without_a_weight_is_named_and_no_row() -> None:
 
     assert [r.row.kind for r in report.rows] == ["linear"]
     assert report.uncounted == {"fxq_test::squash": 1}
+    assert "not counted" not in replace(report, uncounted={}).title
 
 
 def test_a_report_prints_names_as_they_are() -> None:

@@ -190,7 +190,7 @@ def test_what_no_module_answers_for_is_said() -> None:
     assert ok
     assert [layer.reason for layer in found.layers] == [
         "the module computes something else",
-        "no module of the model is this layer",  # a bias from elsewhere makes it another layer
+        "the module computes something else",  # a bias from elsewhere makes it another layer
         "no module of the model is this layer",
     ]
 
@@ -316,6 +316,26 @@ def test_a_collapse_is_told_and_so_is_where_it_comes_from() -> None:
         program = fxq.compress(model, x, w8a8_but("2", 2), data=[x])
     assert program.sqnr_db < 10
     fxq.compress(model, x, w8a8_but("2", 6), data=[x])  # no warning
+
+
+def test_a_collapse_names_what_cannot_be_compared() -> None:
+    class Waves(nn.Module):
+        def __init__(self, n: int) -> None:
+            super().__init__()
+            self.free = nn.Buffer(torch.randn(8, n))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (6 * x @ self.free).sin()
+
+    torch.manual_seed(0)
+    layers = [Waves(8) for _ in range(4)]
+    model, x = nn.Sequential(*layers, nn.Linear(8, 8)).eval(), torch.randn(16, 8)
+    told = r"compares all layers but 4 changed ones that .*: 0, 1, 2 and 1 other$"
+    with pytest.warns(FxqWarning, match=told):
+        fxq.compress(model, x, w8a8_but("*", 3), data=[x])
+    two = nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 8)).eval()
+    with pytest.warns(FxqWarning, match=r"compares all layers$"):
+        fxq.compress(two, y := torch.randn(16, 32), w8a8_but("*", 2), data=[y])
 
 
 def test_a_collapse_is_told_of_keyword_arguments_and_exported_programs() -> None:
