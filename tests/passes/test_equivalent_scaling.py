@@ -137,7 +137,7 @@ def test_a_scale_that_makes_things_worse_is_not_taken() -> None:
 def test_too_few_rows_scale_nothing_and_say_so(method: type[EquivalentScaling]) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 8)).eval()
-    data = [torch.randn(1, 64)]
+    data = [torch.randn(3, 64)]
     recipe = Recipe("test", (method(), *w8a8.STATIC.passes))  # type: ignore[call-arg]
 
     program = fxq.compress(model, data[0], recipe, data)
