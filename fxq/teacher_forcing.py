@@ -68,7 +68,7 @@ def compare_layer(
             common = (given * seen).sum() / seen.square().sum()
             given, rows = given / common, rows / common
         rows = _along(rows, channel, call.output)
-    alone = evaluate(node, {source: given.to(call.input.dtype)}, recorded, node)
+    alone = evaluate(node, {source: given.to(call.input.dtype)}, recorded)
     figures = [
         sqnr_db(call.output, value.reshape(call.output.shape) / rows)
         for value in (alone, recorded[node.name])
@@ -107,23 +107,24 @@ def _quantizer_input(layer: Node, recorded: Mapping[str, Any]) -> tuple[Node, Te
     return source, (recorded[divisor.name] / recorded[step.name]).flatten()
 
 
-def evaluate(
-    node: Node, known: Mapping[Node, Tensor], recorded: Mapping[str, Any], layer: Node
-) -> Any:
+def evaluate(layer: Node, known: Mapping[Node, Tensor], recorded: Mapping[str, Any]) -> Any:
     """Return the value of a layer, with the quantizers in front of it, from known values.
 
     Args:
-        node: the layer.
+        layer: a node of the program's graph.
         known: values of nodes, in the place of what would be computed or was recorded.
         recorded: values by name; what is not among them is computed, and so are quantizers.
-        layer: the layer.
     """
-    if node in known:
-        return known[node]
-    if node is not layer and not is_op(node, *QUANTIZING) and node.name in recorded:
-        return recorded[node.name]
-    args, kwargs = map_arg((node.args, node.kwargs), lambda n: evaluate(n, known, recorded, layer))
-    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def value(node: Node) -> Any:
+        if node in known:
+            return known[node]
+        if node.name in recorded and not is_op(node, *QUANTIZING):
+            return recorded[node.name]
+        return evaluate(node, known, recorded)
+
+    args, kwargs = map_arg((layer.args, layer.kwargs), value)
+    return layer.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def _factors(

@@ -120,7 +120,7 @@ def errors_at_results(
             values = [watching.values[name] for name in names]
             with torch.no_grad():
                 known = ChainMap({n.name: v for n, v in watching.env.items()}, constants)
-                found = [evaluate(twins[name], {}, known, twins[name]) for name in names]
+                found = [evaluate(twins[name], {}, known) for name in names]
                 changes = [(q - y).float() for q, y in zip(found, values, strict=True)]
             for index in range(n_directions if results else 0):
                 gradients = torch.autograd.grad(
