@@ -7,9 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.fx import Node
-from torch.fx.node import map_arg
 
-from fxq.graph import hint, is_state, owning_module, tensor_of
+from fxq.graph import hint, is_state, owning_module, result_of, tensor_of
 from fxq.identity import TensorKey
 from fxq.operators import Movement, movement_of
 
@@ -91,8 +90,7 @@ class Constants:
                 return None
             if len(inputs) < len(node.all_input_nodes):
                 return inputs[node.all_input_nodes[0]].value
-            args, kwargs = map_arg((node.args, node.kwargs), lambda read: inputs[read].value)
-            return node.target(*args, **kwargs)  # type: ignore[operator]
+            return result_of(node, lambda read: inputs[read].value)
 
         return (node.target, node.args, node.kwargs, *inputs.values()), compute
 

@@ -1,7 +1,7 @@
 """What an FX graph says: the words that passes use to ask it."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from keyword import iskeyword
 from typing import Any
 from unicodedata import normalize
@@ -9,6 +9,7 @@ from unicodedata import normalize
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
 from fxq.layer import LAYER, layer_of
@@ -68,6 +69,12 @@ def is_transform(node: Node) -> bool:
 def args_of(node: Any) -> tuple[Any, ...]:
     """Return a node's arguments. FX's own type for them is too wide to be of use."""
     return tuple(node.args)
+
+
+def result_of(node: Node, value: Callable[[Node], Any]) -> Any:
+    """Run the function that a node calls on the values of the nodes it reads."""
+    args, kwargs = map_arg((node.args, node.kwargs), value)
+    return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def tensor_of(gm: GraphModule, node: Node) -> Tensor:

@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.fx import Node
-from torch.fx.node import map_arg
 
 import fxq.ops  # noqa: F401  registers the operators
-from fxq.graph import args_of, is_op, shape_of
+from fxq.graph import args_of, is_op, result_of, shape_of
 from fxq.layer import layer_of
 from fxq.numerics import sqnr_db
 
@@ -123,8 +122,7 @@ def evaluate(layer: Node, known: Mapping[Node, Tensor], recorded: Mapping[str, A
             return recorded[node.name]
         return evaluate(node, known, recorded)
 
-    args, kwargs = map_arg((layer.args, layer.kwargs), value)
-    return layer.target(*args, **kwargs)  # type: ignore[operator]
+    return result_of(layer, value)
 
 
 def _factors(

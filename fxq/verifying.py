@@ -16,10 +16,9 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
-from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
-from fxq.graph import owner_name, tensor_of
+from fxq.graph import owner_name, result_of, tensor_of
 from fxq.judging import Judgement, Recorder, judge
 from fxq.layer import LAYER, layer_of
 from fxq.lowering.lower import lower
@@ -148,8 +147,7 @@ class _Replay:
     def _computed(self, node: Node) -> Any:
         if node.op == "get_attr":
             return tensor_of(self.lowered, node)
-        args, kwargs = map_arg((node.args, node.kwargs), self.value)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        return result_of(node, self.value)
 
     def check(self, node: Node) -> NodeCheck:
         made: Replaced = node.meta[REPLACED]

@@ -12,10 +12,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
-from torch.fx.node import map_arg
 
 from fxq.analysis.labels import compact, filled, settle, sizes_of
-from fxq.graph import args_of, hint, val_of
+from fxq.graph import args_of, hint, result_of, val_of
 from fxq.operators import Movement, operand
 
 Labels = Tensor | list[Tensor] | None  # a list for several results; None where nothing is known
@@ -87,8 +86,7 @@ def rearrange(walk: Following, node: Node) -> Labels:
             return walk.of(read)
         return hint(val) if isinstance(val, int | torch.SymInt) else val
 
-    args, kwargs = map_arg((node.args, node.kwargs), value)
-    result: Any = node.target(*args, **kwargs)  # type: ignore[operator]
+    result = result_of(node, value)
     return list(result) if isinstance(result, list | tuple) else result
 
 
