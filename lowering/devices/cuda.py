@@ -14,12 +14,13 @@ from typing import ClassVar
 import torch
 from torch.fx import Node
 
-from fxq.graph import args_of, dtype_of, hint, shape_of, tensor_of, val_of
+from fxq.graph import dtype_of, hint, shape_of, tensor_of, val_of
 from fxq.lowering.epilogue import Takes
 from fxq.lowering.lower_attention import SparseAttention
 from fxq.lowering.lower_conv import Int8Conv
 from fxq.lowering.lower_linear import Int8Linear, Operands
 from fxq.lowering.rule import Decision, Device, Lowering
+from fxq.operators import operand
 
 MAX_BLOCKS = 4096  # `fxq.lowering.kernels.select_blocks.MAX_BLOCKS`, which loads Triton
 
@@ -74,9 +75,9 @@ class TritonAttention(SparseAttention):
     engine: ClassVar[str] = "triton"
 
     def why_not(self, node: Node, lowering: Lowering) -> str | None:
-        query, value, size, scale = (args_of(node)[i] for i in (0, 2, 9, 16))
+        names = ("query", "value", "text_size", "block_size", "scale")
+        query, value, text_size, size, scale = (operand(node, name) for name in names)
         dims = [hint(shape_of(x)[-1], lowering.sizes) for x in (query, value)]
-        text_size = args_of(node)[8]
         text_size = val_of(text_size) if isinstance(text_size, Node) else text_size
         n_visual = hint(shape_of(query)[2], lowering.sizes) - hint(text_size, lowering.sizes)
         if dtype_of(query) not in (torch.float16, torch.bfloat16):
@@ -106,15 +107,15 @@ class FlexAttention(SparseAttention):
     engine: ClassVar[str] = "flex"
 
     def why_not(self, node: Node, lowering: Lowering) -> str | None:
-        size, mode, is_causal = (args_of(node)[i] for i in (9, 11, 15))
-        dims = [shape_of(args_of(node)[i])[-1] for i in (0, 2)]
+        query, value, size = (operand(node, name) for name in ("query", "value", "block_size"))
+        dims = [shape_of(x)[-1] for x in (query, value)]
         if any(hint(dim) < 16 for dim in dims):
             return f"FlexAttention: its head dims start at 16, found {dims[0]} and {dims[1]}"
-        if dtype_of(args_of(node)[0]) == torch.float64:
+        if dtype_of(query) == torch.float64:
             return "FlexAttention: it computes in at most float32"
-        if mode == "online":
+        if operand(node, "mode") == "online":
             return "FlexAttention: it knows no pseudo-keys"
-        if is_causal:
+        if operand(node, "is_causal"):
             return (
                 "FlexAttention: blocks visited in part are masked by the last block and text only"
             )
