@@ -25,6 +25,7 @@ from fxq.spec import ALL
 
 EXACT_IN_FP32 = 2**24  # integers up to this are fp32 numbers
 PAIR_LIMIT = 128  # largest |w[2j] + w[2j+1]| in codes for which 255 * |sum| fits int16
+SIGN = 128  # int8 codes become uint8 by adding this to the codes and to their zero-point
 
 
 def expand_blocks(param: Tensor, shape: Sequence[int]) -> Tensor:

@@ -1,6 +1,7 @@
 """What follows a layer in the graph, as far as its kernel takes it in: bias and scale aside, casts,
 an activation function, a residual, channels apart and the codes that the next layer reads."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,7 +65,7 @@ def is_per_sample(scale: Node | None) -> bool:
     one that is. So is none."""
     if scale is None:
         return True
-    return all(isinstance(size, int) and size == 1 for size in shape_of(unguarded(scale))[1:])
+    return _all_one(shape_of(unguarded(scale))[1:])
 
 
 def is_coded(values: Node) -> bool:
@@ -80,12 +81,16 @@ def is_coded(values: Node) -> bool:
 
 def is_single(scale: Node) -> bool:
     """Tell whether a scale is one number."""
-    return all(isinstance(size, int) and size == 1 for size in shape_of(scale))
+    return _all_one(shape_of(scale))
 
 
 def is_single_or_per_channel(scale: Node) -> bool:
     """Tell whether a scale is one number, or one for each channel of the last dimension."""
-    return all(isinstance(size, int) and size == 1 for size in shape_of(scale)[:-1])
+    return _all_one(shape_of(scale)[:-1])
+
+
+def _all_one(sizes: Sequence[Any]) -> bool:
+    return all(isinstance(size, int) and size == 1 for size in sizes)
 
 
 def is_per_row(scale: Node, values: Node) -> bool:
@@ -117,7 +122,7 @@ def channels_apart(layer: Node, most: int) -> tuple[Node, dict[str, Node]]:
 
 
 def fusible_epilogue(
-    layer: Node, takes: Takes, *, finite: bool = True
+    layer: Node, takes: Takes, *, finite: bool
 ) -> tuple[Node, tuple[Any, ...], Node | None]:
     """Follow the only users of `layer` as far as the kernel's epilogue can go.
 

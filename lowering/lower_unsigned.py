@@ -8,11 +8,11 @@ from torch.fx import Node
 from fxq.graph import args_of, is_op, shape_of, tensor_of
 from fxq.lowering.lower_linear import Operands
 from fxq.lowering.rule import Lowering
+from fxq.numerics import SIGN
 from fxq.rewriting import add_buffer, insert_call
 
 aten = torch.ops.aten
 ops = torch.ops.fxq
-SIGN = 128  # uint8 codes are int8 codes plus this
 
 
 def to_unsigned(o: Operands, lowering: Lowering) -> tuple[Node, Node | None]:

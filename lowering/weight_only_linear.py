@@ -28,12 +28,11 @@ from torch import Tensor
 from fxq.lowering.cpu.native import native
 from fxq.lowering.cpu.weight_only_linear import launch
 from fxq.lowering.registering import register
-from fxq.numerics import expand_blocks
+from fxq.numerics import SIGN, expand_blocks
 
 PANEL = 16  # output channels
 STEP = 8  # input channels that a group's size is a multiple of
 INT4 = (-8, 7)
-SIGN = 128  # uint8 codes are int8 codes plus this
 
 
 class Packed(NamedTuple):

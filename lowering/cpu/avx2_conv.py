@@ -23,12 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxq.lowering.cpu import avx2_linear
-from fxq.lowering.cpu.avx2_linear import ACTIVATIONS, CODES, PANEL, REAL, RUN, SIGN
+from fxq.lowering.cpu.avx2_linear import ACTIVATIONS, CODES, PANEL, REAL, RUN
 from fxq.lowering.cpu.native import address, native
 from fxq.lowering.cpu.onednn import cpu_int8
 from fxq.lowering.derived import derived
 from fxq.lowering.kernels import buffers
-from fxq.numerics import codes_dtype, is_pair_safe
+from fxq.numerics import SIGN, codes_dtype, is_pair_safe
 
 N_AXES = 3  # of space, of the kernel
 FORMATS = None, torch.float32, torch.int8, torch.uint8  # of a residual, as `epilogue.h` has them

@@ -19,13 +19,12 @@ from fxq.lowering.cpu.native import address, native
 from fxq.lowering.cpu.onednn import cpu_int8
 from fxq.lowering.derived import derived
 from fxq.lowering.kernels import buffers
-from fxq.numerics import codes_dtype, is_pair_safe
+from fxq.numerics import SIGN, codes_dtype, is_pair_safe
 
 LARGEST = 8  # |w| for which int16 holds 16 products with activations up to 255
 PANEL = 16  # output channels
 STEP = 4  # input channels of one instruction
 RUN = 32  # input channels of one turn of the loop
-SIGN = 128  # int8 codes become uint8 by adding this to the codes and to their zero-point
 # As `activation.h` numbers them.
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "silu", "relu", "relu6", "hardswish")
 WHOLE, REAL, CODES = range(3)  # results: int32, fp32, codes

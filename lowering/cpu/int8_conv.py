@@ -18,9 +18,10 @@ pairs sum to at most 128 is multiplied exactly. Padding is with the zero-point, 
 import torch
 from torch import Tensor
 
-from fxq.lowering.cpu.int8_linear import SIGN, needs_no_excess, to_unsigned
+from fxq.lowering.cpu.int8_linear import needs_no_excess, to_unsigned
 from fxq.lowering.cpu.onednn import cpu_int8
 from fxq.lowering.derived import derived
+from fxq.numerics import SIGN
 
 LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}  # by the number of all axes
 

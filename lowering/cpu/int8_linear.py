@@ -21,10 +21,9 @@ from torch import Tensor
 
 from fxq.lowering.cpu.onednn import cpu_int8, onednn_qlinear
 from fxq.lowering.derived import derived
-from fxq.numerics import EXACT_IN_FP32, PAIR_LIMIT, is_pair_safe, largest_sum
+from fxq.numerics import EXACT_IN_FP32, PAIR_LIMIT, SIGN, is_pair_safe, largest_sum
 
 ALIGN = 64  # columns of a part: what oneDNN's tiles hold
-SIGN = 128  # int8 codes become uint8 by adding this to the codes and to their zero-point
 
 
 def split_pairs(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -39,10 +39,10 @@ from fxq.lowering.epilogue import Takes, is_single
 from fxq.lowering.lower_cache_attention import CacheAttention
 from fxq.lowering.lower_conv import ConvOperands, Int8Conv
 from fxq.lowering.lower_linear import Int8Linear, Operands, match
-from fxq.lowering.lower_unsigned import SIGN, constant, to_unsigned
+from fxq.lowering.lower_unsigned import constant, to_unsigned
 from fxq.lowering.lower_weight_only import WeightOnlyLinear
 from fxq.lowering.rule import Decision, Device, Lowering
-from fxq.numerics import EXACT_IN_FP32, is_pair_safe, largest_sum
+from fxq.numerics import EXACT_IN_FP32, SIGN, is_pair_safe, largest_sum
 from fxq.rewriting import insert_call
 
 aten = torch.ops.aten
