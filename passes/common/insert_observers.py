@@ -8,7 +8,7 @@ report shows it. One observer serves all layers that read the same edge the same
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch.fx import GraphModule, Node
@@ -34,7 +34,8 @@ from fxq.row_choice import assumed, fitting_index, why_not_counted
 from fxq.rows import EVERY, ByPosition, ByStep
 from fxq.spec import LayerSpec, PerTensor, PerToken, QuantSpec, block_of, scale_shape
 
-TARGETS = ("linear", "conv")
+Target = Literal["linear", "conv"]
+TARGETS: tuple[Target, ...] = get_args(Target)
 FEWEST_CHANNELS = 4  # of a linear's input
 # Kinds of operators whose constants are no matrix that multiplies rows.
 NO_LINEAR = frozenset({
@@ -58,7 +59,7 @@ class InsertObservers(Pass):
     """
 
     default: LayerSpec | None
-    targets: tuple[Literal["linear", "conv"], ...] = ("linear",)
+    targets: tuple[Target, ...] = ("linear",)
     overrides: tuple[Override, ...] = ()
     partial: bool = False
 

@@ -25,6 +25,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 from fxq.dialect import ATEN, Dialect
 from fxq.graph import dtype_of, weight_of
 from fxq.passes.common.convert import quantize_weight
+from fxq.passes.common.insert_observers import Target
 from fxq.passes.common.scaling import (
     Candidate,
     EquivalentScaling,
@@ -35,7 +36,7 @@ from fxq.passes.common.scaling import (
     scale_sites,
     wanted,
 )
-from fxq.passes.common.scaling.equivalent_scaling import EXACT_KINDS, Target
+from fxq.passes.common.scaling.equivalent_scaling import EXACT_KINDS
 from fxq.passes.common.scaling.sites import Kind
 from fxq.pipeline import Pass
 

@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,13 +23,11 @@ from fxq.dialect import ATEN, Dialect
 from fxq.graph import dtype_of
 from fxq.layer import Skip, treat
 from fxq.passes.common.float_function import LOOSE, check_float_function
+from fxq.passes.common.insert_observers import Target
 from fxq.passes.common.scaling.fold import Scaling, fold_scaling
 from fxq.passes.common.scaling.loss import Candidate, quantization_loss
 from fxq.passes.common.scaling.sites import Kind, ScaleSite, ScaleSites, scale_sites
-from fxq.passes.common.scaling.statistics import (
-    Statistics,
-    collect,
-)
+from fxq.passes.common.scaling.statistics import Statistics, collect
 from fxq.passes.common.scaling.undo import costs_of_scaling
 from fxq.passes.common.whole import halves_of
 from fxq.pipeline import Batches, DataPass
@@ -37,7 +35,6 @@ from fxq.rewriting import copy_graph
 from fxq.spec import LayerSpec
 
 EXACT_KINDS: tuple[Kind, ...] = ("norm", "modulate", "value", "gated", "relu", "linear")
-Target = Literal["linear", "conv"]
 CAP = 2.0**12  # largest factor, and one over the smallest
 
 

@@ -10,6 +10,7 @@ from collections.abc import Collection
 import torch
 from torch.fx import GraphModule
 
+from fxq.passes.common.scaling.equivalent_scaling import EXACT_KINDS
 from fxq.passes.common.scaling.fold import Scaling, fold_scaling
 from fxq.passes.common.scaling.sites import Kind, scale_sites
 
@@ -18,7 +19,7 @@ def plant_imbalance(
     gm: GraphModule,
     *,
     seed: int,
-    kinds: Collection[Kind] = ("norm", "modulate", "value", "gated", "relu", "linear"),
+    kinds: Collection[Kind] = EXACT_KINDS,
     share: float = 0.05,
     smallest: float = 5.0,
     largest: float = 50.0,

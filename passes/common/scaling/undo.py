@@ -7,10 +7,10 @@ the graph, and to values beyond those that calibration showed, is seen at the ou
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from math import log10
-from typing import Literal
 
 from torch.fx import GraphModule, Node
 
+from fxq.passes.common.insert_observers import Target
 from fxq.passes.common.scaling.fold import Scaling, fold_scaling
 from fxq.passes.common.scaling.sites import KINDS, Part, ScaleSite
 from fxq.passes.common.whole import Halves, WholeError, whole_error
@@ -25,7 +25,7 @@ def costs_of_scaling(
     gm: GraphModule,
     folds: Sequence[tuple[Sequence[Scaling], Halves]],
     layer: LayerSpec,
-    targets: tuple[Literal["linear", "conv"], ...],
+    targets: tuple[Target, ...],
 ) -> dict[str, str]:
     """Return the kinds of sites whose scaling costs, each with what it costs.
 
