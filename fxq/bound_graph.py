@@ -68,7 +68,7 @@ class BoundGraph(ABC):
         gm, self.attributes = lift_attributes(gm)
         self.dynamo_graph = gm
         self.graph_module, self.written = from_dynamo(gm)
-        placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+        placeholders = gm.graph.find_nodes(op="placeholder")
         self.names = [qualified_name(node) for node in placeholders]
         self.static = [
             i for i, node in enumerate(placeholders) if _is_static(node) and i not in self.written
@@ -110,7 +110,7 @@ class BoundGraph(ABC):
         return builds[key]
 
     def _inputs(self) -> list[Node]:
-        return [n for n in self.graph_module.graph.nodes if n.op == "placeholder"]
+        return self.graph_module.graph.find_nodes(op="placeholder")
 
     def _live_values(self) -> list[Any]:
         """Return the fake values of the inputs that are live."""

@@ -175,7 +175,7 @@ def _sign(
         for name, value in bound.values.items()
         for path, _ in pytree.tree_flatten_with_path(value)[0]
     ]
-    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    placeholders = gm.graph.find_nodes(op="placeholder")
     leaves = []
     for path, value, node in zip(paths, flat, placeholders, strict=True):
         if isinstance(value, Tensor):

@@ -276,7 +276,7 @@ def other_batch(
         values: the example's arguments by name.
         sizes: the free sizes that are others.
     """
-    nodes = iter([n for n in gm.graph.nodes if n.op == "placeholder"])
+    nodes = iter(gm.graph.find_nodes(op="placeholder"))
     leaves, spec = pytree.tree_flatten(dict(values))
     others = [
         _other(value, [hint(size, sizes) for size in val_of(next(nodes)).shape])

@@ -52,7 +52,7 @@ def from_dynamo(gm: GraphModule) -> tuple[GraphModule, tuple[int, ...]]:
         ValueError: an operator is in train mode.
         UnreadableGraphError: it calls other graphs, or does what only real values can answer.
     """
-    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    placeholders = gm.graph.find_nodes(op="placeholder")
     gm = drop_inert_regions(gm)
     if why := why_unreadable(gm.graph):
         raise UnreadableGraphError(why)
@@ -76,7 +76,7 @@ def from_dynamo(gm: GraphModule) -> tuple[GraphModule, tuple[int, ...]]:
         refuse_train_mode(flat)  # before its operators are taken apart
         if any(map(writes, flat.graph.nodes)):  # as in `capture`
             flat = _trace(functionalized, values)
-            inputs = [node for node in flat.graph.nodes if node.op == "placeholder"]
+            inputs = flat.graph.find_nodes(op="placeholder")
             give_own_memory(flat, [inputs[index] for index in functionalized.written])
         for node, origin, value in zip(flat.graph.nodes, placeholders, values, strict=False):
             node.meta["source"] = qualified_name(origin)
@@ -142,7 +142,7 @@ def fix_sizes(gm: GraphModule, sizes: Iterable[SymInt], example_inputs: Sequence
     Returns:
         Whether any was fixed.
     """
-    inputs = [n.meta["example_value"] for n in gm.graph.nodes if n.op == "placeholder"]
+    inputs = [n.meta["example_value"] for n in gm.graph.find_nodes(op="placeholder")]
     needed = {symbol for size in sizes for symbol in size.node.expr.free_symbols}
     for value, given in zip(inputs, example_inputs, strict=True):
         marked: Container[int] = getattr(given, "_dynamo_dynamic_indices", ())

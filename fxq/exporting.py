@@ -101,14 +101,14 @@ def noting_lengths(places: list[str]) -> Iterator[None]:
 
 def n_free_sizes(exported: ExportedProgram) -> int:
     """Count the sizes of tensors among the inputs that are free."""
-    inputs = [n for n in exported.graph.nodes if n.op == "placeholder"]
+    inputs = exported.graph.find_nodes(op="placeholder")
     shapes = [shape_of(n) for n in inputs if isinstance(n.meta["val"], Tensor)]
     return sum(not isinstance(size, int) for shape in shapes for size in shape)
 
 
 def _free_batches(exported: ExportedProgram, wanted: Sequence[bool]) -> list[bool]:
     """Return which of the sizes that were asked to be free are."""
-    inputs = [n for n in exported.graph.nodes if n.op == "placeholder"][-len(wanted) :]
+    inputs = exported.graph.find_nodes(op="placeholder")[-len(wanted) :]
     return [
         free and not isinstance(shape_of(node)[0], int)
         for node, free in zip(inputs, wanted, strict=True)

@@ -165,7 +165,7 @@ def propagate(gm: GraphModule, before: Callable[[Node], None] | None = None) -> 
         gm: a graph whose placeholders have values.
         before: called with each node before it runs.
     """
-    inputs = [n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"]
+    inputs = [n.meta["val"] for n in gm.graph.find_nodes(op="placeholder")]
     mode = detect_fake_mode(inputs)
     if mode is None:
         mode = FakeTensorMode(allow_non_fake_inputs=True)

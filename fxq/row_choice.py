@@ -138,7 +138,7 @@ def input_node(gm: GraphModule, name: str, where: str) -> Node:
     Raises:
         MissingInputError: there is none.
     """
-    inputs = {input_name(n): n for n in gm.graph.nodes if n.op == "placeholder"}
+    inputs = {input_name(n): n for n in gm.graph.find_nodes(op="placeholder")}
     if name not in inputs or not isinstance(val_of(inputs[name]), Tensor):
         raise MissingInputError(
             f"{where}: no input {name!r} of the model is a tensor; {did_you_mean(name, inputs)}"

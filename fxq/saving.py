@@ -179,7 +179,7 @@ def _decode_program(
 
 
 def _check_counts(gm: GraphModule, signature: Signature) -> None:
-    inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    inputs = gm.graph.find_nodes(op="placeholder")
     results = gm.graph.output_node().args[0]
     n_inputs = len(signature.tensors) + len(signature.state)
     n_results = signature.out_spec.num_leaves + len(signature.writes)
@@ -196,7 +196,7 @@ def _check_counts(gm: GraphModule, signature: Signature) -> None:
 
 
 def _check_state(gm: GraphModule, state: Mapping[str, Tensor]) -> None:
-    inputs = [n for n in gm.graph.nodes if n.op == "placeholder"][-len(state) or None :]
+    inputs = gm.graph.find_nodes(op="placeholder")[-len(state) or None :]
     for node, (name, value) in zip(inputs, state.items(), strict=False):
         if (value.shape, value.dtype) != (val_of(node).shape, val_of(node).dtype):
             raise ValueError(

@@ -105,7 +105,7 @@ def timesteps_to_see(gm: GraphModule) -> list[TimestepsSeen]:
     Args:
         gm: canonical or lowered, after its recipe, saved and loaded or as Dynamo gives it.
     """
-    inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    inputs = gm.graph.find_nodes(op="placeholder")
     found = []
     for node in gm.graph.nodes:
         if not is_op(node, aten.bucketize.Tensor) or not _is_levels(args_of(node)[1]):

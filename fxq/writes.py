@@ -117,11 +117,11 @@ def lift_writes(gm: GraphModule) -> tuple[dict[str, Tensor], tuple[int, ...]]:
         the buffers by name, in the order of their inputs, and the indices of the inputs that have a
         new value, in the order of the values.
     """
-    copies = list(gm.graph.find_nodes(op="call_function", target=aten.copy_.default))
+    copies = gm.graph.find_nodes(op="call_function", target=aten.copy_.default)
     state: dict[str, Tensor] = {}
-    inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    inputs = gm.graph.find_nodes(op="placeholder")
     buffers: dict[str, Node] = {}
-    for node in list(gm.graph.find_nodes(op="get_attr", sort=True)):
+    for node in gm.graph.find_nodes(op="get_attr"):
         name = str(node.target)
         if any(args_of(copy)[0].target == name for copy in copies):
             if name not in buffers:
@@ -151,14 +151,14 @@ def written_inputs(gm: GraphModule) -> list[tuple[Node, Node]]:
     Those with a "source" in their meta are buffers, and that is their name; others are arguments.
     """
     results: Any = args_of(gm.graph.output_node())[0]
-    inputs = gm.graph.find_nodes(op="placeholder", sort=True)
+    inputs = gm.graph.find_nodes(op="placeholder")
     return [(node, results[node.meta[WRITTEN]]) for node in inputs if WRITTEN in node.meta]
 
 
 def as_stored(gm: GraphModule, inputs: Sequence[Any]) -> list[Any]:
     """Return a captured graph's inputs with the model's buffers among them in the form in which
     `gm` keeps them."""
-    nodes = gm.graph.find_nodes(op="placeholder", sort=True)
+    nodes = gm.graph.find_nodes(op="placeholder")
     return [
         node.meta[STORED](value) if STORED in node.meta else value
         for node, value in zip(nodes, inputs, strict=True)
@@ -180,7 +180,7 @@ def give_own_memory(gm: GraphModule, written: Container[Node]) -> None:
 
 def _new_input(gm: GraphModule, name: str, buffer: Node) -> Node:
     """Add an input after the others for what a get_attr node gave."""
-    last = [node for node in gm.graph.nodes if node.op == "placeholder"][-1:]
+    last = gm.graph.find_nodes(op="placeholder")[-1:]
     first = next(iter(gm.graph.nodes))
     with gm.graph.inserting_after(last[0]) if last else gm.graph.inserting_before(first):
         node = gm.graph.placeholder(name.replace(".", "_"))
@@ -221,7 +221,7 @@ def read_before_writing(gm: GraphModule) -> None:
     Args:
         gm: writes with `copy_`, at its end, as AOTAutograd gives it to Inductor.
     """
-    copies = list(gm.graph.find_nodes(op="call_function", target=aten.copy_.default))
+    copies = gm.graph.find_nodes(op="call_function", target=aten.copy_.default)
     written = set[Node]()
     for copy in copies:
         target, value = args_of(copy)[:2]

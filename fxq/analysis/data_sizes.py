@@ -50,7 +50,7 @@ def at_data_sizes(gm: GraphModule, most: bool) -> tuple[GraphModule, dict[Node, 
         if _symbols(val_of(node)) <= numbers.keys():
             copy.meta["val"] = tree_map(lambda leaf: _with(leaf, numbers), val_of(node))
     originals = {copy: node for node, copy in copies.items()}
-    (first, *_), (last, *_) = (graph_.find_nodes(op="output") for graph_ in (gm.graph, graph))
+    first, last = gm.graph.output_node(), graph.output_node()
     originals[last] = first
     last.meta = dict(first.meta)
     return GraphModule(gm, graph), originals

@@ -17,7 +17,7 @@ def matmul_of_linear(gm: GraphModule) -> int:
     """linear(x, w, bias) equals matmul(x, w.T) + bias; it stands so where w is no matrix, or one of
     complex numbers: no layer is quantized with such a weight."""
     count = 0
-    for node in list(gm.graph.find_nodes(op="call_function", target=aten.linear.default)):
+    for node in gm.graph.find_nodes(op="call_function", target=aten.linear.default):
         x, weight, *bias = args_of(node)
         if val_of(weight).ndim == 2 and not val_of(weight).is_complex():
             continue
@@ -34,7 +34,7 @@ def matmul_of_linear(gm: GraphModule) -> int:
 def linear_of_addmm(gm: GraphModule) -> int:
     """addmm(bias, x, W) equals linear(x, W.T, bias), provided W and a 1-D bias are constants."""
     count = 0
-    for node in list(gm.graph.find_nodes(op="call_function", target=aten.addmm.default)):
+    for node in gm.graph.find_nodes(op="call_function", target=aten.addmm.default):
         bias, x, matrix = args_of(node)
         if (
             node.kwargs
@@ -69,7 +69,7 @@ def linear_with_bias(gm: GraphModule) -> int:
     """linear(x, W) + b equals linear(x, W, b), provided b is a constant vector of the output's
     width and dtype."""
     count = 0
-    for node in list(gm.graph.find_nodes(op="call_function", target=aten.add.Tensor)):
+    for node in gm.graph.find_nodes(op="call_function", target=aten.add.Tensor):
         for product, bias in (args_of(node)[:2], args_of(node)[1::-1]):
             if (
                 is_op(product, aten.linear.default)

@@ -47,7 +47,7 @@ def permute_of_einsum(gm: GraphModule) -> int:
     """einsum("nchpwq->nhwcpq", [x]) equals permute(x, [0, 2, 4, 1, 3, 5]), provided every axis is
     the result's once."""
     count = 0
-    for node in list(gm.graph.find_nodes(op="call_function", target=aten.einsum.default)):
+    for node in gm.graph.find_nodes(op="call_function", target=aten.einsum.default):
         equation = Equation.of(node)
         labels = equation.operands[0]
         if len(equation.operands) == 1 and sorted(labels) == sorted(set(equation.result)):
@@ -67,7 +67,7 @@ def matmul_of_einsum(gm: GraphModule) -> int:
     axes move is how the author thought of it: attention weights stay on the left.
     """
     count = 0
-    for node in list(gm.graph.find_nodes(op="call_function", target=aten.einsum.default)):
+    for node in gm.graph.find_nodes(op="call_function", target=aten.einsum.default):
         if len(args_of(node)[1]) != 2:
             continue
         equation = Equation.of(node)

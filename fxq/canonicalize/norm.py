@@ -57,7 +57,7 @@ def batch_norm_of_native(gm: GraphModule) -> int:
     batch_norm of the same with training=False; the other results are empty."""
     count = 0
     native = aten._native_batch_norm_legit_no_training.default
-    for node in list(gm.graph.find_nodes(op="call_function", target=native)):
+    for node in gm.graph.find_nodes(op="call_function", target=native):
         results = [user for user in node.users if is_op(user, operator.getitem)]
         if len(results) != len(node.users) or any(user.args[1] != 0 for user in results):
             continue

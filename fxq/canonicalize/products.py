@@ -13,7 +13,7 @@ def bmm_of_baddbmm(gm: GraphModule) -> int:
     """baddbmm(c, a, b, beta, alpha) equals alpha * bmm(a, b) where beta is 0, which ignores c, and
     c + alpha * bmm(a, b) where it is 1."""
     count = 0
-    for node in list(gm.graph.find_nodes(op="call_function", target=aten.baddbmm.default)):
+    for node in gm.graph.find_nodes(op="call_function", target=aten.baddbmm.default):
         beta, alpha = node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
         if beta not in (0, 1):
             continue

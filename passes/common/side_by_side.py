@@ -22,7 +22,7 @@ def side_by_side(
         names: of nodes of both, whose value is `[..., K]`.
     """
     root, graph = nn.Module(), Graph()
-    n_inputs = len([node for node in found.graph.nodes if node.op == "placeholder"])
+    n_inputs = len(found.graph.find_nodes(op="placeholder"))
     results = []
     for name, gm in (("found", found), ("exact", exact)):
         root.add_module(name, with_outputs(gm, names))

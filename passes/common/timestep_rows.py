@@ -148,7 +148,7 @@ def _widened(ranges: Ranges, group: Sequence[int]) -> Tensor:
 
 def _timesteps(gm: GraphModule, data: Batches, name: str) -> Counter[float]:
     """Return how many samples of each time-step the data of all processes have."""
-    inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    inputs = gm.graph.find_nodes(op="placeholder")
     position = inputs.index(input_node(gm, name, "TimestepRows.name"))
     counts: Counter[float] = Counter()
     for batch in data:

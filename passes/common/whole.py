@@ -7,7 +7,7 @@ as it will in use. Passes that decide layer by layer check the sum of their deci
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import SymInt, Tensor
@@ -25,7 +25,7 @@ from fxq.calibrate import (
 from fxq.numerics import as_real, is_inexact
 from fxq.observers import RangeObserver
 from fxq.passes.common.convert import Convert
-from fxq.passes.common.insert_observers import InsertObservers
+from fxq.passes.common.insert_observers import InsertObservers, Target
 from fxq.rewriting import copy_graph
 from fxq.samples import batch_size
 from fxq.seeding import seeded
@@ -113,7 +113,7 @@ class _Part:
 
 def batch_inputs(gm: GraphModule) -> tuple[int, ...]:
     """Return which inputs have the batch in dimension 0: those that share the first free size."""
-    values = [n.meta.get("val") for n in gm.graph.nodes if n.op == "placeholder"]
+    values = [n.meta.get("val") for n in gm.graph.find_nodes(op="placeholder")]
     sizes: list[Any] = [v.shape[0] if isinstance(v, Tensor) and v.ndim else None for v in values]
     free = [str(size) if isinstance(size, SymInt) else None for size in sizes]
     batch = next((size for size in free if size is not None), None)
@@ -125,7 +125,7 @@ def whole_error(
     exact: GraphModule,
     halves: Halves,
     layer: LayerSpec,
-    targets: tuple[Literal["linear", "conv"], ...],
+    targets: tuple[Target, ...],
 ) -> WholeError:
     """Return the error that quantization makes of a graph's outputs. The graph stays as it is.
 
@@ -170,8 +170,8 @@ def _compare(found: GraphModule, exact: GraphModule, data: Batches) -> WholeErro
 
 def _float_outputs(gm: GraphModule) -> list[int]:
     """Return which of a graph's outputs are tensors of floating-point or complex numbers."""
-    (output,) = (node for node in gm.graph.nodes if node.op == "output")
-    values = [getattr(leaf, "meta", {}).get("val") for leaf in tree_leaves(output.args[0])]
+    leaves = tree_leaves(gm.graph.output_node().args[0])
+    values = [getattr(leaf, "meta", {}).get("val") for leaf in leaves]
     return [i for i, v in enumerate(values) if is_inexact(v)]
 
 

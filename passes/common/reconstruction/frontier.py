@@ -45,7 +45,7 @@ class Frontier:
     ) -> None:
         self.shelf = _Shelf(place)
         self.last_reader = {name: k for k, block in enumerate(blocks) for name in block.inputs}
-        names = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
+        names = [node.name for node in gm.graph.find_nodes(op="placeholder")]
         state = [node for node in gm.graph.nodes if is_state(node)]
         self.exact: list[dict[str, Any]] = []
         self.rows: list[int] = []  # samples of each batch

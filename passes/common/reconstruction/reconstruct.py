@@ -189,7 +189,7 @@ class _Walk:
 
     def _batches(self) -> Iterator[list[Any]]:
         """Yield the graph's inputs, batch by batch; before any block is forgotten."""
-        names = [node.name for node in self.gm.graph.nodes if node.op == "placeholder"]
+        names = [node.name for node in self.gm.graph.find_nodes(op="placeholder")]
         return (self.frontier.read("exact", k, names) for k in range(len(self.frontier)))
 
     def _go_on(self) -> None:
