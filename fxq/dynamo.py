@@ -44,9 +44,9 @@ def from_dynamo(gm: GraphModule) -> tuple[GraphModule, tuple[int, ...]]:
     of the inputs it writes to, whose new values are its last results (`fxq.writes`).
 
     Placeholders keep their order; symbolic sizes stay Dynamo's, but for those fixed since
-    (`fix_sizes`), which are numbers. `meta["source"]` of a placeholder
-    is the qualified name of the parameter it stands for, or the name of the model's argument. Nodes
-    that come from a `Program` are settled.
+    (`fix_sizes`), which are numbers. `meta["source"]` of a placeholder is the qualified name of the
+    parameter it stands for, or the name of the model's argument. Nodes that come from a `Program`
+    are settled.
 
     Raises:
         ValueError: an operator is in train mode.

@@ -29,7 +29,7 @@ def guard_conv_scale(
     Args:
         x_scale: of the convolution's input, guarded.
         scale: of its output, one element.
-        x: the input's codes, and so on, as above.
+        x: the input's codes; like `weight`, only its shape is read.
         weight: of the convolution.
         stride: of the convolution.
         padding: of the convolution.

@@ -8,9 +8,9 @@ With `target="float"` a layer is fitted to the outputs of the float model, on wh
 layers before it give: `|W x - Q y|^2` over rows, x the float model's input and y the layer's. That
 is least where `|W' y - Q y|^2` is, with `W' = W E[x y^T] E[y y^T]^-1`, so W' is what is rounded
 (the closed form of what GPTAQ, arXiv:2504.02692, does column by column), or what `fitted` makes of
-it for few rows. With `refinements`, each
-group's scale and then each code takes its best value given all others, over and over (arXiv:
-2309.01885, QuantEase, with the scales in it too): the error never rises.
+it for few rows. With `refinements`, each group's scale and then each code takes its best value
+given all others, over and over (QuantEase, arXiv:2309.01885, with the scales in it too): the error
+never rises.
 
 Departures: a dead input's weights are rounded to nearest, not set to zero; damping goes by the
 inputs that live; with `order` groups keep the ranges of the float weights, since a file's groups

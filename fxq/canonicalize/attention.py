@@ -1,8 +1,8 @@
 """matmul, scale, mask, softmax, matmul become `aten.scaled_dot_product_attention`.
 
 Provided nothing else reads the scores, the softmax runs over the keys in the dtype of the scores,
-and a boolean mask leaves
-every query at least one key: only then is a large negative number the same as minus infinity.
+and a boolean mask leaves every query at least one key: only then is a large negative number the
+same as minus infinity.
 """
 
 import math

@@ -75,9 +75,8 @@ def matrix_of(weight: Tensor, groups: int, products: int, wide: int) -> Tensor:
     """
     last = F.pad(weight.movedim(1, -1), (0, wide - weight.shape[1]))  # [N, *kernel, wide]
     together = groups // products
-    own = (
-        torch.arange(len(weight)) // (len(weight) // groups) % together
-    )  # among a product's groups
+    # Among a product's groups.
+    own = torch.arange(len(weight)) // (len(weight) // groups) % together
     matrix = last.new_zeros((*last.shape[:-1], together, wide))
     matrix[torch.arange(len(weight)), ..., own, :] = last
     return matrix.flatten(1)

@@ -1,10 +1,10 @@
 """int8_linear on x86: oneDNN's u8 x s8 product, made exact on processors without VNNI.
 
 Without VNNI oneDNN uses `vpmaddubsw`, which adds the products of input channels 2j and 2j+1 in
-int16 with saturation. That is a
-property of the weight: where every pair of codes sums to at most 128 in magnitude
-(`numerics.is_pair_safe`) nothing can saturate, because 255 * 128 < 2^15. Any other weight is split
-into a pair-safe part and the sparse excess (about 1 % of a Gaussian weight),
+int16 with saturation. Whether it can saturate is a property of the weight: where every pair of
+codes sums to at most 128 in magnitude (`numerics.is_pair_safe`) it cannot, because 255 * 128 <
+2^15. Any other weight is split into a pair-safe part and the sparse excess (about 1 % of a Gaussian
+weight),
 
     x @ W.T = x @ safe.T + x @ excess.T.
 

@@ -150,9 +150,8 @@ def counts(scores: Tensor, total: int, *, floor: int = 0, limit: int | None = No
 
 def _shares(scores: Tensor, total: int, floor: int, high: int) -> Tensor:
     """Return scores times the factor for which, kept within the bounds, they add up to `total`."""
-    scores = scores.clamp(
-        min=1e-9 * float(scores.max())
-    )  # no step is left out where others are full
+    # No step is left out where others are full.
+    scores = scores.clamp(min=1e-9 * float(scores.max()))
     plain = scores * (total / scores.sum())
     if float(plain.min()) >= floor and float(plain.max()) <= high:
         return plain

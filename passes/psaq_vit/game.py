@@ -54,8 +54,8 @@ class Game:
         image_learning_rate: of Adam, fraction of the pixel range.
         student_learning_rate: of Adam at 4 bits, the coarsest format of the recipe; half as much
             for each bit more, because rounding leaves half as much to learn, and twice as much for
-            each bit less. Reached at the end of a
-            warm-up of a tenth of all steps; from there it falls to zero along half a cosine.
+            each bit less. Reached at the end of a warm-up of a tenth of all steps; from there it
+            falls to zero along half a cosine.
         scale_learning_rate: likewise of the logarithm of activations' scales, in student learning
             rates. 1 fits the images better and new ones worse; 0 leaves scales to calibration.
         adversarial_weight: length of D's gradient at an image, in lengths of the prior's; 0 leaves

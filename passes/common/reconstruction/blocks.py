@@ -60,7 +60,7 @@ def cut(
     Args:
         gm: in the ATEN or OBSERVED dialect.
         patterns: qualified names of modules with shell wildcards (`"blocks.*"`); of modules in one
-            another the outermost match is the block. None: found from the graph.
+            another the outermost match is the block. Empty: found from the graph.
         layers: nodes that are to be treated; those that are to be quantized unless given.
     Raises:
         ValueError: a pattern that matches no module.

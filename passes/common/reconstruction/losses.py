@@ -66,9 +66,9 @@ class BlockLoss:
             (EDA-DM, arXiv:2401.04585, lambda_f); 0 leaves them out. The last layer does not count:
             the block's output tells of it.
         fisher: count each element by how much the model's results feel an error there
-            (`fxq.passes.common.sensitivity`); all alike otherwise. Costs a forward
-            and a backward pass of the whole float model over the data. Where a few channels are
-            much larger than the rest, all alike means those alone.
+            (`fxq.passes.common.sensitivity`); all alike otherwise. Costs a forward and a
+            backward pass of the whole float model over the data. Where a few channels are much
+            larger than the rest, all alike means those alone.
     """
 
     layer_weight: float = 0.0

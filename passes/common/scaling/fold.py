@@ -289,9 +289,8 @@ def _divide_edge(gm: GraphModule, scaling: Scaling) -> None:
     product = insert_call(aten.mul.Tensor, (edge, factor), after=edge, like=first)
     for part in scaling.site.consumers:
         part.node.update_arg(0, product)
-        set_facts(
-            part.node, divided=True
-        )  # Convert makes the product part of the quantizer after it
+        # Convert makes the product part of the quantizer after it.
+        set_facts(part.node, divided=True)
 
 
 def _add(gm: GraphModule, node: Node, name: str, value: Tensor) -> Node:
