@@ -77,7 +77,7 @@ class Checked:
     module: nn.Module
     bound: Bound
 
-    def compare(self, values: Mapping[str, Any]) -> "Found":
+    def compare(self, values: Mapping[str, Any]) -> Found:
         """Compare both on `values`, on `values` again where that could make a difference, on a
         second batch, and with each free size 1, for which tracing does not take branches.
 
@@ -111,7 +111,7 @@ class Checked:
             mha.set_fastpath_enabled(True)
         return True
 
-    def _compared(self, values: Mapping[str, Any]) -> "Found":
+    def _compared(self, values: Mapping[str, Any]) -> Found:
         state = list(self.state.values())
         with spared(self.module):
             returned = self._returned(values)

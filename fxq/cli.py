@@ -22,12 +22,12 @@ app = typer.Typer(
 console = Console()
 
 
-def parse_model(text: str) -> tuple[str, str]:
-    """Split `timm:vit_tiny_patch16_224` into its library and the model's name there."""
+def parse_model(text: str) -> str:
+    """Return the model's name in timm of `timm:vit_tiny_patch16_224`."""
     library, colon, name = text.partition(":")
     if library != "timm" or not colon or not name:
         raise ValueError(f"--model: expected timm:<name>, found {text!r}")
-    return library, name
+    return name
 
 
 def parse_argument(text: str) -> tuple[str, Any]:
@@ -89,7 +89,7 @@ def compress(
     def say(text: str) -> None:
         console.print(Text.assemble(("·", "dim"), " ", text))
 
-    _, name = parse_model(model)
+    name = parse_model(model)
     if out is not None:
         check_writable(out)
     arguments = dict(map(parse_argument, model_arg or []))

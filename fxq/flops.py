@@ -177,7 +177,7 @@ def _frozen(value: Any, sizes: Mapping[str, int] | None) -> Any:
     if isinstance(value, tuple | list):
         return tuple(_frozen(item, sizes) for item in value)
     if isinstance(value, torch.SymFloat | torch.SymBool):
-        return None if value.node.hint is None else value.node.hint
+        return value.node.hint
     return torch.device("meta") if isinstance(value, torch.device) else value
 
 

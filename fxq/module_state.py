@@ -6,6 +6,7 @@ libraries' opaque ones.
 """
 
 import contextlib
+import operator
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, MutableMapping, MutableSequence
 from types import FunctionType, MethodType, ModuleType
@@ -143,7 +144,7 @@ def _refill(container: Any, content: Any) -> None:
         if any(key not in container or container[key] is not content[key] for key in content):
             container.update(content)
     elif isinstance(container, MutableSequence):
-        if len(container) != len(content) or any(map(_is_other, container, content)):
+        if len(container) != len(content) or any(map(operator.is_not, container, content)):
             container.clear()
             container.extend(content)
     elif isinstance(container, set):
@@ -151,10 +152,6 @@ def _refill(container: Any, content: Any) -> None:
         container.update(content)
     elif isinstance(content, dict):
         _refill(vars(container), content)
-
-
-def _is_other(a: Any, b: Any) -> bool:
-    return a is not b
 
 
 def _equal(a: Any, b: Any) -> bool:

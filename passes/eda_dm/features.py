@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from fxq.errors import did_you_mean
 from fxq.passes.eda_dm.selection import Similarities
 from fxq.passes.eda_dm.trajectories import Call, Trajectories
+from fxq.signature import split_inputs
 
 ATTENTION = {"scaled_dot_product_attention", "softmax", "_native_multi_head_attention"}
 
@@ -159,11 +160,9 @@ def _input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
 
 
 def _run(module: nn.Module, call: Call) -> None:
+    args, kwargs = split_inputs(call)
     with torch.no_grad():
-        if isinstance(call, dict):
-            module(**call)
-        else:
-            module(*call) if isinstance(call, tuple | list) else module(call)
+        module(*args, **kwargs)
 
 
 @contextmanager
