@@ -143,6 +143,12 @@ def log_norm_slope(weight: Tensor, right: Tensor, normalized: bool) -> Tensor:
     return slope
 
 
+def unit_vector(size: int, device: torch.device) -> Tensor:
+    """Return a start for `power_iteration` `[size]`, fp64, the same in every run."""
+    vector = torch.randn(size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return (vector / vector.norm()).to(device)
+
+
 def hoyer(values: Tensor) -> float:
     """Return how sparse some values are, `(sqrt n - l1 / l2) / (sqrt n - 1)`: 0 where all are
     equal, 1 where one is not 0."""
@@ -173,9 +179,7 @@ def stable_rank(weight: Tensor, steps: int = 100) -> float:
             is too large.
     """
     values = weight.double()
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(values.shape[1], generator=generator, dtype=torch.float64)
-    norm, _ = power_iteration(values, (start / start.norm()).to(values.device), steps)
+    norm, _ = power_iteration(values, unit_vector(values.shape[1], values.device), steps)
     return float(values.square().sum() / norm.square()) if norm > 0 else 0.0
 
 

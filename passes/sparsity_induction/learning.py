@@ -30,6 +30,7 @@ from fxq.passes.sparsity_induction.equations import (
     power_iteration,
     spectral_norm_loss,
     spread_start,
+    unit_vector,
 )
 
 Start = Literal["ones", "norm", "spread", "spread_as_printed"]
@@ -152,7 +153,7 @@ class _Learner:
             pruner.scores(each.weight, pruner.of_gram(each.moments)).double().clamp(min=TINY).log()
             for each in layers
         ]
-        self.rights = [_unit(each.weight.shape[1], device) for each in layers]
+        self.rights = [unit_vector(each.weight.shape[1], device) for each in layers]
         self.zero = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
 
     def run(self) -> Learned:
@@ -259,11 +260,6 @@ class _Learner:
 
 def _total(choices: Sequence[Choice]) -> float:
     return sum(choice.error for choice in choices)
-
-
-def _unit(size: int, device: torch.device) -> Tensor:
-    vector = torch.randn(size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return (vector / vector.norm()).to(device)
 
 
 def _uncompared(sets: Tensor, shape: torch.Size) -> Tensor:
