@@ -24,7 +24,7 @@ from torch.fx import GraphModule, Node
 
 from fxq.errors import PassError
 from fxq.formats import CONTAINERS
-from fxq.graph import is_settled
+from fxq.graph import is_settled, owning_module
 from fxq.observers import RangeObserver
 from fxq.operators import canonical_form
 
@@ -104,12 +104,16 @@ def _aten(node: Node) -> str | None:
     return None
 
 
+def observer_of(gm: GraphModule, node: Node) -> RangeObserver | None:
+    """Return the range observer that a node calls, None where it calls none."""
+    module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+    return module if isinstance(module, RangeObserver) else None
+
+
 def _observed(node: Node) -> str | None:
     if node.op == "call_module":
-        module = node.graph.owning_module.get_submodule(str(node.target))  # type: ignore[union-attr]
-        return (
-            None if isinstance(module, RangeObserver) else "a module that is not a range observer"
-        )
+        known = observer_of(owning_module(node), node) is not None
+        return None if known else "a module that is not a range observer"
     return _aten(node)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch.fx import GraphModule, Node
 
+from fxq.dialect import observer_of
 from fxq.graph import owning_module
 from fxq.layer import LAYER
 from fxq.observers import RangeObserver
@@ -62,8 +63,6 @@ def _nodes(gm: GraphModule) -> dict[str, Any]:
 
 def _described(node: Node) -> tuple[Any, ...]:
     record = node.meta.get(LAYER)
-    seen = 0
-    if node.op == "call_module":
-        observer = owning_module(node).get_submodule(str(node.target))
-        seen = observer.count if isinstance(observer, RangeObserver) else 0
+    observer = observer_of(owning_module(node), node)
+    seen = 0 if observer is None else observer.count
     return node.op, str(node.target), str(node.args), str(node.kwargs), record, seen

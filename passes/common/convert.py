@@ -19,7 +19,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
 from fxq import numerics
-from fxq.dialect import OBSERVED, QUANTIZED, Dialect
+from fxq.dialect import OBSERVED, QUANTIZED, Dialect, observer_of
 from fxq.graph import (
     args_of,
     constant_of,
@@ -141,9 +141,9 @@ def _searched(
 def _picked_qparams(gm: GraphModule) -> dict[str, Node]:
     """Insert the scales and zero-points that a row is chosen of; by the observer's name."""
     wanted: dict[str, tuple[Node, Rows, Tensor]] = {}
-    for edge in [n for n in gm.graph.nodes if n.op == "call_module"]:
-        observer = gm.get_submodule(edge.target)
-        if isinstance(observer, RangeObserver) and (rows := observer.spec.rows) is not None:
+    for edge in list(gm.graph.nodes):
+        observer = observer_of(gm, edge)
+        if observer is not None and (rows := observer.spec.rows) is not None:
             scale, zero = observer.qparams()
             wanted[edge.target] = edge.args[1], rows, scale
             if not observer.spec.symmetric:
@@ -186,8 +186,8 @@ class _Conversion:
 
     def convert_edge(self, edge: Node) -> None:
         """Quantize an observed edge that no layer's input is: all its readers see the result."""
-        observer = self.gm.get_submodule(str(edge.target))
-        assert isinstance(observer, RangeObserver)
+        observer = observer_of(self.gm, edge)
+        assert observer is not None
         source = edge.args[0]
         assert isinstance(source, Node)
         spec = observer.spec
@@ -293,8 +293,8 @@ class _Conversion:
         target = str(edge.target)
         if target in self.picked:
             return self.picked[target], self.picked.get(f"{target}{ZERO}")
-        observer = self.gm.get_submodule(target)
-        assert isinstance(observer, RangeObserver)
+        observer = observer_of(self.gm, edge)
+        assert observer is not None
         scale, zero = observer.qparams()
         return self.qparams(owner, name, scale, None if observer.spec.symmetric else zero)
 

@@ -28,7 +28,7 @@ from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
 from fxq.calibrate import NO_DATA, gather_statistics, n_processes
-from fxq.dialect import OBSERVED, Dialect
+from fxq.dialect import OBSERVED, Dialect, observer_of
 from fxq.layer import treat
 from fxq.observers import RangeObserver
 from fxq.passes.common.convert import pending_layers
@@ -59,11 +59,10 @@ class GroupPositions(DataPass):
     def run(self, gm: GraphModule, data: Batches) -> PassResult:
         """Run every batch once and group the positions, edge by edge."""
         observers = {
-            str(node.target): module
+            str(node.target): observer
             for node in gm.graph.nodes
-            if node.op == "call_module"
-            and isinstance(module := gm.get_submodule(node.target), RangeObserver)
-            and isinstance(module.spec.rows, ByPosition)
+            if (observer := observer_of(gm, node)) is not None
+            and isinstance(observer.spec.rows, ByPosition)
         }
         seen = token_ranges(gm, data, observers) if observers else {}
         for name, (ranges, n_channels) in seen.items():

@@ -18,10 +18,9 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from fxq.account import flops_of
 from fxq.calibrate import NO_DATA, Batches, all_reduce, gather, n_processes
-from fxq.dialect import OBSERVED, Dialect
+from fxq.dialect import OBSERVED, Dialect, observer_of
 from fxq.errors import FxqWarning
 from fxq.layer import Skip, treat
-from fxq.observers import RangeObserver
 from fxq.passes.common.convert import Convert, pending_layers
 from fxq.passes.common.sensitivity import errors_at_results
 from fxq.passes.common.student import without_observers
@@ -79,9 +78,7 @@ class LeaveFloat(DataPass):
         chosen = costly(errors, work, self.most_work, self.least_gain)
         for layer, error, part in [(layers[i], errors[i], work[i]) for i in chosen]:
             for edge in layer.all_input_nodes:
-                if edge.op == "call_module" and isinstance(
-                    gm.get_submodule(str(edge.target)), RangeObserver
-                ):
+                if observer_of(gm, edge) is not None:
                     layer.replace_input_with(edge, edge.all_input_nodes[0])
             share = error / sum(errors)
             why = f"left float: {share:.0%} of the error in the results, {part:.1%} of the work"

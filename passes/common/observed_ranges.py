@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
 from fxq.checkpoint import add_tensors
-from fxq.dialect import OBSERVED, Dialect
+from fxq.dialect import OBSERVED, Dialect, observer_of
 from fxq.graph import args_of, is_op, val_of, weight_of
 from fxq.layer import Skip, treat
 from fxq.observers import RangeObserver
@@ -153,8 +153,8 @@ def _quantize_in(gm: GraphModule, layer: Node, seen: RangeObserver) -> None:
     seen = seen.at_rank(val_of(edge).ndim)
     for other in edge.args[0].users:
         if other.op == "call_module" and other.args == edge.args and other is not edge:
-            known = gm.get_submodule(str(other.target))
-            assert isinstance(known, RangeObserver)
+            known = observer_of(gm, other)
+            assert known is not None
             if _equal(known, seen):
                 layer.replace_input_with(edge, other)
                 return
@@ -175,8 +175,8 @@ def observed_layers(gm: GraphModule) -> Iterator[tuple[Node, ObservedLayer]]:
         calls[name, digest], places[digest] = call + 1, place + 1
         if spec.activation is None or spec.activation.dynamic:
             continue
-        observer = gm.get_submodule(str(args_of(node)[0].target))
-        assert isinstance(observer, RangeObserver)
+        observer = observer_of(gm, args_of(node)[0])
+        assert observer is not None
         yield node, ObservedLayer(name, digest, call, place, observer)
 
 

@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
 from fxq.account import kind_of
-from fxq.dialect import OBSERVED, Dialect
+from fxq.dialect import OBSERVED, Dialect, observer_of
 from fxq.graph import dtype_of, is_constant, is_op, owner_name, shape_of
 from fxq.layer import layer_of, treat
 from fxq.observers import RangeObserver
@@ -85,7 +85,7 @@ def _is_residual(node: Node, layer: Node) -> bool:
 def _observer(gm: GraphModule, edge: Node, spec: QuantSpec) -> Node | None:
     """Return the observer of an edge with a spec."""
     for user in edge.users:
-        module = gm.get_submodule(str(user.target)) if user.op == "call_module" else None
-        if isinstance(module, RangeObserver) and module.spec == spec:
+        observer = observer_of(gm, user)
+        if observer is not None and observer.spec == spec:
             return user
     return None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from fxq.dialect import observer_of
 from fxq.errors import UnsupportedError
 from fxq.formats import Integer
 from fxq.graph import args_of, is_constant, owner_name, tensor_of, weight_of
@@ -62,9 +63,9 @@ def student_of(gm: GraphModule, weights: Weights = "straight_through") -> GraphM
         UnsupportedError: parameters in half precision, in which small steps round away.
     """
     student = copy_graph(gm)
-    for node in [n for n in student.graph.nodes if n.op == "call_module"]:
-        observer = student.get_submodule(str(node.target))
-        assert isinstance(observer, RangeObserver)
+    for node in student.graph.find_nodes(op="call_module"):
+        observer = observer_of(student, node)
+        assert observer is not None
         student.add_submodule(str(node.target), StaticActivation(observer))
     modules: Modules = {}
     for layer, spec in pending_layers(student):

@@ -21,7 +21,7 @@ from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
 from fxq.calibrate import NO_DATA, Batches, calibrate, gather
-from fxq.dialect import OBSERVED, Dialect
+from fxq.dialect import OBSERVED, Dialect, observer_of
 from fxq.graph import args_of, shape_of
 from fxq.layer import layer_of, set_facts, treat
 from fxq.observers import RangeObserver
@@ -189,9 +189,9 @@ def with_rows(
         the new observers.
     """
     made: list[RangeObserver] = []
-    for node in [n for n in gm.graph.nodes if n.op == "call_module"]:
-        old = gm.get_submodule(node.target)
-        if not isinstance(old, RangeObserver) or old.spec.rows is not None:
+    for node in list(gm.graph.nodes):
+        old = observer_of(gm, node)
+        if old is None or old.spec.rows is not None:
             continue
         edge, layers = args_of(node)[0], [n for n in node.users if layer_of(n).is_pending]
         index, why = fitting_index(gm, rows, edge)

@@ -23,9 +23,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
-from fxq.dialect import OBSERVED, Dialect
+from fxq.dialect import OBSERVED, Dialect, observer_of
 from fxq.graph import is_constant
-from fxq.observers import RangeObserver
 from fxq.pipeline import Pass
 from fxq.rewriting import add_buffer, insert_call
 from fxq.spec import PerChannel
@@ -61,10 +60,8 @@ class WidenRanges(Pass):
         """Widen what the observers found, and lead what stays float past them."""
         widened = 0
         for node in list(gm.graph.nodes):
-            if node.op != "call_module" or is_constant(node.args[0]):
-                continue
-            observer = gm.get_submodule(str(node.target))
-            if not isinstance(observer, RangeObserver):
+            observer = observer_of(gm, node)
+            if observer is None or is_constant(node.args[0]):
                 continue
             if isinstance(observer.spec.granularity, PerChannel) and observer.spec.rows is None:
                 low, high = observer.range()
