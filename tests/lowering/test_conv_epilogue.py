@@ -166,7 +166,7 @@ def test_small_windows_and_small_layers_are_left_to_others(monkeypatch: pytest.M
     monkeypatch.undo()
     x = torch.randn(1, 16, 9, 9)
     for kernel in (1, 3):  # 16 elements; 144, with too little work
-        program = fxq.compress(nn.Conv2d(16, 16, kernel).eval(), x, STATIC, data=[x])
+        program = fxq.compress(nn.Conv2d(16, 16, kernel).eval(), x, STATIC, data=[x, -x])
 
         (decision,) = lower(program.graph_module, CPU)[1].values()
 
