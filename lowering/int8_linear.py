@@ -35,7 +35,7 @@ from fxq.lowering.derived import derived
 from fxq.lowering.registering import register
 from fxq.numerics import codes_dtype, quantize
 
-ACTIVATIONS = ("none", "gelu", "gelu_tanh", "silu", "relu", "relu6", "hardswish")
+ACTIVATIONS = avx2_linear.ACTIVATIONS
 ON_CUDA = ACTIVATIONS[:4]  # those of the Triton kernel
 
 

@@ -11,7 +11,7 @@
 
 namespace {
 
-// In the order of `int8_linear.ACTIVATIONS`.
+// In the order of `avx2_linear.ACTIVATIONS`.
 enum Activation { NONE, GELU, GELU_TANH, SILU, RELU, RELU6, HARDSWISH };
 
 inline __m256 all(float value) { return _mm256_set1_ps(value); }

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 import fxq
 from fxq.graph import is_op
-from fxq.lowering.cpu import avx2_linear
 from fxq.lowering.cpu.native import native
 from fxq.lowering.cpu.onednn import cpu_int8
 from fxq.lowering.devices import x86
@@ -300,10 +299,6 @@ def test_what_a_cast_rounds_stays_outside() -> None:
     (kernel,) = [node for node in gm.graph.nodes if is_op(node, OPS.int8_linear.default)]
     assert kernel.args[6:] == (torch.float32, "none", None)
     assert fxq.verify(program, x).ok
-
-
-def test_the_functions_are_numbered_as_the_definition_lists_them() -> None:
-    assert avx2_linear.ACTIVATIONS == ACTIVATIONS
 
 
 def test_an_unknown_function_is_refused() -> None:
