@@ -10,7 +10,7 @@ import importlib.metadata
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -23,6 +23,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from fxq.account import little_changed, unintended_skips, weights_unseen
 from fxq.batches import CheckedBatches, StoredBatches, device_of
+from fxq.calibrate import Batches as Batches
 from fxq.capturing import capture
 from fxq.checkpoint import Checkpoint
 from fxq.dialect import Dialect
@@ -37,8 +38,6 @@ from fxq.seeding import seeded
 from fxq.signature import split_inputs
 from fxq.sparsity import check_masks
 from fxq.writes import as_stored
-
-Batches = Iterable[Sequence[Any]]  # each batch: the graph's inputs in order
 
 
 class SizeToFix(NamedTuple):
