@@ -140,7 +140,7 @@ class Compiled(BoundGraph):
         recipe: Recipe,
         strict: bool,
         config: dict[str, Any],
-        check: bool = False,
+        check: bool,
     ) -> None:
         super().__init__(gm)
         example_inputs = [*example_inputs, *self.attributes]

@@ -83,12 +83,12 @@ class ChannelFlow(Following):
     """Labels, equations and fixed variables of one graph. `factor_walk.channel_flow` fills it.
 
     Args:
-        scales: the flow of scales of the same graph makes this the flow of shifts.
+        scales: the flow of scales of the same graph makes this the flow of shifts; None for scales.
     """
 
     blank = UNIT
 
-    def __init__(self, scales: "ChannelFlow | None" = None) -> None:
+    def __init__(self, scales: "ChannelFlow | None") -> None:
         super().__init__()
         self.scales = scales
         self.constants: Constants = scales.constants if scales else Constants()

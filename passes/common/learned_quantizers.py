@@ -139,7 +139,7 @@ class StraightThroughWeight(nn.Module):
 
     mask: Tensor | None
 
-    def __init__(self, spec: QuantSpec, mask: Tensor | None = None) -> None:
+    def __init__(self, spec: QuantSpec, mask: Tensor | None) -> None:
         super().__init__()
         self.spec = spec
         self.register_buffer("mask", mask)
@@ -165,7 +165,7 @@ class ScaledWeight(nn.Module):
     zero_point: Tensor | None
     mask: Tensor | None
 
-    def __init__(self, weight: Tensor, spec: QuantSpec, mask: Tensor | None = None) -> None:
+    def __init__(self, weight: Tensor, spec: QuantSpec, mask: Tensor | None) -> None:
         super().__init__()
         self.spec = spec
         self.register_buffer("mask", mask)
