@@ -8,8 +8,8 @@ without attention is tapped halfway through its layers with the fewest positions
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,16 +18,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from fxq.errors import did_you_mean
+from fxq.passes.common.taps import read_by
 from fxq.passes.eda_dm.selection import Similarities
 from fxq.passes.eda_dm.trajectories import Call, Trajectories
 from fxq.signature import split_inputs
 
 ATTENTION = {"scaled_dot_product_attention", "softmax", "_native_multi_head_attention"}
-
-
-class _Reached(Exception):
-    """Ends a call at the tap: the rest of it is not needed."""
 
 
 def channels_last(features: Tensor) -> Tensor:
@@ -165,31 +161,6 @@ def _run(module: nn.Module, call: Call) -> None:
         module(*args, **kwargs)
 
 
-@contextmanager
-def _tapped(module: nn.Module, tap: str) -> Iterator[list[Tensor]]:
-    """Give a list that gets the input of the tap when the module is called, which ends there."""
-    seen: list[Tensor] = []
-
-    def reach(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found = _input_of(args, kwargs)
-        if found is not None:
-            seen.append(found.detach().clone())
-        raise _Reached
-
-    handle = module.get_submodule(tap).register_forward_pre_hook(reach, with_kwargs=True)
-    try:
-        yield seen
-    finally:
-        handle.remove()
-
-
-def check_tap(module: nn.Module, tap: str) -> None:
-    """Raise ValueError where a module has no such submodule."""
-    known = dict(module.named_modules())
-    if not tap or tap not in known:
-        raise ValueError(f"tap: no submodule {tap!r}; {did_you_mean(tap, [*filter(None, known)])}")
-
-
 def compare_steps(
     module: nn.Module, found: Trajectories, tap: str, rows_at_once: int
 ) -> Similarities:
@@ -226,16 +197,15 @@ def compare_steps(
 def _features(
     module: nn.Module, found: Trajectories, call: int, rows: Sequence[int], tap: str
 ) -> Tensor:
-    with _tapped(module, tap) as seen, suppress(_Reached):
-        _run(module, found.rows_of(call, rows))
-    if not seen:
+    features = read_by(module, tap, found.rows_of(call, rows), _input_of)
+    if features is None:
         raise ValueError(
             f"tap {tap!r}: expected that {found.named(call)} reaches it with a floating-point "
             "tensor, found that it does not; name another tap"
         )
-    if not bool(seen[0].isfinite().all()):
+    if not bool(features.isfinite().all()):
         raise ValueError(
             f"tap {tap!r}: expected finite features, found NaN or Inf in {found.named(call)}; run "
             "the float module in a wider dtype, or name another tap"
         )
-    return seen[0].float()
+    return features.detach().float()

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from fxq.binding import check_model
 from fxq.errors import FxqWarning
-from fxq.passes.eda_dm.features import check_tap, compare_steps, find_tap
+from fxq.passes.common.apportion import apportion
+from fxq.passes.common.taps import check_tap
+from fxq.passes.eda_dm.features import compare_steps, find_tap
 from fxq.passes.eda_dm.selection import (
     MedianRadius,
     Radius,
     assign,
-    counts,
     density,
     normalised,
     resolve_radius,
@@ -123,7 +124,7 @@ def select(
             FxqWarning,
             stacklevel=2,
         )
-    chosen = _take(found, counts(scores, count, floor=floor, limit=found.count), seed)
+    chosen = _take(found, apportion(scores, count, floor=floor, limit=found.count), seed)
     return Selection(*chosen, tap, near, similar.variety, scores)
 
 
@@ -147,7 +148,7 @@ def select_evenly(
     found = trajectories(module, calls, timestep)
     _check_count(found, count, 0)
     scores = torch.ones(len(found.timesteps))
-    return Selection(*_take(found, counts(scores, count, limit=found.count), seed))
+    return Selection(*_take(found, apportion(scores, count, limit=found.count), seed))
 
 
 def _check_count(found: Trajectories, count: int, floor: int) -> None:

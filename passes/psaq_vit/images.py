@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from fxq.files import write_tensors
 
 TILE = 64  # pixels an image of a contact sheet is at least wide
 
@@ -103,7 +104,7 @@ class SyntheticImages:
             "fingerprint": self.fingerprint,
         }
         tensors = {name: value.contiguous().cpu() for name, value in tensors.items()}
-        save_file(tensors, path, {"fxq_synthetic_images": json.dumps(about)})
+        write_tensors(Path(path), tensors, {"fxq_synthetic_images": json.dumps(about)})
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "SyntheticImages":

@@ -12,23 +12,17 @@ distribution, whose variance it overstates.
 """
 
 from collections.abc import Hashable, Sequence
-from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fxq.binding import check_model
+from fxq.passes.common.apportion import apportion
 from fxq.passes.common.scaling.statistics import row_keys
-from fxq.passes.eda_dm.features import check_tap
-from fxq.passes.eda_dm.selection import counts
-from fxq.signature import split_inputs
+from fxq.passes.common.taps import check_tap, given_by
 
 DIGITS = 9  # of a relative distance: beyond them two that are equal differ by rounding
-
-
-class _Reached(Exception):
-    """Ends a call at the tap."""
 
 
 def shrinkage(centred: Tensor) -> float:
@@ -123,7 +117,7 @@ def choose(
     for index in order:
         members.setdefault(groups[index], []).append(index)
     sizes = torch.tensor([len(found) for found in members.values()], dtype=torch.float64)
-    shares = counts(sizes, count)
+    shares = apportion(sizes, count)
     pairs = zip(members.values(), shares, strict=True)
     return sorted(index for found, share in pairs for index in found[:share])
 
@@ -140,31 +134,25 @@ def pooled_features(model: nn.Module, batches: Sequence[Any], tap: str) -> Tenso
     """
     check_model(model)
     check_tap(model, tap)
-    seen: list[Tensor] = []
 
-    def reach(_: nn.Module, args: Any, output: Any) -> None:
+    def pooled(output: Any) -> Tensor:
         first = output[0] if isinstance(output, tuple | list) else output
         if not isinstance(first, Tensor) or first.ndim < 2:
             raise ValueError(
                 f"tap {tap!r}: expected a tensor [batch, ..., channel], found {type(first)}; name "
                 "another submodule"
             )
-        seen.append(first.detach().float().flatten(1, -2).mean(1) if first.ndim > 2 else first)
-        raise _Reached
+        return first.detach().float().flatten(1, -2).mean(1) if first.ndim > 2 else first
 
-    handle = model.get_submodule(tap).register_forward_hook(reach)
-    try:
-        for index, batch in enumerate(batches):
-            args, kwargs = split_inputs(batch)
-            with torch.no_grad(), suppress(_Reached):
-                model(*args, **kwargs)
-            if len(seen) != index + 1:
-                raise ValueError(
-                    f"tap {tap!r}: expected that batch {index} reaches it, found that it does not; "
-                    "name another submodule"
-                )
-    finally:
-        handle.remove()
-    if not seen:
+    found = []
+    for index, batch in enumerate(batches):
+        features = given_by(model, tap, batch, pooled)
+        if features is None:
+            raise ValueError(
+                f"tap {tap!r}: expected that batch {index} reaches it, found that it does not; "
+                "name another submodule"
+            )
+        found.append(features)
+    if not found:
         raise ValueError("batches: expected at least one, found none")
-    return torch.cat(seen).float()
+    return torch.cat(found).float()

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fxq.passes.common.apportion import apportion
 from fxq.passes.eda_dm import selection
 from fxq.passes.eda_dm.selection import MedianRadius, Similarities
 
@@ -38,8 +39,8 @@ def test_the_worked_example() -> None:
     torch.testing.assert_close(found.variety, torch.tensor(expected).double(), atol=1e-5, rtol=0)
     expected = [1.2, 0.120627, 1, 1.086204, 1.419331]
     torch.testing.assert_close(scores, torch.tensor(expected).double(), atol=1e-5, rtol=0)
-    assert selection.counts(scores, 100) == [25, 2, 21, 23, 29]
-    assert selection.counts(scores, 1024) == [255, 26, 212, 230, 301]
+    assert apportion(scores, 100) == [25, 2, 21, 23, 29]
+    assert apportion(scores, 1024) == [255, 26, 212, 230, 301]
 
 
 def by_loops(maps: Tensor, radius: float, weight: float) -> list[float]:
@@ -105,7 +106,7 @@ def test_the_relative_radius_goes_with_the_features() -> None:
 def test_equal_features_give_equal_numbers(features: Tensor, radius: selection.Radius) -> None:
     scores = scores_of(features, radius, 1.2)
 
-    assert selection.counts(scores, 60) == [10] * 6
+    assert apportion(scores, 60) == [10] * 6
 
 
 def test_an_infinite_radius_leaves_variety_alone() -> None:
@@ -113,15 +114,15 @@ def test_an_infinite_radius_leaves_variety_alone() -> None:
 
     varied = selection.normalised(similar(BY_HAND).variety)
     assert torch.equal(scores, 1.2 * varied)
-    assert selection.counts(scores_of(BY_HAND, math.inf, 0.0), 10) == [2] * 5
+    assert apportion(scores_of(BY_HAND, math.inf, 0.0), 10) == [2] * 5
 
 
 def test_steps_in_another_order_have_the_same_numbers() -> None:
     features = torch.randn(11, 6, 4).cumsum(0)
     order = torch.randperm(11)
 
-    numbers = selection.counts(scores_of(features, MedianRadius(), 1.2), 1000)
-    permuted = selection.counts(scores_of(features[order], MedianRadius(), 1.2), 1000)
+    numbers = apportion(scores_of(features, MedianRadius(), 1.2), 1000)
+    permuted = apportion(scores_of(features[order], MedianRadius(), 1.2), 1000)
 
     assert permuted == [numbers[i] for i in order]
 
@@ -130,7 +131,7 @@ def test_steps_in_another_order_have_the_same_numbers() -> None:
 def test_numbers_add_up(total: int) -> None:
     scores = torch.rand(11)
 
-    numbers = selection.counts(scores, total)
+    numbers = apportion(scores, total)
 
     assert sum(numbers) == total
     exact = [total * float(s) / float(scores.sum()) for s in scores]
@@ -138,19 +139,19 @@ def test_numbers_add_up(total: int) -> None:
 
 
 def test_few_samples_of_equal_steps_are_spread_out() -> None:
-    assert selection.counts(torch.ones(8), 4) == [1, 0, 1, 0, 1, 0, 1, 0]
+    assert apportion(torch.ones(8), 4) == [1, 0, 1, 0, 1, 0, 1, 0]
 
 
 def test_bounds_hold_and_leave_the_rest_in_proportion() -> None:
     scores = torch.tensor([0.0, 1.0, 2.0, 100.0])
 
-    numbers = selection.counts(scores, 40, floor=2, limit=20)
+    numbers = apportion(scores, 40, floor=2, limit=20)
 
     # 2 and 20 are at their bounds; the other 18 are as 1 to 2.
     assert numbers == [2, 6, 12, 20]
-    assert selection.counts(scores, 80, limit=20) == [20] * 4
+    assert apportion(scores, 80, limit=20) == [20] * 4
     with pytest.raises(ValueError, match=r"expected 8 to 80 samples \(2 to 20 .*found 81"):
-        selection.counts(scores, 81, floor=2, limit=20)
+        apportion(scores, 81, floor=2, limit=20)
 
 
 @pytest.mark.parametrize("n_trajectories", [40, 12, 7])
