@@ -68,7 +68,7 @@ def convs() -> nn.Module:
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "2d": (convs, (3, 8, 11, 10)),
     "1d": (lambda: nn.Conv1d(9, 16, 5, stride=2, padding=2).eval(), (2, 9, 31)),
-    "3d": (lambda: nn.Conv3d(8, 6, (1, 3, 2), padding=(0, 1, 1)).eval(), (1, 8, 4, 5, 6)),
+    "3d": (lambda: nn.Conv3d(8, 6, (1, 3, 2), padding=(0, 1, 1)).eval(), (2, 8, 4, 5, 6)),
 }
 
 
