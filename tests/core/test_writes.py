@@ -315,7 +315,13 @@ def test_other_writes_are_values_too(how: str, monkeypatch: pytest.MonkeyPatch) 
     with torch.no_grad():
         expected = model(x.clone())
 
-    gm = fxq.capture(model, x.clone()).graph_module
+    try:
+        gm = fxq.capture(model, x.clone()).graph_module
+    except fxq.UnsupportedError:
+        # Torch 2.11 loses that dropout may give what it is given: refused, not wrong.
+        assert how == "dropped out of"
+        assert torch.__version__ < "2.15"
+        return
 
     assert again
     assert not any(map(writes, gm.graph.nodes))
