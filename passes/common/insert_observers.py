@@ -16,7 +16,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from fxq.account import UNKNOWN, is_unknown, kind_of
 from fxq.dialect import ATEN, OBSERVED, Dialect
-from fxq.errors import UnsupportedError, did_you_mean
+from fxq.errors import UnsupportedError, counted, did_you_mean
 from fxq.graph import (
     is_constant,
     is_settled,
@@ -167,15 +167,16 @@ def _index(gm: GraphModule, layer: Node, spec: LayerSpec) -> tuple[Node | None, 
 def _too_few(layer: Node) -> str:
     """Say why a linear of coordinates stays float; "" for other layers.
 
-    Two or three numbers per row are places or times, of which Fourier features are made: an error
+    One to three numbers per row are places or times, of which Fourier features are made: an error
     of a code there is one of many radians, and such a product takes no time.
     """
     if kind_of(layer) != "linear" or not is_constant(layer.args[1]):
         return ""
-    n_channels = shape_of(layer.args[1])[1]
+    n_channels = weight_of(layer).shape[1]
     if n_channels >= FEWEST_CHANNELS:
         return ""
-    return f"its rows have {n_channels} values; fewer than {FEWEST_CHANNELS} are not quantized"
+    found = counted(n_channels, "input channel")
+    return f"it has {found}, as coordinates have; fewer than {FEWEST_CHANNELS} are not quantized"
 
 
 def _fitted(layer: Node, spec: LayerSpec) -> tuple[LayerSpec, str]:

@@ -192,7 +192,7 @@ def test_a_product_of_coordinates_stays_float_unless_it_is_asked_for() -> None:
     InsertObservers(STATIC, overrides=(("frequencies", STATIC),)).run(asked)
 
     assert chosen(gm) == {"up"}
-    assert reasons(gm)["frequencies"].startswith("its rows have 2 values")
+    assert reasons(gm)["frequencies"].startswith("it has 2 input channels")
     assert chosen(asked) == {"frequencies", "up"}
     program = fxq.compress(model, x, w8a8.DYNAMIC, strict=True)  # nothing is missing
     y = torch.rand(33, 2)
