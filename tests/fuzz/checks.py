@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 import fxq
-from fxq import backend
+from fxq import backend, capturing, pipeline
 from fxq.lowering.devices import x86
 from fxq.passes.pruning.prune import Pruner
 from fxq.pipeline import FLOAT, Recipe
@@ -53,12 +53,13 @@ class Verdict:
 
 
 class Subject:
-    """A case with its judge, and the float program, made once."""
+    """A case with its judge; what is captured of it, and each program, is made once."""
 
     def __init__(self, case: Case) -> None:
         self.case = case
         self.judge = Judge(case)
         self.programs: dict[str, fxq.Program] = {}
+        self.captured: capturing.Captured | None = None
 
     def error(
         self,
@@ -99,13 +100,20 @@ class Subject:
         model, example = self.case.model(), self.case.inputs()
         kept = copy.deepcopy((model.state_dict(), example))
         attributes = [sorted(vars(module)) for module in model.modules()]
-        program = fxq.compress(model, example, recipe)
+        with mock.patch.object(pipeline, "capture", self._capture):
+            program = fxq.compress(model, example, recipe)
         before, after = (pytree.tree_leaves(x) for x in (kept, (model.state_dict(), example)))
         if not all(map(_same, before, after)):
             raise AssertionError("compress wrote to the model or the example")
         if attributes != [sorted(vars(module)) for module in model.modules()]:
             raise AssertionError("compress left attributes in the model")
         return program
+
+    def _capture(self, *args: Any) -> capturing.Captured:
+        """Return a copy of what is captured of the case, which takes most of the time."""
+        if self.captured is None:
+            self.captured = capturing.capture(*args)
+        return copy.deepcopy(self.captured)
 
 
 def _same(a: object, b: object) -> bool:
@@ -242,7 +250,7 @@ CHECKS: dict[str, Check] = {
     "inductor": check_inductor,
 }
 # Checks that cost much, or rarely find what the others do not: every how many cases they run.
-SELDOM = {"inductor": 20, "compiled program": 4, "w8": 4}
+SELDOM = {"inductor": 20, "compiled program": 4, "w8": 4, "compiled": 2}
 
 
 def checks_for(case: Case, index: int) -> list[str]:
