@@ -17,10 +17,8 @@ from torch.utils._pytree import tree_leaves
 from fxq.calibrate import (
     NO_DATA,
     Batches,
-    all_reduce,
     calibrate,
     gather,
-    n_processes,
 )
 from fxq.numerics import as_real, is_inexact
 from fxq.observers import RangeObserver
@@ -36,15 +34,16 @@ MOST_SAMPLES = 256  # of a half: more say hardly more, and every judgement runs 
 
 
 class WholeError(NamedTuple):
-    """Squared error of a graph's outputs relative to their squares, the mean over outputs.
+    """Squared error of a graph's outputs, sample by sample, the mean over outputs.
 
     Args:
-        pooled: over all samples.
-        worst: of the sample where it is largest.
+        shares: of each sample, relative to the squares of all `[n]`, fp64: their sum is the error
+            of all samples together.
+        relative: of each sample, relative to its own squares `[n]`, fp64.
     """
 
-    pooled: float
-    worst: float
+    shares: Tensor
+    relative: Tensor
 
 
 class Halves(NamedTuple):
@@ -153,19 +152,17 @@ def whole_error(
 def _compare(found: GraphModule, exact: GraphModule, data: Batches) -> WholeError:
     """Return the error of one graph's outputs against another's, over all processes."""
     leaves = _float_outputs(exact)
-    sums = torch.zeros(len(leaves), 2, dtype=torch.float64)
-    worst = torch.full((), -1.0, dtype=torch.float64)
+    parts = [torch.zeros(len(leaves), 0, 2, dtype=torch.float64)]
     for inputs in data:
         pair = [[tree_leaves(seeded(gm, inputs))[i] for i in leaves] for gm in (found, exact)]
         n = batch_size(inputs)
-        squares = torch.stack([_squares(a, b, n) for a, b in zip(*pair, strict=True)])
-        sums += squares.sum(1)
-        worst = torch.maximum(worst, _relative(squares).mean(0).max())
-    if n_processes() > 1:
-        sums, worst = all_reduce(sums, "SUM"), all_reduce(worst, "MAX")
-    if worst < 0:
+        parts.append(torch.stack([_squares(a, b, n) for a, b in zip(*pair, strict=True)]))
+    squares = torch.cat(gather(torch.cat(parts, 1)), 1)
+    if not squares.shape[1]:
         raise ValueError(NO_DATA)
-    return WholeError(float(_relative(sums).mean()), float(worst))
+    error, signal = squares.unbind(-1)
+    shares = _ratio(error, signal.sum(1, keepdim=True)).mean(0)
+    return WholeError(shares, _ratio(error, signal).mean(0))
 
 
 def _float_outputs(gm: GraphModule) -> list[int]:
@@ -192,7 +189,6 @@ def _squares(found: Tensor, exact: Tensor, n_samples: int) -> Tensor:
     return (total / n_samples).expand(n_samples, 2)
 
 
-def _relative(squares: Tensor) -> Tensor:
-    """Return error over signal of `[..., 2]`; 0 where there is no signal."""
-    error, signal = squares.unbind(-1)
+def _ratio(error: Tensor, signal: Tensor) -> Tensor:
+    """Return error over signal; 0 where there is no signal."""
     return torch.where(signal > 0, error / signal, 0.0).nan_to_num(nan=torch.inf)

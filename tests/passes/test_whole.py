@@ -1,5 +1,6 @@
 """The graph as a whole: its error on batches held out, and scalings undone where they cost."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -107,39 +108,61 @@ def test_a_site_that_helps_the_output_stays_and_the_whole_can_be_left_unjudged()
         assert treatments(gm)["loud"] == treatments(gm)["quiet"] == "Amplify (norm)"
 
 
+def errors(*each: float) -> WholeError:
+    """Of samples whose outputs have squares of 1."""
+    relative = torch.tensor(each, dtype=torch.float64)
+    return WholeError(relative / len(each), relative)
+
+
 @pytest.mark.parametrize(
-    ("errors", "costs"),
+    ("found", "other", "cost"),
     [
-        ({0: (0.010, 0.02), 1: (0.010, 0.02)}, ""),
-        ({0: (0.001, 0.02), 1: (0.012, 0.02)}, "the pooled error was 0.8 dB larger"),
-        ({0: (0.001, 0.02), 1: (0.010, 0.03)}, "the worst sample's error was 1.8 dB larger"),
-        ({0: (0.012, 0.02), 1: (0.001, 0.02)}, "the pooled error was 0.8 dB larger"),
+        ((0.01, 0.02), (0.01, 0.02), ""),
+        ((0.02, 0.02), (0.01, 0.01), "the pooled error may be 3.0 dB larger"),
+        # Each of four is halved: sure. One is, of which all depends: the others count.
+        ((0.5, 0.05, 0.05, 0.05), (1.0, 0.1, 0.1, 0.1), ""),
+        ((0.5, 0.15, 0.15, 0.15), (1.0, 0.1, 0.1, 0.1), "the pooled error may be 1.8 dB larger"),
+        ((0.10, 0.11, 0.12, 0.15), (0.40, 0.40, 0.40, 0.14), ""),
+        ((0.1, 0.1, 0.1, 0.5), (0.4, 0.4, 0.4, 0.4), "the worst sample's error was 1.0 dB larger"),
+        ((0.1,) * 15 + (0.35,), (0.3,) * 16, "the worst sample's error was 0.7 dB larger"),
+        ((0.1, math.inf), (0.1, 0.1), "the pooled error may be inf dB larger"),
+        ((0.1, math.inf), (0.2, math.inf), ""),
+        ((0.1,), (0.2,), ""),
+        ((0.2,), (0.1,), "the pooled error may be 3.0 dB larger"),
+        ((0.1, 0.1), (0.0, 0.0), "the pooled error may be inf dB larger"),
     ],
 )
-def test_each_half_has_to_agree(
-    errors: dict[int, tuple[float, float]], costs: str, monkeypatch: pytest.MonkeyPatch
+def test_a_gain_has_to_be_more_than_chance(
+    found: tuple[float, ...], other: tuple[float, ...], cost: str
 ) -> None:
+    told = undo.likely_cost(errors(*found), errors(*other))
+
+    assert told.startswith(cost)
+    assert bool(told) == bool(cost)
+
+
+def test_samples_of_both_halves_count(monkeypatch: pytest.MonkeyPatch) -> None:
     data = batches(4)
     gm = quiet(1e3, data)
     scaled = quiet(1e3, data)
-
     folds = [Halves(data[:2], data[2:], held_out=True), Halves(data[2:], data[:2], held_out=True)]
+    of = {0: errors(0.05, 0.05), 1: errors(0.3, 0.3)}
 
     def error_of(graph: GraphModule, _: GraphModule, halves: Halves, *__: object) -> WholeError:
-        return WholeError(
-            *(errors[0 if halves is folds[0] else 1] if graph is scaled else (0.010, 0.02))
-        )
+        return of[0 if halves is folds[0] else 1] if graph is scaled else errors(0.1, 0.1)
 
     monkeypatch.setattr(undo, "whole_error", error_of)
     monkeypatch.setattr(undo, "scaled_copy", lambda gm, scalings: scaled if scalings else gm)
     site = replace(scale_sites(gm).sites[0], kind="norm")
     scalings = [Scaling(site, torch.ones(site.n_channels))]
 
-    found = undo.costs_of_scaling(
-        gm, [(scalings, halves) for halves in folds], w8a8.STATIC_LAYER, ("linear",)
-    )
+    def costs() -> dict[str, str]:
+        both = [(scalings, halves) for halves in folds]
+        return undo.costs_of_scaling(gm, both, w8a8.STATIC_LAYER, ("linear",))
 
-    assert found == ({"norm": costs} if costs else {})
+    assert costs() == {"norm": "the pooled error may be 4.8 dB larger"}
+    of[1] = errors(0.05, 0.05)
+    assert costs() == {}
 
 
 def test_the_error_is_that_of_outputs_on_the_other_half() -> None:
@@ -156,8 +179,9 @@ def test_the_error_is_that_of_outputs_on_the_other_half() -> None:
     exact = torch.cat([a for a, _ in pairs]).double()
     error = torch.cat([b for _, b in pairs]).double() - exact
     each = [float(e.square().sum() / s.square().sum()) for e, s in zip(error, exact, strict=True)]
-    assert found.pooled == pytest.approx(float(error.square().sum() / exact.square().sum()))
-    assert found.worst == pytest.approx(max(each))
+    pooled = float(error.square().sum() / exact.square().sum())
+    assert float(found.shares.sum()) == pytest.approx(pooled)
+    assert found.relative.tolist() == pytest.approx(each)
     assert layer_of(next(n for n in gm.graph.nodes if "linear" in n.name)).treatments == ()
 
 
@@ -201,7 +225,8 @@ def test_inputs_and_outputs_without_a_batch_are_judged_with_the_others(n: int) -
 
     found = whole_error(gm, gm, halves_of(gm, data), layer, ("linear",))
 
-    assert 0 < found.pooled <= found.worst < 1e-2
+    assert 0 < float(found.shares.sum()) <= float(found.relative.max()) < 1e-2
+    assert len(found.shares) == len(found.relative) == {1: 4, 3: 8}[n]
 
 
 def test_a_half_has_no_more_batches_than_it_needs() -> None:

@@ -4,10 +4,11 @@ A site is judged by the layers that read it and by some rows. What its scaling d
 the graph, and to values beyond those that calibration showed, is seen at the outputs only.
 """
 
+import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
-from math import log10
 
+import torch
 from torch.fx import GraphModule, Node
 
 from fxq.passes.common.insert_observers import Target
@@ -19,6 +20,7 @@ from fxq.spec import LayerSpec
 
 # What is less is chance: the worst is a single sample.
 POOLED_TOLERANCE_DB, WORST_TOLERANCE_DB = 0.1, 0.5
+STANDARD_ERRORS = 2.0  # that the pooled error is allowed to be off by
 
 
 def costs_of_scaling(
@@ -29,8 +31,8 @@ def costs_of_scaling(
 ) -> dict[str, str]:
     """Return the kinds of sites whose scaling costs, each with what it costs.
 
-    Where all scalings together quantize no worse than none, pooled and by the worst sample, nothing
-    costs. Otherwise one kind of site after the other is added, and stays if neither error grows:
+    Where all scalings together are sure to quantize no worse than none (`likely_cost`), nothing
+    costs. Otherwise one kind of site after the other is added, and stays if that holds of it, too:
     the graph is judged, in each fold, at most two times more often than there are kinds.
 
     Args:
@@ -40,23 +42,23 @@ def costs_of_scaling(
         targets: kinds of layers that will be.
     """
 
-    def judged(chosen: Collection[str]) -> list[WholeError]:
+    def judged(chosen: Collection[str]) -> WholeError:
         errors = []
         for scalings, halves in folds:
             scaled = scaled_copy(gm, [s for s in scalings if s.site.kind in chosen])
             errors.append(whole_error(scaled, gm, halves, layer, targets))
-        return errors
+        return WholeError(*map(torch.cat, zip(*errors, strict=True)))
 
     kinds = [kind for kind in KINDS if any(s.site.kind == kind for s in folds[0][0])]
     plain, everything = judged([]), judged(kinds)
-    if not _cost(everything, plain):
+    if not likely_cost(everything, plain):
         return {}
     kept: list[str] = []
     current = plain
     found: dict[str, str] = {}
     for kind in kinds:
         error = everything if len(kinds) == 1 else judged([*kept, kind])
-        why = _cost(error, plain) or _cost(error, current)
+        why = likely_cost(error, plain) or likely_cost(error, current)
         if why:
             found[kind] = why
         else:
@@ -89,14 +91,31 @@ def _moved(site: ScaleSite, of: dict[Node, Node]) -> ScaleSite:
     )
 
 
-def _cost(errors: Sequence[WholeError], others: Sequence[WholeError]) -> str:
-    """Return by how much errors are above others in dB, in the fold where most; "" where they are
-    not in any."""
-    pairs = list(zip(errors, others, strict=True))
-    pooled = max(decibels(error.pooled, other.pooled) for error, other in pairs)
+def likely_cost(found: WholeError, other: WholeError) -> str:
+    """Return what an error costs in the place of another, of the same samples; "" where it is sure
+    that it costs nothing.
+
+    A gain that one sample alone makes is chance: where the samples are few and their errors differ
+    much, those of use are other ones. So the pooled error counts as large as it may be,
+
+        min(sum(e) + 2 sqrt(n) std(e - o), max(e / o) sum(o))
+
+    of errors e and o of n samples: two standard errors of the difference, and nothing that no
+    sample shows.
+
+    Args:
+        found: of the graph as it would be.
+        other: of the graph as it is.
+    """
+    e, o = found.shares, other.shares
+    by_chance = float(e.sum())
+    if len(e) > 1 and math.isfinite(by_chance):
+        by_chance += STANDARD_ERRORS * math.sqrt(len(e)) * float((e - o).std())
+    each = max(map(decibels, e.tolist(), o.tolist()))
+    pooled = min(decibels(by_chance, float(o.sum())), each)
     if pooled > POOLED_TOLERANCE_DB:
-        return f"the pooled error was {pooled:.1f} dB larger"
-    worst = max(decibels(error.worst, other.worst) for error, other in pairs)
+        return f"the pooled error may be {pooled:.1f} dB larger"
+    worst = decibels(float(found.relative.max()), float(other.relative.max()))
     if worst > WORST_TOLERANCE_DB:
         return f"the worst sample's error was {worst:.1f} dB larger"
     return ""
@@ -106,4 +125,4 @@ def decibels(error: float, other: float) -> float:
     """Return how far an error is above another."""
     if error <= other:
         return 0.0
-    return 10 * log10(error / other) if other > 0 else float("inf")
+    return 10 * math.log10(error / other) if other > 0 else math.inf
