@@ -20,7 +20,7 @@ from fxq.spec import LayerSpec
 
 # What is less is chance: the worst is a single sample.
 POOLED_TOLERANCE_DB, WORST_TOLERANCE_DB = 0.1, 0.5
-STANDARD_ERRORS = 2.0  # that the pooled error is allowed to be off by
+STANDARD_ERRORS = 1.28  # that the pooled error may be off by: it is not, nine times out of ten
 
 
 def costs_of_scaling(
@@ -98,10 +98,10 @@ def likely_cost(found: WholeError, other: WholeError) -> str:
     A gain that one sample alone makes is chance: where the samples are few and their errors differ
     much, those of use are other ones. So the pooled error counts as large as it may be,
 
-        min(sum(e) + 2 sqrt(n) std(e - o), max(e / o) sum(o))
+        min(sum(e) + 1.28 sqrt(n) std(e - o), max(e / o) sum(o))
 
-    of errors e and o of n samples: two standard errors of the difference, and nothing that no
-    sample shows.
+    of errors e and o of n samples: by the standard error of the difference, but not relatively
+    larger than that of any sample. A difference that one sample makes is one standard error.
 
     Args:
         found: of the graph as it would be.
