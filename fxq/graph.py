@@ -1,6 +1,8 @@
 """What an FX graph says: the words that passes use to ask it."""
 
 import re
+import sys
+import weakref
 from collections.abc import Callable, Mapping
 from keyword import iskeyword
 from typing import Any
@@ -227,6 +229,19 @@ def mark_for_dynamo(gm: GraphModule) -> None:
     for node in gm.graph.nodes:
         record = {LAYER: node.meta[LAYER]} if LAYER in node.meta else {}
         node.meta["custom"] = {**node.meta.get("custom", {}), SETTLED: record}
+
+
+def show_to_dynamo(gm: GraphModule) -> None:
+    """Have Dynamo know `gm` by its code, when that is about to run as a frame of its own.
+
+    Dynamo finds the module of a frame, and so the meta of its nodes, where it came to it from a
+    frame that calls it. After a call that could not be traced, one that was refused among them, it
+    leaves the calling frame alone and begins with this one.
+    """
+    loaded = sys.modules.get("torch._dynamo.code_context")
+    if loaded is not None:  # otherwise nothing is being compiled
+        context = loaded.code_context.get_context(gm.forward.__code__)
+        context["orig_graphmodule"] = weakref.ref(gm)
 
 
 def settle_marked(gm: GraphModule) -> None:

@@ -2,8 +2,8 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from types import SimpleNamespace
-from typing import Any
+from types import FunctionType, SimpleNamespace
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +12,17 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from fxq.capturing import Captured
-from fxq.graph import mark_for_dynamo
+from fxq.graph import mark_for_dynamo, show_to_dynamo
 from fxq.rewriting import copy_graph, register_tensor
 from fxq.signature import Signature
 from fxq.timesteps_seen import timesteps_to_see
 from fxq.writes import check_apart
 
 PLAIN = (bool, int, float, str, type(None), torch.dtype)
+
+
+def _blank(kind: type[nn.Module]) -> nn.Module:
+    return kind.__new__(kind)
 
 
 class Program(nn.Module):
@@ -39,6 +43,20 @@ class Program(nn.Module):
     call reads and writes it, `state` shows it, `reset` sets it back to what it was when the model
     was captured.
     """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Return a program of a class of its own, as a GraphModule is, which differs in the code
+        object of `forward` alone: Dynamo counts what it compiled by code objects, and after eight
+        programs with the same one it would leave the next one uncompiled."""
+        forward = cls.forward
+        own = FunctionType(forward.__code__.replace(), forward.__globals__, forward.__name__)
+        own.__doc__, own.__annotations__ = forward.__doc__, forward.__annotations__
+        space = {"forward": own, "__doc__": cls.__doc__, "__module__": cls.__module__}
+        return super().__new__(type(cls.__name__, (cls,), space))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle and copy as an instance of the class that has a name."""
+        return _blank, (type(self).__base__,), self.__dict__
 
     def __init__(
         self,
@@ -95,6 +113,7 @@ class Program(nn.Module):
             kwargs = {name: value for name, value in kwargs.items() if name != "return_dict"}
         inputs = self.inputs(args, kwargs)
         if not torch.compiler.is_compiling():
+            show_to_dynamo(self.graph_module)
             for seen in self.timesteps_seen:
                 seen(inputs)
         leaves = list(self.graph_module(*inputs))

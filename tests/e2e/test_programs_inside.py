@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from written_again import W4A8, Decisions, by_hand
 
 import fxq
+from fxq import backend
 from fxq.numerics import sqnr_db
 from fxq.passes import w8a8
 from fxq.passes.common import Convert, InsertObservers
@@ -105,3 +106,56 @@ def test_what_a_program_left_float_stays_float(decisions: Decisions) -> None:
 
     assert sqnr_db(expected, found) > 60
     assert len(decisions[0]) == 2
+
+
+@pytest.fixture
+def _uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the place of Inductor's code, the graph that it would get."""
+    monkeypatch.setattr(backend, "compile_fx", lambda gm, inputs, **kwargs: gm)
+
+
+@pytest.mark.filterwarnings("ignore:no kernel here")
+@pytest.mark.usefixtures("_uncompiled")
+@pytest.mark.parametrize("recipe", ["float", "w8a8_dynamic", "magnitude_50"])
+@pytest.mark.parametrize("one_code", [False, True])
+def test_after_a_refused_call_programs_stay_as_they_are(one_code: bool, recipe: str) -> None:
+    x = torch.randn(48, 64)
+    model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64)).eval()
+    first, second = (fxq.compress(model, x, recipe) for _ in range(2))
+    if one_code:  # Dynamo then leaves the second one's frame alone, too, and begins with its graph
+        type(second).forward = type(first).forward  # type: ignore[method-assign]
+    refused = torch.compile(first, backend="fxq")
+
+    with pytest.raises(ValueError, match=r"expected torch.float32 .* found torch.float64"):
+        refused(x.double())
+
+    for program in (first, second):
+        compiled = torch.compile(program, backend="fxq")
+        with torch.no_grad():
+            assert sqnr_db(program(x), compiled(x)) > 100
+
+
+@pytest.mark.filterwarnings("ignore:no kernel here")
+@pytest.mark.usefixtures("_uncompiled")
+def test_any_number_of_programs_are_compiled_in_a_process() -> None:
+    x = torch.randn(48, 64)
+    programs = [fxq.compress(nn.Linear(64, 64).eval(), x, "w8a8_dynamic") for _ in range(10)]
+
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True), torch.no_grad():
+        for program in programs:
+            compiled = torch.compile(program, backend="fxq")
+            assert sqnr_db(program(x), compiled(x)) > 100
+
+
+def test_a_program_is_a_program_however_it_is_copied() -> None:
+    x = torch.randn(4, 64)
+    program = fxq.compress(nn.Linear(64, 64).eval(), x, "w8a8_dynamic")
+    copies = [copy.copy(program), copy.deepcopy(program), pickle.loads(pickle.dumps(program))]
+    codes = {type(each).forward.__code__ for each in (program, *copies)}
+
+    for each in (program, *copies):
+        assert isinstance(each, fxq.Program)
+        assert type(each).__base__ is fxq.Program
+        assert type(each).__name__ == "Program"
+        assert torch.equal(each(x), program(x))
+    assert len({id(code) for code in codes}) == len(codes)
