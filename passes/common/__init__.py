@@ -3,6 +3,7 @@ kept the float function. Equivalent scaling is a package of its own, `scaling`."
 
 from fxq.passes.common.calibrate import Calibrate
 from fxq.passes.common.convert import Convert
+from fxq.passes.common.correct_bias import CorrectBias
 from fxq.passes.common.decompose_attention import DecomposeAttention
 from fxq.passes.common.fake_quantize import fake_quantize
 from fxq.passes.common.float_function import check_float_function, float_difference
@@ -32,6 +33,7 @@ __all__ = [
     "LAST",
     "Calibrate",
     "Convert",
+    "CorrectBias",
     "DecomposeAttention",
     "FoldBatchNorm",
     "GroupPositions",

@@ -8,9 +8,9 @@ sixth of the error of typical photographs, and most of that of the worst.
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch.fx import GraphModule
@@ -24,12 +24,9 @@ from fxq.layer import Skip, treat
 from fxq.passes.common.convert import Convert, pending_layers
 from fxq.passes.common.sensitivity import errors_at_results
 from fxq.passes.common.student import without_observers
-from fxq.passes.common.whole import batch_inputs
+from fxq.passes.common.whole import pieces
 from fxq.pipeline import DataPass
 from fxq.rewriting import copy_graph, erase_dead
-from fxq.samples import batch_size
-
-PIECE = 8  # samples whose activations are held at once, where a batch can be cut
 
 
 @dataclass(frozen=True)
@@ -91,17 +88,17 @@ class LeaveFloat(DataPass):
         known."""
         quantized = Convert().run(copy_graph(gm)).graph_module
         generator = torch.Generator().manual_seed(self.seed)
-        pieces = list(_pieces(gm, data, self.n_samples))
+        parts = list(pieces(gm, data, self.n_samples))
         sums, why = torch.zeros(len(names), dtype=torch.float64), ""
         try:
             sums = errors_at_results(
-                without_observers(gm), quantized, pieces, names, self.n_directions, generator
+                without_observers(gm), quantized, parts, names, self.n_directions, generator
             )
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # what autograd raises, NotImplementedError included
             why = str(error).partition("\n")[0]
-        if not any(gather(bool(pieces))):
+        if not any(gather(bool(parts))):
             raise ValueError(NO_DATA)
         why = next(filter(None, gather(why)), "")  # of any process: all leave the same layers
         if n_processes() > 1:
@@ -138,18 +135,3 @@ def costly(
             spent += work[k]
             chosen.append(k)
     return chosen
-
-
-def _pieces(gm: GraphModule, data: Batches, n_samples: int) -> Iterator[Sequence[Any]]:
-    """Yield batches of a few samples each, cut where the graph takes any number, until there are
-    `n_samples` or more."""
-    cut, seen = batch_inputs(gm), 0
-    for batch in data:
-        size = batch_size(batch)
-        step = PIECE if cut and size % PIECE != 1 else size  # a graph may not take a batch of one
-        for start in range(0, size, step):
-            part = slice(start, start + step)
-            yield [x[part] if step < size and i in cut else x for i, x in enumerate(batch)]
-            seen += min(step, size - start)
-            if seen >= n_samples:
-                return

@@ -30,6 +30,7 @@ from fxq.seeding import seeded
 from fxq.spec import LayerSpec
 
 FEWEST_SAMPLES = 4  # a batch of fewer is not cut: a graph may not take a batch of one
+PIECE = 8  # samples whose activations are held at once, where a batch can be cut
 MOST_SAMPLES = 256  # of a half: more say hardly more, and every judgement runs all of them
 
 
@@ -117,6 +118,21 @@ def batch_inputs(gm: GraphModule) -> tuple[int, ...]:
     free = [str(size) if isinstance(size, SymInt) else None for size in sizes]
     batch = next((size for size in free if size is not None), None)
     return tuple(i for i, size in enumerate(free) if size is not None and size == batch)
+
+
+def pieces(gm: GraphModule, data: Batches, n_samples: int) -> Iterator[Sequence[Any]]:
+    """Yield batches of a few samples each, cut where the graph takes any number, until there are
+    `n_samples` or more."""
+    cut, seen = batch_inputs(gm), 0
+    for batch in data:
+        size = batch_size(batch)
+        step = PIECE if cut and size % PIECE != 1 else size  # a graph may not take a batch of one
+        for start in range(0, size, step):
+            part = slice(start, start + step)
+            yield [x[part] if step < size and i in cut else x for i, x in enumerate(batch)]
+            seen += min(step, size - start)
+            if seen >= n_samples:
+                return
 
 
 def whole_error(
