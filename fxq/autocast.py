@@ -52,6 +52,17 @@ def without_inert_regions() -> Iterator[None]:
         autocast.__enter__, autocast.__exit__ = enter, leave  # type: ignore[method-assign]
 
 
+@contextlib.contextmanager
+def outside_autocast() -> Iterator[None]:
+    """Switch autocast off where it is on: its casts would become part of what is captured, and
+    happen wherever that is called."""
+    with contextlib.ExitStack() as regions:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                regions.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
 def drop_inert_regions(gm: GraphModule) -> GraphModule:
     """Return a graph of Dynamo's without the ends of regions that cast nothing: `gm` itself where
     there are none, and else a copy with the same placeholders by name."""

@@ -19,7 +19,7 @@ from torch.fx import GraphModule
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
-from fxq.autocast import without_inert_regions
+from fxq.autocast import outside_autocast, without_inert_regions
 from fxq.binding import Bound, bind, bind_exported, check_finite, check_model
 from fxq.canonicalize import canonicalize
 from fxq.canonicalize.cleanup import refuse_train_mode
@@ -85,7 +85,8 @@ def capture(
             computes; the message has the reason.
     """
     try:
-        return _capture(model, example_inputs, dynamic_shapes)
+        with outside_autocast():
+            return _capture(model, example_inputs, dynamic_shapes)
     except (TypeError, ValueError):
         raise
     except Exception as error:

@@ -171,18 +171,32 @@ class Checked:
             kept.restore()
 
     def _without_ones(self, values: Mapping[str, Any], state: list[Tensor]) -> Iterator[Condition]:
-        """Yield a condition for each free size of which 1 is computed otherwise."""
+        """Yield a condition for each free size of which 1 is computed otherwise: by itself, or with
+        all sizes of the example's that are equal to it, which may be the batch of other inputs."""
         for name, size in self.signature.example_sizes.items():
-            sizes = {name: 1}
-            if size == 1 or not self.signature.takes(sizes):
+            if size == 1 or self._agrees_at({name: 1}, values, state):
                 continue
-            other = other_batch(self.gm, self.signature, values, sizes)
-            if (expected := self._tried(other)) is None:
-                continue
-            try:
-                self._check(expected, other, state, f"{name} = 1", ())
-            except UnsupportedError:
+            alike = {n: 1 for n, other in self.signature.example_sizes.items() if other == size}
+            others = [f"{n} == 1" for n in alike if n != name]
+            if others and self._agrees_at(alike, values, state) is True:
+                yield Condition(" or ".join([f"{name} != 1", " and ".join(others)]))
+            else:
                 yield Condition(f"{name} != 1")
+
+    def _agrees_at(
+        self, sizes: Mapping[str, int], values: Mapping[str, Any], state: list[Tensor]
+    ) -> bool | str:
+        """Tell whether both agree on other sizes, or why nobody knows."""
+        if not self.signature.takes(sizes):
+            return "the graph does not take them"
+        other = other_batch(self.gm, self.signature, values, sizes)
+        if (expected := self._tried(other)) is None:
+            return "the model does not take them"
+        try:
+            self._check(expected, other, state, f"{sizes}", ())
+        except UnsupportedError:
+            return False
+        return True
 
     def _agree(
         self,

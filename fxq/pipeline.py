@@ -22,6 +22,7 @@ from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
 from fxq.account import little_changed, unintended_skips, weights_unseen
+from fxq.autocast import outside_autocast
 from fxq.batches import CheckedBatches, StoredBatches, device_of
 from fxq.calibrate import Batches as Batches
 from fxq.capturing import capture
@@ -257,6 +258,7 @@ def compress(
         reporting(progress) as report,
         torch.inference_mode(False),  # tensors made here must count their versions
         torch.no_grad(),
+        outside_autocast(),
     ):
         began = time.perf_counter()
         captured = capture(model, example_inputs, dynamic_shapes)

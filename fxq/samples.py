@@ -22,8 +22,8 @@ class Samples:
         first: of each input, what the first sample has: a row, or the whole of an input that has
             no row for each sample.
         differ: whether any sample is not the first one again.
-        spreads: by input of real numbers, the smallest and largest of the standard deviations that
-            batches have, of all their values.
+        spreads: by input of real numbers, more than one a sample, the smallest and largest of the
+            standard deviations that batches have, of all their values.
     """
 
     def __init__(self, batches: Iterable[Sequence[Any]] = ()) -> None:
@@ -41,7 +41,7 @@ class Samples:
         self.count += n
         self.differ = self.differ or any(map(_unlike, inputs, self.first))
         for i, x in enumerate(inputs):
-            if isinstance(x, Tensor) and x.is_floating_point() and x.numel():
+            if isinstance(x, Tensor) and x.is_floating_point() and x.numel() > n:
                 spread = float(x.detach().double().std(correction=0))
                 least, most = self.spreads.get(i, (spread, spread))
                 self.spreads[i] = min(least, spread), max(most, spread)

@@ -45,9 +45,10 @@ class Leaf:
                 f"{where}: expected a tensor for {self.name!r}, found {type(value).__name__}"
             )
         if value.dtype != self.dtype:
+            both = self.dtype.is_floating_point and value.dtype.is_floating_point
             raise ValueError(
                 f"{where}: expected {self.dtype} for {self.name!r}, found {value.dtype}; "
-                f"convert it, or compress the model in {value.dtype}"
+                f"convert it{f', or compress the model in {value.dtype}' if both else ''}"
             )
         fits = len(value.shape) == len(self.shape) and all(
             isinstance(want, str) or want == size

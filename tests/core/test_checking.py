@@ -148,3 +148,26 @@ def test_integers_must_be_equal() -> None:
     )
     assert difference([a], [a.float()]) is not None
     assert difference([a], [a[:2]]) is not None
+
+
+class Spread(nn.Module):
+    """Takes a mask for all samples or one for each; a batch of one has no free choice."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        if mask.shape[0] == 1:
+            return x * mask
+        return x * mask[torch.arange(x.shape[0], device=x.device)]
+
+
+def test_a_size_of_one_is_taken_where_all_of_the_batch_are_one() -> None:
+    free = {"x": {0: "samples"}, "mask": {0: "masks"}}
+    model = Spread().eval()
+    program = fxq.compress(
+        model, (torch.rand(2, 4), torch.rand(2, 4)), "float", dynamic_shapes=free
+    )
+
+    for size in (1, 2, 3):
+        x, mask = torch.rand(size, 4), torch.rand(size, 4)
+        assert torch.equal(program(x, mask), model(x, mask))
+    with pytest.raises(ValueError, match=r"mask.* != 1 or x.* == 1"):
+        program(torch.rand(2, 4), torch.rand(1, 4))

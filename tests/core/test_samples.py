@@ -64,6 +64,16 @@ def test_spreads_are_those_of_batches() -> None:
     assert samples.spreads == {0: (0.0, 1.0)}  # whole numbers are no measurements
 
 
+def test_one_number_a_sample_is_no_measurement() -> None:
+    """Time-steps, conditions: of few samples they may spread anyhow."""
+    times = [
+        (torch.randn(4, 3), torch.tensor([1.0, 900.0, 20.0, 3.0])),
+        (torch.randn(1, 3), torch.tensor(5.0)),
+    ]
+
+    assert list(Samples(times).spreads) == [0]
+
+
 def block() -> nn.Module:
     """A norm whose channels differ by a factor of 30, in front of a linear layer."""
     norm = nn.LayerNorm(32)

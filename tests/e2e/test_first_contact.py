@@ -441,3 +441,18 @@ def test_a_model_may_take_arguments_that_its_signature_does_not_name() -> None:
     expected = model(ids).last_hidden_state
     assert sqnr_db(expected, program(ids).last_hidden_state) > 30
     assert torch.equal(program(ids, return_dict=False)[0], program(**example).last_hidden_state)
+
+
+@pytest.mark.parametrize("recipe", ["float", "w8a8_static"])
+def test_compressing_inside_autocast_is_compressing_outside(recipe: str) -> None:
+    model, x = (
+        nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8)).eval(),
+        torch.rand(8, 32),
+    )
+    outside = fxq.compress(model, x, recipe, data=[x, x + 0.1])
+
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = fxq.compress(model, x, recipe, data=[x, x + 0.1])
+
+    assert inside(x).dtype == torch.float32
+    assert torch.equal(inside(x), outside(x))
