@@ -174,24 +174,24 @@ class Checked:
         """Yield a condition for each free size of which 1 is computed otherwise: by itself, or with
         all sizes of the example's that are equal to it, which may be the batch of other inputs."""
         for name, size in self.signature.example_sizes.items():
-            if size == 1 or self._agrees_at({name: 1}, values, state):
+            if size == 1 or self._agrees_at({name: 1}, values, state) is not False:
                 continue
             alike = {n: 1 for n, other in self.signature.example_sizes.items() if other == size}
             others = [f"{n} == 1" for n in alike if n != name]
-            if others and self._agrees_at(alike, values, state) is True:
+            if others and self._agrees_at(alike, values, state):
                 yield Condition(" or ".join([f"{name} != 1", " and ".join(others)]))
             else:
                 yield Condition(f"{name} != 1")
 
     def _agrees_at(
         self, sizes: Mapping[str, int], values: Mapping[str, Any], state: list[Tensor]
-    ) -> bool | str:
-        """Tell whether both agree on other sizes, or why nobody knows."""
+    ) -> bool | None:
+        """Tell whether both agree on other sizes; None where one of them does not take these."""
         if not self.signature.takes(sizes):
-            return "the graph does not take them"
+            return None
         other = other_batch(self.gm, self.signature, values, sizes)
         if (expected := self._tried(other)) is None:
-            return "the model does not take them"
+            return None
         try:
             self._check(expected, other, state, f"{sizes}", ())
         except UnsupportedError:

@@ -49,7 +49,11 @@ class Program(nn.Module):
         object of `forward` alone: Dynamo counts what it compiled by code objects, and after eight
         programs with the same one it would leave the next one uncompiled."""
         forward = cls.forward
-        own = FunctionType(forward.__code__.replace(), forward.__globals__, forward.__name__)
+        own = FunctionType(
+            forward.__code__.replace(), forward.__globals__, forward.__name__,
+            forward.__defaults__, forward.__closure__,
+        )  # fmt: skip
+        own.__kwdefaults__ = forward.__kwdefaults__
         own.__doc__, own.__annotations__ = forward.__doc__, forward.__annotations__
         space = {"forward": own, "__doc__": cls.__doc__, "__module__": cls.__module__}
         return super().__new__(type(cls.__name__, (cls,), space))

@@ -115,7 +115,7 @@ class CorrectBias(DataPass):
                     of_layer += _of_samples(error.movedim(axis, -1))
                 runner.env.clear()
         if n_processes() > 1:
-            sums = [all_reduce(of_layer, "SUM") for of_layer in sums]
+            sums = [all_reduce(each, "SUM").to(each.device) for each in sums]
         if not int(sums[0][2, 0]):
             raise ValueError(NO_DATA)
         return [correction(total, squares, int(count[0])) for total, squares, count in sums]

@@ -14,12 +14,7 @@ from torch import SymInt, Tensor
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
 
-from fxq.calibrate import (
-    NO_DATA,
-    Batches,
-    calibrate,
-    gather,
-)
+from fxq.calibrate import NO_DATA, Batches, calibrate, gather
 from fxq.numerics import as_real, is_inexact
 from fxq.observers import RangeObserver
 from fxq.passes.common.convert import Convert

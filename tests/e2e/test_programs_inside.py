@@ -159,3 +159,18 @@ def test_a_program_is_a_program_however_it_is_copied() -> None:
         assert type(each).__name__ == "Program"
         assert torch.equal(each(x), program(x))
     assert len({id(code) for code in codes}) == len(codes)
+
+
+def test_a_class_of_ones_own_may_build_on_program() -> None:
+    class Doubled(fxq.Program):
+        def forward(self, x: Tensor, times: int = 2, *, plus: float = 0.5) -> Tensor:
+            result: Tensor = super().forward(x)
+            return times * result + plus
+
+    x = torch.randn(4, 64)
+    given = fxq.compress(nn.Linear(64, 64).eval(), x, "w8a8_dynamic")
+    program = Doubled(given.graph_module, given.signature, given.recipe)
+
+    assert torch.equal(program(x), 2 * given(x) + 0.5)
+    assert torch.equal(copy.deepcopy(program)(x), program(x))
+    assert type(copy.deepcopy(program)).__base__ is Doubled

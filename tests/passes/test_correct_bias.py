@@ -5,11 +5,12 @@ import torch
 from torch import Tensor, nn
 
 import fxq
+from fxq.errors import FxqWarning
 from fxq.layer import layer_of
 from fxq.numerics import sqnr_db
 from fxq.operators import LAYERS
 from fxq.passes import recommended
-from fxq.passes.common import Calibrate, Convert, CorrectBias, InsertObservers
+from fxq.passes.common import Calibrate, Convert, CorrectBias, InsertObservers, correct_bias
 from fxq.passes.common.correct_bias import correction
 from fxq.pipeline import Recipe
 from fxq.rows import EVERY, ByPosition
@@ -155,12 +156,47 @@ def test_what_cannot_be_corrected_stays_and_says_why() -> None:
     assert "its mean error is another in each row of its scale" in reasons(rows)[1]
 
 
-def test_half_precision_and_one_sample_and_bad_arguments() -> None:
-    model = Network().eval()
-    half = batches(1)[0][0].bfloat16()
-    program = fxq.compress(model.bfloat16(), (half,), recipe(CorrectBias()), [(half,)])
-    assert program(half).dtype == torch.bfloat16
+def test_a_model_in_half_precision_comes_closer_too() -> None:
+    model = Network().eval().bfloat16()
+    (x,), (other,) = (batches(seed)[0] for seed in (1, 2))
+    data = [(x.bfloat16(),)]
+    plain, corrected = (fxq.compress(model, data[0], recipe(*steps), data)
+                        for steps in ((), (CorrectBias(),)))  # fmt: skip
 
+    with torch.no_grad():
+        exact = model(other.bfloat16())
+        results = [program(other.bfloat16()) for program in (plain, corrected)]
+
+    assert results[1].dtype == torch.bfloat16
+    assert sqnr_db(exact, results[1]) > sqnr_db(exact, results[0]) + 2
+
+
+def test_one_sample_changes_nothing() -> None:
+    model, x = nn.Linear(8, 6).eval(), torch.rand(1, 8)
+
+    with pytest.warns(FxqWarning, match="found one sample"):
+        program = fxq.compress(model, x, recipe(CorrectBias()), [x])
+
+    (bias,) = (v for name, v in program.graph_module.named_buffers() if name.endswith("bias"))
+    assert torch.equal(bias, model.bias)
+
+
+def test_processes_correct_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = Network().eval(), batches(1)
+    twice = fxq.compress(model, data[0], recipe(CorrectBias()), [*data, *data])
+    monkeypatch.setattr(correct_bias, "n_processes", lambda: 2)
+    monkeypatch.setattr(correct_bias, "all_reduce", lambda found, _: 2 * found)
+
+    both = fxq.compress(model, data[0], recipe(CorrectBias()), data)
+
+    biases = [{name: v for name, v in p.graph_module.named_buffers() if name.endswith("bias")}
+              for p in (twice, both)]  # fmt: skip
+    assert biases[0]
+    for name, bias in biases[0].items():
+        torch.testing.assert_close(biases[1][name], bias)
+
+
+def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match=r"CorrectBias.n_samples: expected a positive number"):
         CorrectBias(n_samples=0)
 
