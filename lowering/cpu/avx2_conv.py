@@ -240,7 +240,7 @@ def launch(
     call(
         address(x, strided=True), address(found.fields), address(found.runs),
         SIGN if x.dtype == torch.int8 else 0, first(x_zero_point), first(x_scale),
-        address(panels.codes), address(panels.row_sums), panels.is_narrow,
+        *panels.addresses(),
         address(w_scale), int(w_scale.numel() > 1), address(bias),
         ACTIVATIONS.index(activation),
         address(residual), format, first(residual_scale), first(residual_zero_point),

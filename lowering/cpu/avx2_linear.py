@@ -24,6 +24,7 @@ from fxq.numerics import SIGN, codes_dtype, is_pair_safe
 LARGEST = 8  # |w| for which int16 holds 16 products with activations up to 255
 PANEL = 16  # output channels
 STEP = 4  # input channels of one instruction
+TILE = 6  # rows that are multiplied together
 RUN = 32  # input channels of one turn of the loop
 # As `activation.h` numbers them.
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "silu", "relu", "relu6", "hardswish")
@@ -51,15 +52,47 @@ def fits(weight: Tensor, n_groups: int = 1) -> bool:
 
 
 class Packed:
-    """A weight in panels: `[P, K / 4, 16, 4]`, and the sums of its rows `[P, G, 16]`, int32."""
+    """A weight in panels of 16 output channels, for `product.h`: what its `Weight` has, and the sums
+    of its rows `[P, G, 16]`, int32."""
 
     def __init__(self, weight: Tensor, n_groups: int) -> None:
         self.n_out, n_in = weight.shape
         self.is_narrow = is_narrow(weight)
         padded = F.pad(weight, (0, -n_in % RUN, 0, -len(weight) % PANEL)).unflatten(0, (-1, PANEL))
-        self.codes = padded.unflatten(2, (-1, STEP)).transpose(1, 2).contiguous()
         groups = padded.unflatten(2, (n_groups, -1))
         self.row_sums = groups.sum(3, dtype=torch.int32).mT.contiguous()
+        self.codes = groups.unflatten(3, (-1, STEP)).movedim(1, 3).contiguous()  # [P, G, S, 16, 4]
+        self.places: Tensor | None = None
+        self.matched: Tensor | None = None
+        if not self.is_narrow:
+            order, self.matched = match_steps(self.codes)
+            self.places = order * (TILE * STEP)
+            index = order.long()[..., None, None].expand(self.codes.shape)
+            self.codes = self.codes.gather(2, index)
+
+    def addresses(self) -> tuple[int | None, ...]:
+        """Return where the kernel finds it."""
+        return tuple(map(address, (self.codes, self.places, self.matched, self.row_sums)))
+
+
+def match_steps(codes: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the order in which the steps of a weight are multiplied, and how many of the first
+    ones are matched: two by two their products can be added in int16.
+
+    Args:
+        codes: pair-safe, `[P, G, S, 16, 4]` int8, contiguous.
+    Returns:
+        `[P, G, S]` and `[P, G]`, int32.
+    """
+    order = codes.new_empty(codes.shape[:3], dtype=torch.int32)
+    matched = codes.new_empty(codes.shape[:2], dtype=torch.int32)
+    match = native("match_steps")
+    assert not isinstance(match, str)
+    threads = torch.get_num_threads()
+    match(
+        address(codes), matched.numel(), codes.shape[2], address(order), address(matched), threads
+    )
+    return order, matched
 
 
 def packed(weight: Tensor, n_groups: int) -> Packed | None:
@@ -128,7 +161,7 @@ def launch(
     kernel(
         address(rows), *rows.shape, SIGN if x.dtype == torch.int8 else 0,
         address(zero.values), zero.row_step, address(scale.values), scale.row_step,
-        address(weight.codes), address(weight.row_sums), weight.is_narrow, address(w_scale),
+        *weight.addresses(), address(w_scale),
         n_groups if w_scale.numel() > n_groups else 0, n_groups,
         address(bias), address(apart), address(w_apart), 0 if apart is None else apart.shape[-1],
         ACTIVATIONS.index(activation), address(residual),

@@ -1,16 +1,17 @@
 // The product of codes on x86-64 with AVX2, exact without VNNI, slab by slab of its rows.
 //
-// `vpmaddubsw` multiplies unsigned with signed bytes and adds pairs of products in int16, where it
-// saturates. With pair-safe weights of 8 bits a pair comes to at most 255 * 128 < 2^15; every pair
-// is widened to int32 at once, two instructions of the multiplier for one. Where |w| <= 8 a pair is
-// at most 4080 in magnitude, eight come to 32640 < 2^15, and are added in int16 before they are
-// widened: one instruction and an eighth.
-//
 // A panel is 16 output channels, two vectors; a step is 4 input channels, whose bytes lie together
 // for each output channel, so that one broadcast of 4 activations meets 8 output channels. Input
 // channels are padded with zero weights to a multiple of `RUN`, and activations are packed likewise:
 // tiles of 6 rows, step by step. What is packed at a time, a slab, is half a megabyte a thread: rows
 // of a convolution overlap, and all of them together are many times the image.
+//
+// `vpmaddubsw` multiplies unsigned with signed bytes and adds pairs of products in int16, where it
+// saturates; `vpmaddwd` widens to int32, and both need the multiplier, which is what there is least
+// of. With pair-safe weights a pair comes to at most 255 * 128 < 2^15. Signs differ, so that for most
+// steps another can be found whose products can be added to theirs in int16, whatever the activations
+// (`match_steps.cpp`): then three instructions of the multiplier do for four. Where |w| <= 8 products
+// of eight steps come to 32640 < 2^15: nine do for sixteen.
 
 #pragma once
 #include "epilogue.h"
@@ -22,6 +23,7 @@ constexpr int64_t STEP = 4;        // input channels of one instruction
 constexpr int64_t STEPS = 8;       // whose sums int16 holds where |w| <= 8
 constexpr int64_t RUN = STEP * STEPS;
 constexpr int64_t TILE = 6;        // rows: times 2 vectors, 12 accumulators of 16 registers
+constexpr int FEW = 3;             // rows: times 2, 6 accumulators, beside 4 vectors of weight
 constexpr int64_t MOST_ROWS = 96;  // of one piece of work
 constexpr int64_t WORK = 1 << 21;  // multiply-adds, 20 microseconds, that several threads share
 constexpr int64_t CACHED = 1 << 18;  // bytes of weight of one piece of work
@@ -36,39 +38,123 @@ inline __m256i in_order(__m256i sum) {
   return sum;
 }
 
-// `sums` [2, ROWS] of the input channels of one group; x and weight move on to the next. `LONG`
-// sums of a run fit int16.
-template <int ROWS, bool LONG>
-inline void add_group(const uint8_t*& x, const int8_t*& weight, int64_t length,
-                      __m256i (&sums)[2][ROWS]) {
-  const __m256i ones = _mm256_set1_epi16(1);
-  for (int64_t k = 0; k < length; k += RUN) {
-    __m256i acc[2][ROWS];
+// A weight in panels, for `groups` of neighbouring input channels each.
+struct Weight {
+  const int8_t* codes;     // [panels, groups, steps, 16, 4]
+  const int32_t* places;   // [panels, groups, steps], bytes of a tile from its group's first step to
+                           // that which each meets; or none, and |w| <= 8: they are in order
+  const int32_t* matched;  // [panels, groups], how many of the first are added two by two: runs
+};
+
+inline __m256i load(const int8_t* codes) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
+}
+
+// The four activations of a row, eight times.
+inline __m256i spread(const uint8_t* x) {
+  int32_t four;
+  std::memcpy(&four, x, STEP);
+  return _mm256_set1_epi32(four);
+}
+
+inline __m256i widen(__m256i pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
+
+// `sums` [2, ROWS] are those of a tile's rows, for the two vectors of a panel. What computes them has its
+// own, and copies them when it is done: others would be written to memory at every step.
+template <int ROWS>
+inline void clear(__m256i (&sums)[2][ROWS]) {
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i)
 #pragma GCC unroll 8
-    for (int s = 0; s < STEPS; ++s, x += TILE * STEP, weight += PANEL * STEP) {
-      const __m256i* w = reinterpret_cast<const __m256i*>(weight);
-      const __m256i low = _mm256_loadu_si256(w), high = _mm256_loadu_si256(w + 1);
+    for (int r = 0; r < ROWS; ++r) sums[i][r] = in_order(_mm256_setzero_si256());
+}
+
+template <int ROWS>
+inline void copy(const __m256i (&sums)[2][ROWS], __m256i (&to)[2][ROWS]) {
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i)
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) to[i][r] = sums[i][r];
+}
+
+// Two steps, whose products are added in int16, of the rows from `begin` to `end`.
+template <int ROWS>
+inline void add_two(const uint8_t* first, const uint8_t* second, const int8_t* weight, int begin,
+                    int end, __m256i (&sums)[2][ROWS]) {
+  const __m256i w[] = {load(weight), load(weight + 32), load(weight + 64), load(weight + 96)};
+#pragma GCC unroll 8
+  for (int r = begin; r < end; ++r) {
+    const __m256i one = spread(first + r * STEP), other = spread(second + r * STEP);
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(one, w[i]),
+                                             _mm256_maddubs_epi16(other, w[2 + i]));
+      sums[i][r] = in_order(_mm256_add_epi32(sums[i][r], widen(pairs)));
+    }
+  }
+}
+
+template <int ROWS>
+inline void add_one(const uint8_t* x, const int8_t* weight, __m256i (&sums)[2][ROWS]) {
+  const __m256i w[] = {load(weight), load(weight + 32)};
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r) {
+    const __m256i value = spread(x + r * STEP);
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i)
+      sums[i][r] = in_order(
+          _mm256_add_epi32(sums[i][r], widen(_mm256_maddubs_epi16(value, w[i]))));
+  }
+}
+
+// The product of one group: `steps` from `x` on, with the codes from `weight` on. `steps` and
+// `matched` are whole runs.
+template <int ROWS>
+inline void multiply_matched(const uint8_t* x, const int8_t* weight, const int32_t* places,
+                             int64_t matched, int64_t steps, __m256i (&out)[2][ROWS]) {
+  constexpr int64_t NEXT = PANEL * STEP;
+  __m256i sums[2][ROWS];
+  clear(sums);
+  int64_t s = 0;
+  for (; s < matched; s += STEPS, places += STEPS, weight += STEPS * NEXT)
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; r += FEW)
+#pragma GCC unroll 8
+      for (int t = 0; t < STEPS; t += 2)
+        add_two(x + places[t], x + places[t + 1], weight + t * NEXT, r, std::min(r + FEW, ROWS), sums);
+  for (; s < steps; s += STEPS, places += STEPS, weight += STEPS * NEXT)
+#pragma GCC unroll 8
+    for (int t = 0; t < STEPS; ++t) add_one(x + places[t], weight + t * NEXT, sums);
+  copy(sums, out);
+}
+
+// The same where |w| <= 8.
+template <int ROWS>
+inline void multiply_narrow(const uint8_t* x, const int8_t* weight, int64_t steps,
+                            __m256i (&out)[2][ROWS]) {
+  __m256i sums[2][ROWS];
+  clear(sums);
+  for (int64_t s = 0; s < steps; s += STEPS) {
+    __m256i run[2][ROWS];
+#pragma GCC unroll 8
+    for (int t = 0; t < STEPS; ++t, x += TILE * STEP, weight += PANEL * STEP) {
+      const __m256i w[] = {load(weight), load(weight + 32)};
 #pragma GCC unroll 8
       for (int r = 0; r < ROWS; ++r) {
-        int32_t four;
-        std::memcpy(&four, x + r * STEP, STEP);
-        const __m256i value = _mm256_set1_epi32(four);
-        const __m256i a = _mm256_maddubs_epi16(value, low), b = _mm256_maddubs_epi16(value, high);
-        if (LONG) {
-          acc[0][r] = s == 0 ? a : in_order(_mm256_add_epi16(acc[0][r], a));
-          acc[1][r] = s == 0 ? b : in_order(_mm256_add_epi16(acc[1][r], b));
-        } else {
-          sums[0][r] = in_order(_mm256_add_epi32(sums[0][r], _mm256_madd_epi16(a, ones)));
-          sums[1][r] = in_order(_mm256_add_epi32(sums[1][r], _mm256_madd_epi16(b, ones)));
+        const __m256i value = spread(x + r * STEP);
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; ++i) {
+          const __m256i pairs = _mm256_maddubs_epi16(value, w[i]);
+          run[i][r] = t == 0 ? pairs : in_order(_mm256_add_epi16(run[i][r], pairs));
         }
       }
     }
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i)
 #pragma GCC unroll 8
-    for (int r = 0; r < ROWS && LONG; ++r) {
-      sums[0][r] = _mm256_add_epi32(sums[0][r], _mm256_madd_epi16(acc[0][r], ones));
-      sums[1][r] = _mm256_add_epi32(sums[1][r], _mm256_madd_epi16(acc[1][r], ones));
-    }
+      for (int r = 0; r < ROWS; ++r) sums[i][r] = _mm256_add_epi32(sums[i][r], widen(run[i][r]));
   }
+  copy(sums, out);
 }
 
 // Where the results of a panel go: its number, its first channel, and that after its product's last.
@@ -80,11 +166,26 @@ struct Place {
   Epilogue half(int i) const { return {call, channels, panel, i, begin, end}; }
 };
 
+// What a tile of rows meets: a panel of a weight.
+struct Panel {
+  const Weight& weight;
+  int64_t number, groups, steps;  // `steps` of each group
+
+  template <int ROWS>
+  void times(const uint8_t* x, int64_t group, __m256i (&sums)[2][ROWS]) const {
+    const int64_t place = number * groups + group;
+    const int8_t* codes = weight.codes + place * steps * PANEL * STEP;
+    x += group * steps * TILE * STEP;
+    if (weight.places == nullptr) return multiply_narrow(x, codes, steps, sums);
+    multiply_matched(x, codes, weight.places + place * steps, weight.matched[place], steps, sums);
+  }
+};
+
 // One tile with one panel, whose channels share a scale.
-template <int ROWS, bool LONG>
-void tile(const uint8_t* x, const int8_t* weight, int64_t n_in, const Place& to, int64_t row) {
-  __m256i sums[2][ROWS] = {};
-  add_group<ROWS, LONG>(x, weight, n_in, sums);
+template <int ROWS>
+void tile(const uint8_t* x, const Panel& panel, const Place& to, int64_t row) {
+  __m256i sums[2][ROWS];
+  panel.times(x, 0, sums);
   if constexpr (ROWS == TILE)
     if (to.plain) {
       const auto finish = to.call.kind == REAL ? finish_panel_with<REAL, ROWS>
@@ -99,16 +200,15 @@ void tile(const uint8_t* x, const int8_t* weight, int64_t n_in, const Place& to,
 }
 
 // The same with several groups of input channels, each with its scale.
-template <int ROWS, bool LONG>
-void tile_of_groups(const uint8_t* x, const int8_t* weight, int64_t n_in,
-                    const Place& to, int64_t row) {
+template <int ROWS>
+void tile_of_groups(const uint8_t* x, const Panel& panel, const Place& to, int64_t row) {
   const Call& call = to.call;
   const Epilogue halves[] = {to.half(0), to.half(1)};
   __m256i whole[2][ROWS] = {};
   __m256 scaled[2][ROWS] = {};
   for (int64_t g = 0; g < call.groups; ++g) {
-    __m256i sums[2][ROWS] = {};
-    add_group<ROWS, LONG>(x, weight, n_in / call.groups, sums);
+    __m256i sums[2][ROWS];
+    panel.times(x, g, sums);
     for (int i = 0; i < 2; ++i) {
       const __m256 scale = halves[i].scale(g);
       halves[i].centre(row, g, sums[i]);
@@ -132,13 +232,12 @@ void tile_of_groups(const uint8_t* x, const int8_t* weight, int64_t n_in,
 }
 
 // One tile of packed activations, of `rows` of 6 at most, with one panel.
-template <int ROWS, bool LONG>
-void meet(int64_t rows, const uint8_t* x, const int8_t* weight, int64_t n_in,
-          const Place& to, int64_t row) {
+template <int ROWS>
+void meet(int64_t rows, const uint8_t* x, const Panel& panel, const Place& to, int64_t row) {
   if constexpr (ROWS > 1)
-    if (rows < ROWS) return meet<ROWS - 1, LONG>(rows, x, weight, n_in, to, row);
-  if (to.call.groups == 1) tile<ROWS, LONG>(x, weight, n_in, to, row);
-  else tile_of_groups<ROWS, LONG>(x, weight, n_in, to, row);
+    if (rows < ROWS) return meet<ROWS - 1>(rows, x, panel, to, row);
+  if (to.call.groups == 1) tile<ROWS>(x, panel, to, row);
+  else tile_of_groups<ROWS>(x, panel, to, row);
 }
 
 // Rows of codes in memory. Those of a product lie at the corners of a grid with axes for batch and
@@ -213,8 +312,7 @@ void pack(const Rows& rows, int64_t product, int64_t row, uint8_t* scratch, uint
 // The products of a slab of `count` packed rows, from `first` on, with all panels. Panels that the
 // second-level cache holds meet a tile of rows, one by one, then the next tile: what is written lies
 // together.
-template <bool LONG>
-void multiply_slab(const Call& call, const Channels& channels, const int8_t* weight, int64_t padded,
+void multiply_slab(const Call& call, const Channels& channels, const Weight& weight, int64_t padded,
                    const uint8_t* packed, int64_t first, int64_t count, int threads) {
   const int64_t panels = call.panels(), pieces = (count + MOST_ROWS - 1) / MOST_ROWS;
   const int64_t block = std::max<int64_t>(1, CACHED / (PANEL * padded));
@@ -231,10 +329,9 @@ void multiply_slab(const Call& call, const Channels& channels, const int8_t* wei
           const int64_t product = call.products == 1 ? 0 : p / per;
           const int64_t begin = product * wide + (p - product * per) * PANEL;
           const int64_t end = (product + 1) * wide;
-          meet<TILE, LONG>(count - row, packed + (row * call.products + product * TILE) * padded,
-                           weight + p * PANEL * padded, padded,
-                           {call, channels, p, begin, end, plain && end - begin >= PANEL},
-                           first + row);
+          meet<TILE>(count - row, packed + (row * call.products + product * TILE) * padded,
+                     {weight, p, call.groups, padded / STEP / call.groups},
+                     {call, channels, p, begin, end, plain && end - begin >= PANEL}, first + row);
         }
 }
 
@@ -263,8 +360,8 @@ class Workspace {
   std::unique_ptr<uint8_t[]> once;
 };
 
-// All of a call: `weight` [panels, padded / 4, 16, 4], of codes up to 8 in magnitude where `narrow`.
-void multiply(const Call& call, const Rows& rows, const int8_t* weight, bool narrow, int threads) {
+// All of a call.
+void multiply(const Call& call, const Rows& rows, const Weight& weight, int threads) {
   const int64_t padded = rows.padded(), row_bytes = padded * call.products;
   const int64_t most = std::max<int64_t>(1, threads * SLAB / (row_bytes * MOST_ROWS)) * MOST_ROWS;
   const Channels channels(call);
@@ -283,8 +380,7 @@ void multiply(const Call& call, const Rows& rows, const int8_t* weight, bool nar
         pack(rows, i % call.products, first + i / call.products * TILE, scratch.get(),
              packed + i * TILE * padded);
     }
-    (narrow ? multiply_slab<true> : multiply_slab<false>)(
-        call, channels, weight, padded, packed, first, count, threads);
+    multiply_slab(call, channels, weight, padded, packed, first, count, threads);
   }
 }
 

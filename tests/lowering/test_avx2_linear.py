@@ -1,6 +1,7 @@
 """8-bit activations times weights of 4 and pair-safe ones of 8 bits on x86 without VNNI: bit-equal
 to the definition, and integer sums to int64, also at the largest codes that there are."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -16,7 +17,7 @@ from fxq.lowering.devices import x86
 from fxq.lowering.int8_linear import reference
 from fxq.lowering.kernels import buffers
 from fxq.lowering.lower import lower
-from fxq.numerics import sqnr_db
+from fxq.numerics import pair_safe_amax, sqnr_db
 from fxq.passes import eda_dm, gptq, psaq_vit
 from fxq.passes.common import Convert, InsertObservers
 from fxq.pipeline import Recipe
@@ -36,6 +37,7 @@ Pair = tuple[int, int]
 PAIRS: dict[str, Pair | None] = {
     "any of 4 bits": None,
     **{str(pair): pair for pair in ((8, 8), (-8, -8), (64, 64), (1, 127), (-64, -64), (0, -128))},
+    **{str(pair): pair for pair in ((32, 32), (-32, -32), (32, 33))},  # four of which just fit
     "opposite": (127, -127),
 }
 
@@ -143,6 +145,28 @@ def test_a_scale_that_is_not_finite_stays_in_its_row() -> None:
 
     assert found[3].isnan().all()
     assert found[[0, 1, 2, 4, 5, 6, 7]].isfinite().all()
+
+
+@needs_kernel
+@pytest.mark.parametrize("n_in", [32, 192, 1024])
+def test_matched_steps_fit_int16(n_in: int) -> None:
+    weight = torch.randn(48, n_in)
+    amax = pair_safe_amax(weight)[:, None]
+    codes = (weight / amax * 127).round().to(torch.int8)
+    steps = codes.reshape(3, 16, 2, -1, 4).permute(0, 2, 3, 1, 4).contiguous()  # 2 groups
+
+    order, matched = avx2_linear.match_steps(steps)
+
+    assert torch.equal(order.sort(-1).values[0, 0], torch.arange(n_in // 8, dtype=torch.int32))
+    assert (matched % 8 == 0).all()
+    found = 0
+    for panel, group in itertools.product(range(3), range(2)):
+        for two in order[panel, group, : matched[panel, group]].view(-1, 2):
+            four = steps[panel, group, two].int().unflatten(2, (2, 2))  # [2, 16, 2, 2]
+            for sign in (1, -1):
+                assert ((four * sign).clamp(min=0).sum((0, 3)) * 255 < 2**15).all()
+            found += 2
+    assert (found > 0.9 * order.numel()) == (n_in == 1024)
 
 
 @needs_kernel
