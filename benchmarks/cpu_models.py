@@ -102,6 +102,22 @@ def image_model(name: str, **settings: Any) -> Callable[[bool], nn.Module]:
     return build
 
 
+def with_statistics(build: Callable[[bool], nn.Module]) -> Callable[[bool], nn.Module]:
+    """Return how to build a model whose batch norms have the statistics of data, as after training:
+    with those that they begin with activations grow from layer to layer."""
+
+    def build_with(smoke: bool) -> nn.Module:
+        model = build(smoke).train()
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = None  # the mean of all batches
+        with torch.no_grad():
+            model(torch.randn(4, 3, 224, 224))
+        return model
+
+    return build_with
+
+
 def llama(smoke: bool) -> nn.Module:
     """Return two blocks of a language model of width 1024, with a small vocabulary."""
     config = LlamaConfig(
@@ -117,8 +133,9 @@ MODELS: dict[str, Callable[[bool], nn.Module]] = {
     "vit_base": image_model("vit_base_patch16_224", num_classes=0, global_pool="", depth=12),
     "deit_small": image_model("deit_small_patch16_224", num_classes=0, global_pool="", depth=12),
     "swin_tiny": image_model("swin_tiny_patch4_window7_224"),
-    "resnet50": image_model("resnet50"),
-    "mobilenet_v2": image_model("mobilenetv2_100"),
+    # Unless told otherwise timm begins with residual branches of weight 0: half of the layers idle.
+    "resnet50": with_statistics(image_model("resnet50", zero_init_last=False)),
+    "mobilenet_v2": with_statistics(image_model("mobilenetv2_100")),
     "llama": llama,
     "decode": llama,
 }

@@ -64,11 +64,6 @@ struct Call {
 
   // Whether `finish_panel` is for it.
   bool is_plain() const { return groups == 1 && !n_apart && kind != WHOLE; }
-
-  // The place of an output channel in panels, none of which has channels of two products.
-  int64_t place(int64_t n) const {
-    return n / of_product() * panels_of_product() * PANEL + n % of_product();
-  }
 };
 
 // Store the first `n` of eight values that lie in `eight`. Not by masks: they are slow on AMD's
@@ -127,17 +122,24 @@ struct Channels {
     w_scale.reset(new float[panels * c.groups * PANEL]());
     w_apart.reset(new float[panels * c.n_apart * PANEL]());
     for (auto* values : {&bias, &inverse, &out_zero}) values->reset(new float[panels * PANEL]());
-    for (int64_t n = 0; n < c.n_out; ++n) {
-      const int64_t at = c.place(n), panel = at / PANEL, lane = at % PANEL;
-      for (int64_t g = 0; g < c.groups; ++g)
-        w_scale[(panel * c.groups + g) * PANEL + lane] = c.w_scale[n * c.w_step + g];
-      for (int64_t j = 0; j < c.n_apart; ++j)
-        w_apart[(panel * c.n_apart + j) * PANEL + lane] = c.w_apart[n * c.n_apart + j];
-      if (c.bias != nullptr) bias[at] = c.bias[n];
-      if (c.out_scale.data != nullptr)
-        inverse[at] = 1.0f / c.out_scale.data[n * c.out_scale.channel_step];
-      if (c.out_zero.data != nullptr) out_zero[at] = c.out_zero.data[n * c.out_zero.channel_step];
-    }
+    // No panel has channels of two products.
+    for (int64_t product = 0; product < c.products; ++product)
+      for (int64_t i = 0; i < c.of_product(); ++i)
+        set(c, product * c.of_product() + i, product * c.panels_of_product() * PANEL + i);
+  }
+
+ private:
+  // Channel `n`, whose place in panels is `at`.
+  void set(const Call& c, int64_t n, int64_t at) {
+    const int64_t panel = at / PANEL, lane = at % PANEL;
+    for (int64_t g = 0; g < c.groups; ++g)
+      w_scale[(panel * c.groups + g) * PANEL + lane] = c.w_scale[n * c.w_step + g];
+    for (int64_t j = 0; j < c.n_apart; ++j)
+      w_apart[(panel * c.n_apart + j) * PANEL + lane] = c.w_apart[n * c.n_apart + j];
+    if (c.bias != nullptr) bias[at] = c.bias[n];
+    if (c.out_scale.data != nullptr)
+      inverse[at] = 1.0f / c.out_scale.data[n * c.out_scale.channel_step];
+    if (c.out_zero.data != nullptr) out_zero[at] = c.out_zero.data[n * c.out_zero.channel_step];
   }
 };
 

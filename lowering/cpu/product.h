@@ -24,7 +24,7 @@ constexpr int64_t STEPS = 8;       // whose sums int16 holds where |w| <= 8
 constexpr int64_t RUN = STEP * STEPS;
 constexpr int64_t TILE = 6;        // rows: times 2 vectors, 12 accumulators of 16 registers
 constexpr int FEW = 3;             // rows: times 2, 6 accumulators, beside 4 vectors of weight
-constexpr int64_t MOST_ROWS = 96;  // of one piece of work
+constexpr int64_t MOST_ROWS = 96;    // of one piece of work
 constexpr int64_t WORK = 1 << 21;  // multiply-adds, 20 microseconds, that several threads share
 constexpr int64_t CACHED = 1 << 18;  // bytes of weight of one piece of work
 constexpr int64_t MUCH = 1 << 18;  // bytes of activations that several threads pack
@@ -314,17 +314,19 @@ void pack(const Rows& rows, int64_t product, int64_t row, uint8_t* scratch, uint
 // together.
 void multiply_slab(const Call& call, const Channels& channels, const Weight& weight, int64_t padded,
                    const uint8_t* packed, int64_t first, int64_t count, int threads) {
-  const int64_t panels = call.panels(), pieces = (count + MOST_ROWS - 1) / MOST_ROWS;
-  const int64_t block = std::max<int64_t>(1, CACHED / (PANEL * padded));
-  const int64_t blocks = (panels + block - 1) / block;
+  const int64_t panels = call.panels(), panel_bytes = PANEL * padded;
+  const int64_t most = std::max<int64_t>(1, CACHED / panel_bytes);
+  const int64_t blocks = (panels + most - 1) / most, block = (panels + blocks - 1) / blocks;
+  // A piece of work is some tiles with a block of panels: small, so that threads end together.
+  const int64_t tiles = std::clamp<int64_t>(WORK / (block * panel_bytes) / TILE, 1, MOST_ROWS / TILE);
+  const int64_t piece = tiles * TILE;
   const int64_t wide = call.of_product(), per = call.panels_of_product();
   const bool plain = call.is_plain();
 #pragma omp parallel for num_threads(threads) collapse(2) \
-    schedule(dynamic, 1) if (count * padded * PANEL * panels > WORK)
+    schedule(dynamic, 1) if (count * panels * panel_bytes > WORK)
   for (int64_t b = 0; b < blocks; ++b)
-    for (int64_t piece = 0; piece < pieces; ++piece)
-      for (int64_t row = piece * MOST_ROWS; row < std::min((piece + 1) * MOST_ROWS, count);
-           row += TILE)
+    for (int64_t begun = 0; begun < count; begun += piece)
+      for (int64_t row = begun; row < std::min(begun + piece, count); row += TILE)
         for (int64_t p = b * block; p < std::min((b + 1) * block, panels); ++p) {
           const int64_t product = call.products == 1 ? 0 : p / per;
           const int64_t begin = product * wide + (p - product * per) * PANEL;
