@@ -52,8 +52,8 @@ def fits(weight: Tensor, n_groups: int = 1) -> bool:
 
 
 class Packed:
-    """A weight in panels of 16 output channels, for `product.h`: what its `Weight` has, and the sums
-    of its rows `[P, G, 16]`, int32."""
+    """A weight in panels of 16 output channels, for `product.h`: what its `Weight` has, and the
+    sums of its rows `[P, G, 16]`, int32."""
 
     def __init__(self, weight: Tensor, n_groups: int) -> None:
         self.n_out, n_in = weight.shape
@@ -84,14 +84,12 @@ def match_steps(codes: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         `[P, G, S]` and `[P, G]`, int32.
     """
-    order = codes.new_empty(codes.shape[:3], dtype=torch.int32)
-    matched = codes.new_empty(codes.shape[:2], dtype=torch.int32)
-    match = native("match_steps")
-    assert not isinstance(match, str)
-    threads = torch.get_num_threads()
-    match(
-        address(codes), matched.numel(), codes.shape[2], address(order), address(matched), threads
-    )
+    n_steps = codes.shape[2]
+    order = torch.arange(n_steps, dtype=torch.int32).repeat(*codes.shape[:2], 1)
+    matched = torch.zeros(codes.shape[:2], dtype=torch.int32)
+    if not isinstance(match := native("match_steps"), str):  # else none are
+        results = address(order), address(matched)
+        match(address(codes), matched.numel(), n_steps, *results, torch.get_num_threads())
     return order, matched
 
 
