@@ -40,9 +40,22 @@ from fxq.vetting import check_arithmetic, check_graph, check_values
 VERSION = 4  # 1 had no checksum, 2 no records of layers, 3 no conditions on sizes
 # Before the names of state and of records' tensors; no name in a graph has a colon.
 STATE, LAYERS = "state:", "layer:"
-# What a file may cause to be imported: the modules in which two libraries keep the classes that
-# their models return, and which register them with torch's pytree and do nothing else.
-RESULT_MODULES = frozenset({"transformers.modeling_outputs", "diffusers.models.modeling_outputs"})
+# What a file may cause to be imported: the modules in which two libraries have the classes that
+# their models return, and register them with torch's pytree.
+RESULT_MODULES = frozenset(
+    {
+        "transformers.modeling_outputs",
+        "diffusers.models.modeling_outputs",
+        "diffusers.models.autoencoders.vae",
+        "diffusers.models.controlnets.controlnet",
+        "diffusers.models.unets.unet_1d",
+        "diffusers.models.unets.unet_2d",
+        "diffusers.models.unets.unet_2d_condition",
+        "diffusers.models.unets.unet_3d_condition",
+        "diffusers.models.unets.unet_motion_model",
+        "diffusers.models.unets.unet_spatio_temporal_condition",
+    }
+)
 NATIVE_TYPES = {"tuple": tuple, "list": list, "dict": dict, "OrderedDict": OrderedDict}
 
 

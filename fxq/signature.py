@@ -45,10 +45,13 @@ class Leaf:
                 f"{where}: expected a tensor for {self.name!r}, found {type(value).__name__}"
             )
         if value.dtype != self.dtype:
-            both = self.dtype.is_floating_point and value.dtype.is_floating_point
+            instead = ""
+            if value.dtype.is_floating_point:  # a time-step is one with some schedulers
+                whole = "model" if self.dtype.is_floating_point else "model for calls with it"
+                instead = f", or compress the {whole} in {value.dtype}"
             raise ValueError(
                 f"{where}: expected {self.dtype} for {self.name!r}, found {value.dtype}; "
-                f"convert it{f', or compress the model in {value.dtype}' if both else ''}"
+                f"convert it{instead}"
             )
         fits = len(value.shape) == len(self.shape) and all(
             isinstance(want, str) or want == size

@@ -9,7 +9,7 @@ a kernel says the rule that put it there.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from fxq.graph import owner_name, result_of, tensor_of
 from fxq.judging import Judgement, Recorder, judge
 from fxq.layer import LAYER, layer_of
 from fxq.lowering.lower import lower
-from fxq.lowering.rule import REPLACED, Replaced
+from fxq.lowering.rule import REPLACED, Replaced, is_code, steps_between
 from fxq.numerics import sqnr_db
 from fxq.program import Program, check_program
 from fxq.seeding import seeded
@@ -41,6 +41,8 @@ class NodeCheck:
             of a kernel that has none.
         sqnr_db: of the output, the first where there are several; infinite where bit-equal.
         ok: within the bounds.
+        codes: how many elements the output has, where it is codes; else 0.
+        neighbours: how many of these are not the simulated code but one next to it, or farther.
     """
 
     node: str
@@ -49,6 +51,8 @@ class NodeCheck:
     accumulators_equal: bool
     sqnr_db: float
     ok: bool
+    codes: int = 0
+    neighbours: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,8 +76,14 @@ class Verification:
 
     @property
     def worst(self) -> NodeCheck | None:
-        """The kernel with the largest error; None where nothing was lowered."""
-        return min(self.checks, key=lambda c: (c.accumulators_equal, c.sqnr_db), default=None)
+        """The kernel with the largest error, of those within the bounds one that gives values where
+        there is one: in codes rounding is a whole step, or nothing. None where nothing was
+        lowered."""
+
+        def rank(check: NodeCheck) -> tuple[bool, bool, bool, float]:
+            return check.ok, check.accumulators_equal, check.codes > 0, check.sqnr_db
+
+        return min(self.checks, key=rank, default=None)
 
     def __str__(self) -> str:
         kernels = self._kernels()
@@ -88,6 +98,12 @@ class Verification:
             "the bounds; "
             f"worst {self.worst.sqnr_db:.1f} dB at {self.worst.module}"
         ]
+        if codes := sum(c.codes for c in self.checks):
+            neighbours = sum(c.neighbours for c in self.checks)
+            lines.append(
+                f"of {codes:,} codes that they write {neighbours:,} are rounded to a neighbour of "
+                "the simulated one"
+            )
         lines += [
             f"  {c.module}: {c.kernel}, {c.sqnr_db:.1f} dB, accumulators "
             f"{'equal' if c.accumulators_equal else 'DIFFER'}"
@@ -156,5 +172,9 @@ class _Replay:
         equal, ok = made.rule.check(expected, found, kernel, self.value)
         target = str(kernel.target).removesuffix(".default")
         name = self.names.get(layer_of(kernel).origin, owner_name(node))
-        error = sqnr_db(tree_leaves(expected)[0], tree_leaves(found)[0])
-        return NodeCheck(made.node, name, target, equal, error, ok)
+        first, other = tree_leaves(expected)[0], tree_leaves(found)[0]
+        result = NodeCheck(made.node, name, target, equal, sqnr_db(first, other), ok)
+        if not is_code(first):
+            return result
+        neighbours = int((steps_between(first, other) > 0).sum())
+        return replace(result, codes=first.numel(), neighbours=neighbours)

@@ -161,9 +161,19 @@ def test_native_containers_come_back(wrap: Callable[[Tensor], Any], path: Path) 
         loaded(**call, scale=3.0)
 
 
-def test_model_output_of_transformers_comes_back_in_a_fresh_process(path: Path) -> None:
-    outputs = pytest.importorskip("transformers.modeling_outputs")
-    program, call = two_outputs(lambda y: outputs.BaseModelOutput(last_hidden_state=y))
+@pytest.mark.parametrize(
+    ("module", "kind", "field"),
+    [
+        ("transformers.modeling_outputs", "BaseModelOutput", "last_hidden_state"),
+        ("diffusers.models.unets.unet_2d", "UNet2DOutput", "sample"),
+        ("diffusers.models.unets.unet_2d_condition", "UNet2DConditionOutput", "sample"),
+    ],
+)
+def test_results_of_libraries_come_back_in_a_fresh_process(
+    path: Path, module: str, kind: str, field: str
+) -> None:
+    output = getattr(pytest.importorskip(module), kind)
+    program, call = two_outputs(lambda y: output(**{field: y}))
     save(program, path)
     code = (
         "import sys, torch\n"
@@ -178,10 +188,9 @@ def test_model_output_of_transformers_comes_back_in_a_fresh_process(path: Path) 
         capture_output=True, text=True, check=True, cwd=Path(fxq.saving.__file__).parents[1],
     )  # fmt: skip
 
-    assert type(here) is outputs.BaseModelOutput
-    assert torch.equal(here.last_hidden_state, program(**call).last_hidden_state)
-    expected = "transformers.modeling_outputs BaseModelOutput ['last_hidden_state']"
-    assert there.stdout.strip() == expected
+    assert type(here) is output
+    assert torch.equal(here[field], program(**call)[field])
+    assert there.stdout.strip() == f"{module} {kind} ['{field}']"
 
 
 def test_config_and_attributes_come_back_without_what_json_cannot_hold(path: Path) -> None:

@@ -391,3 +391,5 @@ def test_another_dtype_is_refused_with_what_helps() -> None:
         table(words.int())
     with pytest.raises(ValueError, match=r"convert it, or compress the model in torch.float64$"):
         linear(numbers.double())
+    with pytest.raises(ValueError, match=r"or compress the model for calls with it in"):
+        table(words.float())

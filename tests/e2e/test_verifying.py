@@ -10,8 +10,10 @@ from torch import Tensor, nn
 import fxq
 from fxq.lowering import int8_linear
 from fxq.lowering.cpu import avx2_linear
+from fxq.lowering.cpu.native import native
+from fxq.lowering.cpu.onednn import cpu_int8
 from fxq.lowering.devices import x86
-from fxq.lowering.rule import MIN_SQNR_DB
+from fxq.lowering.rule import MIN_SQNR_DB, is_code
 from fxq.passes import w8a8
 
 
@@ -79,3 +81,38 @@ def test_nothing_lowered_is_said() -> None:
     program = fxq.compress(Block().eval(), torch.randn(2, 5, 64), w8a8.DYNAMIC)
 
     assert "nothing to compare" in str(fxq.verify(program, torch.randn(1, 5, 64)))
+
+
+@pytest.mark.usefixtures("any_size_pays")
+def test_codes_are_counted_and_a_far_one_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not cpu_int8().saturates or isinstance(native("avx2_linear"), str):
+        pytest.skip("kernels that write codes need AVX2 without VNNI, and a compiler")
+    model, x = (
+        nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 32)).eval(),
+        torch.randn(50, 64),
+    )
+    program = fxq.compress(model, x, w8a8.STATIC, data=[x])
+    right = fxq.verify(program, x)
+    step = 0
+
+    def move_one(result: Tensor, _: Tensor) -> Tensor:
+        if is_code(result):
+            result.view(-1)[(result.int() - 10).abs().argmin()] += step
+        return result
+
+    spoil(monkeypatch, move_one)
+    found = []
+    for step in (1, 2):  # noqa: B007
+        found.append(fxq.verify(program, x))
+
+    assert right.ok
+    assert right.worst is not None
+    assert right.worst.codes == 0
+    assert right.worst.sqnr_db >= MIN_SQNR_DB
+    before = right.checks[0]
+    assert before.codes == 50 * 96
+    assert f"of {50 * 96:,} codes that they write {before.neighbours}" in str(right)
+    assert found[0].ok
+    assert abs(found[0].checks[0].neighbours - before.neighbours) == 1
+    assert not found[1].ok
+    assert found[1].worst == found[1].checks[0]
