@@ -63,7 +63,7 @@ struct Call {
   int64_t panels() const { return products * panels_of_product(); }
 
   // Whether `finish_panel` is for it.
-  bool is_plain() const { return groups == 1 && !n_apart && kind != WHOLE; }
+  bool is_plain() const { return groups == 1 && kind != WHOLE; }
 };
 
 // Store the first `n` of eight values that lie in `eight`. Not by masks: they are slow on AMD's
@@ -314,6 +314,11 @@ void finish_panel(const Call& call, const Channels& channels, int64_t panel, int
     for (int i = 0; i < 2; ++i) {
       y[i] = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(sums[i][r], added[i])), step[i]);
       if (call.bias != nullptr) y[i] = _mm256_add_ps(y[i], bias[i]);
+    }
+    for (int64_t j = 0; j < call.n_apart; ++j) {
+      const __m256 x = all(call.apart[(row + r) * call.n_apart + j]);
+      const float* const w = channels.w_apart.get() + (panel * call.n_apart + j) * PANEL;
+      for (int i = 0; i < 2; ++i) y[i] = _mm256_fmadd_ps(x, _mm256_loadu_ps(w + 8 * i), y[i]);
     }
     const auto add = [&] {
       for (int i = 0; i < 2; ++i) y[i] = _mm256_add_ps(y[i], residual.first(8, at + 8 * i));

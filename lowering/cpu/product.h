@@ -19,16 +19,16 @@
 
 namespace {
 
-constexpr int64_t STEP = 4;        // input channels of one instruction
-constexpr int64_t STEPS = 8;       // whose sums int16 holds where |w| <= 8
+constexpr int64_t STEP = 4;   // input channels of one instruction
+constexpr int64_t STEPS = 8;  // whose sums int16 holds where |w| <= 8
 constexpr int64_t RUN = STEP * STEPS;
-constexpr int64_t TILE = 6;        // rows: times 2 vectors, 12 accumulators of 16 registers
-constexpr int FEW = 3;             // rows: times 2, 6 accumulators, beside 4 vectors of weight
-constexpr int64_t MOST_ROWS = 96;    // of one piece of work
-constexpr int64_t WORK = 1 << 21;  // multiply-adds, 20 microseconds, that several threads share
-constexpr int64_t CACHED = 1 << 18;  // bytes of weight of one piece of work
-constexpr int64_t MUCH = 1 << 18;  // bytes of activations that several threads pack
-constexpr int64_t SLAB = 1 << 19;  // bytes of packed activations for each thread
+constexpr int64_t TILE = 6;  // rows: times 2 vectors, 12 accumulators of 16 registers
+constexpr int FEW = 3;       // rows: times 2 vectors, 6 accumulators, beside 4 vectors of weight
+constexpr int64_t MOST_ROWS = 96;       // of one piece of work
+constexpr int64_t WORK = 1 << 21;       // multiply-adds, 20 microseconds: of one, and worth sharing
+constexpr int64_t CACHED = 1 << 18;     // bytes of weight of one piece of work
+constexpr int64_t MUCH = 1 << 18;       // bytes of activations that several threads pack
+constexpr int64_t SLAB = 1 << 19;       // bytes of packed activations for each thread
 constexpr int64_t MOST_KEPT = 1 << 24;  // bytes that a thread keeps from call to call
 
 // A sum in the order that is written. Compilers know that integers can be summed in any, and keep
