@@ -170,6 +170,17 @@ def test_matched_steps_fit_int16(n_in: int) -> None:
 
 
 @needs_kernel
+def test_steps_with_large_codes_are_matched_first() -> None:
+    steps = torch.zeros(1, 1, 8, 16, 4, dtype=torch.int8)
+    steps[..., ::2] = torch.tensor([20, 100]).repeat(4)[:, None, None]  # 120 fit, 200 do not
+
+    order, matched = avx2_linear.match_steps(steps)
+
+    assert matched.item() == 8
+    assert sorted(map(sorted, order.view(-1, 2).tolist())) == [[0, 1], [2, 3], [4, 5], [6, 7]]
+
+
+@needs_kernel
 def test_the_kernel_is_for_pair_safe_codes() -> None:
     w = weight(20, 64, None)
     beyond, unsafe = w.clone(), w.clone()
