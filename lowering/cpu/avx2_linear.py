@@ -67,8 +67,9 @@ class Packed:
         if not self.is_narrow:
             order, self.matched = match_steps(self.codes)
             self.places = order * (TILE * STEP)
-            index = order.long()[..., None, None].expand(self.codes.shape)
-            self.codes = self.codes.gather(2, index)
+            steps = self.codes.flatten(0, 2)
+            first = torch.arange(0, len(steps), order.shape[2]).view(*order.shape[:2], 1)
+            self.codes = steps[(first + order).flatten()].view_as(self.codes)
 
     def addresses(self) -> tuple[int | None, ...]:
         """Return where the kernel finds it."""
