@@ -147,12 +147,36 @@ def test_a_scale_that_is_not_finite_stays_in_its_row() -> None:
     assert found[[0, 1, 2, 4, 5, 6, 7]].isfinite().all()
 
 
+def any_pair_safe(n_out: int, n_in: int) -> Tensor:
+    weight = torch.randn(n_out, n_in)
+    return (weight / pair_safe_amax(weight)[:, None] * 127).round().to(torch.int8)
+
+
+@needs_kernel
+@pytest.mark.parametrize("n_groups", [1, 2])
+@pytest.mark.parametrize("shape", [(40, 192), (150, 4096)], ids=str)  # the second in many blocks
+def test_each_panel_has_an_order_of_its_own(
+    shape: tuple[int, int], n_groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(buffers, "allocate", poisoned)
+    w = any_pair_safe(*shape)
+    packed = avx2_linear.packed(w, n_groups)
+    assert packed is not None
+    assert packed.places is not None
+    assert len(packed.places.flatten(1).unique(dim=0)) == len(packed.places)
+
+    for n_rows in (1, 7, 97, 200):
+        x = activations(n_rows, shape[1], torch.uint8)
+        args = (x, torch.ones(1, 1), None, w, torch.ones(1, n_groups), None, torch.int32)
+        found = torch.ops.fxq.int8_linear(*args)
+
+        assert torch.equal(found.double(), x.double() @ w.double().T), n_rows
+
+
 @needs_kernel
 @pytest.mark.parametrize("n_in", [32, 192, 1024])
 def test_matched_steps_fit_int16(n_in: int) -> None:
-    weight = torch.randn(48, n_in)
-    amax = pair_safe_amax(weight)[:, None]
-    codes = (weight / amax * 127).round().to(torch.int8)
+    codes = any_pair_safe(48, n_in)
     steps = codes.reshape(3, 16, 2, -1, 4).permute(0, 2, 3, 1, 4).contiguous()  # 2 groups
 
     order, matched = avx2_linear.match_steps(steps)
