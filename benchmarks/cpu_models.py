@@ -133,7 +133,7 @@ MODELS: dict[str, Callable[[bool], nn.Module]] = {
     "vit_base": image_model("vit_base_patch16_224", num_classes=0, global_pool="", depth=12),
     "deit_small": image_model("deit_small_patch16_224", num_classes=0, global_pool="", depth=12),
     "swin_tiny": image_model("swin_tiny_patch4_window7_224"),
-    # Unless told otherwise timm begins with residual branches of weight 0: half of the layers idle.
+    # Unless told otherwise timm begins with residual branches that end in weights of 0.
     "resnet50": with_statistics(image_model("resnet50", zero_init_last=False)),
     "mobilenet_v2": with_statistics(image_model("mobilenetv2_100")),
     "llama": llama,

@@ -9,7 +9,7 @@ a kernel says the rule that put it there.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -173,8 +173,8 @@ class _Replay:
         target = str(kernel.target).removesuffix(".default")
         name = self.names.get(layer_of(kernel).origin, owner_name(node))
         first, other = tree_leaves(expected)[0], tree_leaves(found)[0]
-        result = NodeCheck(made.node, name, target, equal, sqnr_db(first, other), ok)
-        if not is_code(first):
-            return result
-        neighbours = int((steps_between(first, other) > 0).sum())
-        return replace(result, codes=first.numel(), neighbours=neighbours)
+        codes = neighbours = 0
+        if is_code(first):
+            codes, neighbours = first.numel(), int((steps_between(first, other) > 0).sum())
+        error = sqnr_db(first, other)
+        return NodeCheck(made.node, name, target, equal, error, ok, codes, neighbours)

@@ -50,8 +50,9 @@ void copy_image(const Window& w, const uint8_t* x, uint8_t zero, int threads, ui
 extern "C" void fxq_avx2_conv(
     const uint8_t* x, const void* window, const int64_t* runs, int shift, const int32_t* x_zero,
     const float* x_scale, const int8_t* weight, const int32_t* places, const int32_t* matched,
-    const int32_t* row_sums, const float* w_scale, int64_t w_step, const float* bias, int activation, const void* residual,
-    int residual_format, const float* residual_scale, const int32_t* residual_zero,
+    const int32_t* row_sums, const float* w_scale, int64_t w_step, const float* bias,
+    int activation, const void* residual, int residual_format, const float* residual_scale,
+    const int32_t* residual_zero,
     const float* out_scale, int64_t out_scale_step, const int32_t* out_zero, int64_t out_zero_step,
     int code_min, int code_max, void* out, int kind, int64_t n_out, int64_t products,
     int threads) {

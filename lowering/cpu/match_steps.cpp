@@ -37,12 +37,9 @@ struct Sums {
   }
 
   bool fits(const Sums& other) const {
-    uint8_t most = 0;  // of sums that are below 2 * MOST but for one
-    for (int64_t i = 0; i < SIGNS * LANES; ++i) {
-      const int sum = of[i] + other.of[i];
-      most = std::max<uint8_t>(most, static_cast<uint8_t>(std::min(sum, 255)));
-    }
-    return most <= MOST;
+    for (int64_t i = 0; i < SIGNS * LANES; ++i)
+      if (of[i] + other.of[i] > MOST) return false;
+    return true;
   }
 };
 

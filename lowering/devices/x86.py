@@ -74,10 +74,10 @@ MIN_CONV_MACS = 16 << 20
 # times the speed of fp32, with these and more 1.0 to 3.2 times; in groups, 0.8 to 0.9 below. fp32
 # results are measured: those that go on as codes, or through an activation function, gain more.
 MIN_WINDOW, MIN_WINDOW_OF_GROUP = 128, 256
-# Where there is enough work for oneDNN, the choice is between two int8 kernels. Its is 1.2 times as
-# fast by itself; what this one's epilogue takes in makes a whole ResNet-50 1.04 times as fast.
+# Where there is enough work for oneDNN, the choice is between two int8 kernels. Its is 1.3 to 1.5
+# times as fast by itself; what this one's epilogue takes in makes a whole ResNet-50 1.07 times so.
 MIN_WINDOW_OF_MUCH = 64
-# With less than `MIN_CONV_CHANNELS`, as images have: 0.7 for a 7x7 kernel, 1.5 to 1.8 for patches.
+# With less than `MIN_CONV_CHANNELS`, as images have: 0.8 for a 7x7 kernel, 1.5 to 1.8 for patches.
 MIN_WINDOW_OF_IMAGE = 512
 MIN_CONV_OUTPUTS = avx2_linear.PANEL  # channels of a group: what is left of a panel is zeros
 MIN_AVX2_CONV_MACS = 4 << 20
