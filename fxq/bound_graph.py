@@ -6,8 +6,13 @@ still the same tensors with the same memory and version, and binds again where t
 weight that changes in place is seen, but for writes that PyTorch does not count: through `.data`,
 and through numpy. There may be several sets of weights, because Dynamo runs one graph for all
 instances of a module class.
+
+A tensor in a plain attribute may be a weight, or what a model keeps from call to call, such as the
+keys it has seen. It is bound like a weight until a call brings another one with the same weights;
+from then on it is an input.
 """
 
+import logging
 import warnings
 import weakref
 from abc import ABC, abstractmethod
@@ -22,7 +27,13 @@ from torch.fx import GraphModule, Node
 
 from fxq.account import kind_of
 from fxq.canonicalize import canonicalize
-from fxq.dynamo import fake_mode_of, from_dynamo, lift_attributes, qualified_name
+from fxq.dynamo import (
+    fake_mode_of,
+    from_dynamo,
+    is_registered,
+    lift_attributes,
+    qualified_name,
+)
 from fxq.errors import FxqWarning
 from fxq.graph import RUNTIME_STATE, is_settled
 from fxq.identity import state_of
@@ -30,6 +41,7 @@ from fxq.rewriting import with_constants
 from fxq.writes import check_apart
 
 Run = Callable[[Sequence[Any]], Any]
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -60,6 +72,7 @@ class BoundGraph(ABC):
         attributes: the inputs of it that are not among Dynamo's arguments, the last ones.
         names: of all inputs.
         static: indices of those that are bound.
+        assumed: of these, those in plain attributes.
         live: of all others.
         is_program: whether there is nothing left to quantize.
     """
@@ -73,7 +86,10 @@ class BoundGraph(ABC):
         self.static = [
             i for i, node in enumerate(placeholders) if _is_static(node) and i not in self.written
         ]
+        lifted = len(placeholders) - len(self.attributes)
+        self.assumed = [i for i in self.static if i < lifted and _is_plain(placeholders[i])]
         self.live = [i for i in range(len(placeholders)) if i not in self.static]
+        self.met: set[tuple[int, ...]] = set()  # ids of all that is bound but `assumed`
         self.is_program = _is_all_settled(self.graph_module)
         self.builds: dict[tuple[int, ...], Build] = {}
 
@@ -86,13 +102,30 @@ class BoundGraph(ABC):
         static = [args[i] for i in self.static]
         build = self.builds.get(tuple(map(id, static)))
         if build is None:
+            if self.assumed and self._firm(args) in self.met:
+                self._release()
             build = self.build(args)
-        elif build.states != tuple(map(state_of, static)):
-            warnings.warn(
-                "weights have changed in place: compiling again", FxqWarning, stacklevel=2
-            )
+        elif build.states != (found := tuple(map(state_of, static))):
+            pairs = zip(self.static, build.states, found, strict=True)
+            if all(i in self.assumed for i, before, now in pairs if before != now):
+                self._release()
+            else:
+                warnings.warn(
+                    "weights have changed in place: compiling again", FxqWarning, stacklevel=2
+                )
             build = self.build(args)
         return build.run(args)
+
+    def _firm(self, args: Sequence[Any]) -> tuple[int, ...]:
+        return tuple(id(args[i]) for i in self.static if i not in self.assumed)
+
+    def _release(self) -> None:
+        """Make inputs of what is in plain attributes."""
+        logger.info("inputs from now on, as they change: %s", [self.names[i] for i in self.assumed])
+        self.live = sorted([*self.live, *self.assumed])
+        self.static = [i for i in self.static if i not in self.assumed]
+        self.assumed = []
+        self.builds.clear()
 
     def build(self, args: Sequence[Any]) -> Build:
         """Make what runs with the weights among `args`."""
@@ -102,6 +135,7 @@ class BoundGraph(ABC):
                 self.graph_module, self.written = from_dynamo(self.dynamo_graph)
                 bound = self._bind(args)
             run = self.make(bound, self._live_values(), args)
+        self.met.add(self._firm(args))
         bound_to, builds = [args[i] for i in self.static], self.builds
         key = tuple(map(id, bound_to))
         kept = [weakref.ref(weight, lambda _: builds.pop(key, None)) for weight in bound_to]
@@ -167,9 +201,18 @@ def _is_static(placeholder: Node) -> bool:
         return False
     tensor_dict = placeholder.meta.get("tensor_dict") or {}
     value = placeholder.meta.get("example_value")
-    return isinstance(value, Tensor) and (
-        "_dynamo_static_input_type" in tensor_dict or isinstance(value, torch.nn.Parameter)
-    )
+    if isinstance(value, torch.nn.Parameter):
+        return True
+    if not isinstance(value, Tensor) or "_dynamo_static_input_type" not in tensor_dict:
+        return False
+    return is_registered(placeholder) or all(isinstance(size, int) for size in value.shape)
+
+
+def _is_plain(placeholder: Node) -> bool:
+    """Tell whether a placeholder that can be compiled in is neither parameter nor buffer."""
+    if isinstance(placeholder.meta.get("example_value"), torch.nn.Parameter):
+        return False
+    return not is_registered(placeholder)
 
 
 def _tracing(inputs: Sequence[Any]) -> Any:

@@ -135,7 +135,7 @@ def warn_of_missing_data(observers: Sequence[RangeObserver]) -> None:
     if missed := {row for observer in observers for row in observer.rows_without_data}:
         warnings.warn(
             f"calibration reached no value in rows {_listing(missed)}: the nearest row that it "
-            "reached stands for each; give data of all time-steps, steps or positions",
+            "reached stands for each; give data of all time-steps, steps, positions or lengths",
             FxqWarning,
             stacklevel=3,
         )

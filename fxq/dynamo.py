@@ -274,12 +274,21 @@ def _attribute_name(node: Node) -> str:
 def qualified_name(placeholder: Node) -> str:
     """Return `blocks.0.attn.qkv.weight` for a placeholder that stands for it in a Dynamo graph, and
     `hidden_states` for one that stands for an argument."""
-    source = getattr(placeholder, "_dynamo_source", None)
-    text = source.name if source is not None else ""
-    text = text() if callable(text) else text
-    local, *names = _parts_of(text) or [placeholder.name]
+    local, *names = _parts_of(_source_of(placeholder)) or [placeholder.name]
     # Of a parameter the local holds the model; an input is one.
     return writable(".".join(names) or local)
+
+
+def is_registered(placeholder: Node) -> bool:
+    """Tell whether a placeholder of a Dynamo graph stands for a parameter or buffer of a module."""
+    source = _source_of(placeholder)
+    return "._parameters[" in source or "._buffers[" in source
+
+
+def _source_of(placeholder: Node) -> str:
+    source = getattr(placeholder, "_dynamo_source", None)
+    text = source.name if source is not None else ""
+    return text() if callable(text) else text
 
 
 def _module_path(source: str) -> str:

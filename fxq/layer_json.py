@@ -24,7 +24,8 @@ TYPES = {
     kind.__name__: kind
     for kind in (
         Layer, Treatment, Skip, Concentration, Induction, spec.LayerSpec, spec.QuantSpec,
-        formats.Integer, formats.Float8, rows.ByTimestep, rows.ByStep, rows.ByPosition,
+        formats.Integer, formats.Float8,
+        rows.ByTimestep, rows.ByStep, rows.ByPosition, rows.ByLength,
         spec.PerTensor, spec.PerChannel, spec.PerGroup, spec.PerToken, spec.PerAxes,
         spec.MinMax, spec.MovingAverage, spec.Percentile, spec.MeanSquaredError, spec.Entropy,
     )

@@ -5,9 +5,10 @@
     fast = torch.compile(model, backend="fxq", options={"recipe": seen.recipe})
 
 Inside the block Dynamo compiles every call of the model to graphs that observe: prefill and decode,
-every length, what is between graph breaks. All graphs fill one state per layer, known by its weight
-and its name. `seen.recipe` quantizes statically with these ranges, while compiling or through
-`fxq.compress`, with the same numbers.
+every length, what is between graph breaks. Where a loop of its own calls parts of it, as generators
+of images do, each part is compiled by itself. All graphs fill one state per layer, known by its
+weight and its name. `seen.recipe` quantizes statically with these ranges, while compiling or
+through `fxq.compress`, with the same numbers.
 """
 
 import contextlib
@@ -61,6 +62,8 @@ class Observed:
         calibrating: the recipe that was observed.
         layers: what was observed, in the order in which it was first met.
         reached: qualified names of all linears and convolutions that were in a graph.
+        called: qualified names of the modules whose calls were observed, "" for the model: what to
+            compile, since nothing calls them but Python.
         missed: qualified names of layers that were in no graph: not called, or by code that Dynamo
             leaves to Python.
         unread: why a graph was run as it is, and nothing in it observed.
@@ -69,6 +72,7 @@ class Observed:
     calibrating: Recipe
     layers: dict[tuple[str, str, int], ObservedLayer] = field(default_factory=dict)
     reached: set[str] = field(default_factory=set, repr=False)
+    called: tuple[str, ...] = ()
     missed: tuple[str, ...] = ()
     unread: list[str] = field(default_factory=list)
 
@@ -95,6 +99,7 @@ class Observed:
                 [layer.name, layer.digest, layer.call, layer.place, place[layer.observer]]
                 for layer in self.layers.values()
             ],
+            "called": list(self.called),
             "missed": list(self.missed),
             "reached": sorted(self.reached),
             "unread": self.unread,
@@ -138,8 +143,14 @@ class Observed:
             ObservedLayer(name, digest, call, place, observers[index])
             for name, digest, call, place, index in about["layers"]
         ]
-        reached, missed = set(about["reached"]), tuple(about["missed"])
-        return cls(recipe, {x.key: x for x in layers}, reached, missed, about["unread"])
+        return cls(
+            recipe,
+            {layer.key: layer for layer in layers},
+            set(about["reached"]),
+            tuple(about["called"]),
+            tuple(about["missed"]),
+            about["unread"],
+        )
 
 
 def _observer(
@@ -157,12 +168,13 @@ def _observer(
 
 @contextlib.contextmanager
 def observe(model: nn.Module, recipe: Recipe | str) -> Iterator[Observed]:
-    """Have every call of `model` inside the block fill the observers of `recipe`.
+    """Have every call of `model` inside the block fill the observers of `recipe`, and every call of
+    a part of it by code that is no call of `model`, such as a method with a loop.
 
     The model computes what it always does, slower, and is left as it was.
 
     Args:
-        model: in eval mode; the module that is called, such as `pipe.transformer`.
+        model: in eval mode; what holds all layers, such as `pipe.transformer`.
         recipe: static, and calibrating by `Calibrate` alone.
     Raises:
         TypeError: not a module.
@@ -187,20 +199,14 @@ def observe(model: nn.Module, recipe: Recipe | str) -> Iterator[Observed]:
             seen.unread.append(str(why))
             return gm.forward
 
-    before = model._compiled_call_impl
-    try:
-        with passing_graphs(MAX_GRAPHS):
-            # By way of a function: Dynamo of torch 2.11 leaves torch's own modules to Python.
-            model._compiled_call_impl = torch.compile(_calling(model), backend=backend)
-            yield seen
-    finally:
-        vars(model).pop("_compiled_call_impl", None)
-        if before is not None:
-            model._compiled_call_impl = before
+    called: dict[str, None] = {}
+    with passing_graphs(MAX_GRAPHS), _compiling_calls(model, backend, called):
+        yield seen
+    seen.called = tuple(called)
     if not seen.layers:
         raise ValueError(
-            "observe: expected calls of the model inside the block, as model(...) and not as "
-            "model.forward(...) or of a part of it, found none that reached a "
+            "observe: expected calls of the model or of its parts inside the block, as model(...) "
+            "and not as model.forward(...), found none that reached a "
             f"layer which {recipe.name!r} quantizes{''.join(f'; {why}' for why in seen.unread)}"
         )
     seen.missed = tuple(_missed(model, seen))
@@ -208,9 +214,67 @@ def observe(model: nn.Module, recipe: Recipe | str) -> Iterator[Observed]:
     warn_of_missing_data([observer for observer in observers if observer.count])
 
 
-def _calling(model: nn.Module) -> Callable[..., Any]:
-    call = model._call_impl
-    return lambda *args, **kwargs: call(*args, **kwargs)
+@contextlib.contextmanager
+def _compiling_calls(
+    model: nn.Module, backend: Callable[..., Any], called: dict[str, None]
+) -> Iterator[None]:
+    """Have Dynamo compile what Python calls of a model: the model, or the outermost of its parts.
+
+    Args:
+        model: whose parts with weights are made to.
+        backend: gets the graphs.
+        called: gets the names of what was called.
+    """
+    parts = {
+        name: module
+        for name, module in model.named_modules()
+        if not isinstance(module, torch.jit.ScriptModule) and _has_weights(module)
+    }
+    before = {name: module._compiled_call_impl for name, module in parts.items()}
+    running = False
+
+    def call_of(name: str, module: nn.Module) -> Callable[..., Any]:
+        compiled = torch.compile(_calling(module), backend=backend)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal running
+            if running:  # between graph breaks of the one around it
+                return compiled(*args, **kwargs)
+            called[name], running = None, True
+            try:
+                return compiled(*args, **kwargs)
+            finally:
+                running = False
+
+        return call
+
+    try:
+        for name, module in parts.items():
+            module._compiled_call_impl = call_of(name, module)
+        yield
+    finally:
+        for name, module in parts.items():
+            vars(module).pop("_compiled_call_impl", None)
+            if before[name] is not None:
+                module._compiled_call_impl = before[name]
+
+
+def _has_weights(module: nn.Module) -> bool:
+    """Tell whether a module may hold layers: a matrix that is no table of embeddings."""
+    holders = (m for m in module.modules() if not isinstance(m, nn.Embedding | nn.EmbeddingBag))
+    return any(p.ndim > 1 for holder in holders for p in holder.parameters(recurse=False))
+
+
+def _calling(module: nn.Module) -> Callable[..., Any]:
+    """Return a function that calls a module, with a code object of its own, by which Dynamo counts
+    graphs. (By way of a function: Dynamo of torch 2.11 leaves torch's own modules to Python.)"""
+    call = module._call_impl
+
+    def function(*args: Any, **kwargs: Any) -> Any:
+        return call(*args, **kwargs)
+
+    function.__code__ = function.__code__.replace()
+    return function
 
 
 def _preparing(recipe: Recipe) -> Recipe:

@@ -16,11 +16,12 @@ from torch.fx import GraphModule, Node
 from fxq.errors import MissingInputError, UnsupportedError, did_you_mean
 from fxq.graph import RUNTIME_STATE, args_of, input_name, shape_of, tensor_of, val_of
 from fxq.rewriting import add_buffer, copy_graph, insert_call
-from fxq.rows import ByPosition, ByStep, ByTimestep, Rows
+from fxq.rows import ByLength, ByPosition, ByStep, ByTimestep, Rows
 
 aten = torch.ops.aten
 LEVELS, STEP = (f"{RUNTIME_STATE}.{name}" for name in ("levels", "step"))
 KNOWN_LEVELS = f"{RUNTIME_STATE}.known_levels"  # no call is watched for those
+LENGTHS = "lengths"
 ROWS = "fxq_rows"  # key in the meta of an index: what it is the index of
 
 
@@ -30,15 +31,15 @@ def index_of(gm: GraphModule, rows: Rows, edge: Node) -> Node:
     Args:
         gm: the graph.
         rows: what chooses.
-        edge: what is quantized by it: positions may be counted along it, and values are of its
+        edge: what is quantized by it: tokens may be counted along it, and values are of its
             device.
     Raises:
         MissingInputError: the model has no such input.
-        UnsupportedError: positions are counted along an axis that the edge lacks.
+        UnsupportedError: tokens are counted along an axis that the edge lacks.
     """
     if why := why_not_counted(shape_of(edge), rows):
         raise UnsupportedError(why)
-    tokens = shape_of(edge)[-2] if isinstance(rows, ByPosition) and rows.name is None else None
+    tokens = shape_of(edge)[-2] if _is_counted(rows) else None
     key = (rows, str(tokens))
     # Where sizes are free, an index comes after the first edge that it was counted along.
     known = (node for node in gm.graph.nodes if node.meta.get(ROWS) == key)
@@ -112,16 +113,21 @@ def _insert_index(gm: GraphModule, rows: Rows, edge: Node, tokens: Any) -> Node:
             given = insert_call(aten.select.int, (given, 0, 0), before=first)
         given = _cast(given, torch.float32, first)
         return insert_call(aten.bucketize.Tensor, (given, bounds), before=first)
-    if rows.name is not None:
-        positions = input_node(gm, rows.name, "ByPosition.name")
-        positions = _cast(positions, torch.int64, first)
+    if isinstance(rows, ByPosition) and rows.name is not None:
+        found = input_node(gm, rows.name, "ByPosition.name")
+        found = _cast(found, torch.int64, first)
     else:
         if not isinstance(tokens, int):
             tokens = insert_call(aten.sym_size.int, (edge, len(shape_of(edge)) - 2), after=edge)
         kwargs = {"dtype": torch.int64, "device": device}
         where = {"after": tokens} if isinstance(tokens, Node) else {"before": first}
-        positions = insert_call(aten.arange.default, (tokens,), kwargs, **where)
-    return insert_call(aten.clamp.default, (positions, 0, rows.count - 1), after=positions)
+        if isinstance(rows, ByLength):
+            bounds = add_buffer(gm, LENGTHS, torch.tensor(rows.lengths, device=device), like=edge)
+            length = insert_call(aten.full.default, ((), tokens), kwargs, **where)
+            found = insert_call(aten.bucketize.Tensor, (length, bounds), after=length)
+        else:
+            found = insert_call(aten.arange.default, (tokens,), kwargs, **where)
+    return insert_call(aten.clamp.default, (found, 0, rows.count - 1), after=found)
 
 
 def _cast(node: Node, dtype: torch.dtype, before: Node) -> Node:
@@ -147,13 +153,19 @@ def input_node(gm: GraphModule, name: str, where: str) -> Node:
 
 
 def why_not_counted(edge: Sequence[Any], rows: Rows) -> str:
-    """Return why positions cannot be counted along an edge of a shape, "" where they can."""
-    if isinstance(rows, ByPosition) and rows.name is None and len(edge) < 3:
-        return (
-            f"rows {rows} are counted along the token axis of [batch, token, channel], found "
-            f"{list(edge)}; name the argument that holds positions, or leave this layer out"
-        )
-    return ""
+    """Return why tokens cannot be counted along an edge of a shape, "" where they can."""
+    if not _is_counted(rows) or len(edge) >= 3:
+        return ""
+    named = "name the argument that holds positions, or " if isinstance(rows, ByPosition) else ""
+    return (
+        f"rows {rows} are counted along the token axis of [batch, token, channel], found "
+        f"{list(edge)}; {named}leave this layer out"
+    )
+
+
+def _is_counted(rows: Rows) -> bool:
+    """Tell whether rows go by the number of tokens of what they are for."""
+    return isinstance(rows, ByLength) or (isinstance(rows, ByPosition) and rows.name is None)
 
 
 def why_unfit(index: Sequence[Any], edge: Sequence[Any], rows: Rows) -> str:

@@ -1,8 +1,9 @@
 """Rows: which row of a table of parameters holds, as plain frozen values.
 
-A scale, a zero-point or a density may have one value per noise level, per step or per token
-position. The values are the rows of a table, and a tensor in the graph chooses the row, so that one
-compiled graph serves all of them (`fxq.row_choice`). Beyond the table's ends the nearest row holds.
+A scale, a zero-point or a density may have one value per noise level, per step, per token position
+or per length of a call. The values are the rows of a table, and a tensor in the graph chooses the
+row, so that one compiled graph serves all of them (`fxq.row_choice`). Beyond the table's ends the
+nearest row holds.
 """
 
 import math
@@ -35,13 +36,11 @@ class ByTimestep:
     def __post_init__(self) -> None:
         levels = self.levels
         numbers = type(levels) is tuple and all(type(level) in (int, float) for level in levels)
-        if not numbers or not all(map(math.isfinite, levels)):
+        if not numbers or not all(map(math.isfinite, levels)) or not _ascends(levels):
             raise ValueError(
                 "ByTimestep.levels: expected a tuple that ascends, of finite numbers, found "
                 f"{levels!r}"
             )
-        if any(b <= a for a, b in pairwise(levels)):
-            raise ValueError(f"ByTimestep.levels: expected a tuple that ascends, found {levels!r}")
 
     @classmethod
     def nearest(cls, timesteps: Sequence[float], name: str = "timestep") -> "ByTimestep":
@@ -103,7 +102,41 @@ class ByPosition:
         return "by position"
 
 
-Rows = ByTimestep | ByStep | ByPosition
+@dataclass(frozen=True)
+class ByLength:
+    """By how many tokens a layer sees in a call: the steps of a next-scale model, which draws 1, 4,
+    9, ... tokens at once, or a prompt and the tokens after it.
+
+    Args:
+        lengths: ascending. Row i holds for lengths[i-1] < tokens <= lengths[i], along the second to
+            last axis; the last one for more tokens too. A layer without a token axis has one row.
+    """
+
+    lengths: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        lengths = self.lengths
+        counts = type(lengths) is tuple and all(type(n) is int and n > 0 for n in lengths)
+        if not lengths or not counts or not _ascends(lengths):
+            raise ValueError(
+                "ByLength.lengths: expected a tuple that ascends, of numbers of tokens, found "
+                f"{lengths!r}"
+            )
+
+    @property
+    def count(self) -> int:
+        """Number of rows."""
+        return len(self.lengths)
+
+    def __str__(self) -> str:
+        return "by length"
+
+
+Rows = ByTimestep | ByStep | ByPosition | ByLength
+
+
+def _ascends(numbers: Sequence[float]) -> bool:
+    return all(a < b for a, b in pairwise(numbers))
 
 
 def _check_count(rows: ByStep | ByPosition) -> None:

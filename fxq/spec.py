@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fxq.formats import Format, Integer
-from fxq.rows import ByPosition, Rows
+from fxq.rows import ByLength, ByPosition, Rows
 
 ALL = -1  # block entry: the whole dimension shares one scale
 
@@ -270,9 +270,10 @@ class QuantSpec:
             )
         if isinstance(self.observer, MovingAverage):
             raise ValueError("QuantSpec: a moving average has one range; use MinMax() with rows")
-        if isinstance(self.rows, ByPosition) and self.granularity == PerToken():
+        if isinstance(self.rows, ByPosition | ByLength) and self.granularity == PerToken():
             raise ValueError(
-                "QuantSpec: rows by position are a scale per token already; use PerTensor()"
+                f"QuantSpec: rows {self.rows} go along tokens, and PerToken() has a scale for each "
+                "of them already; use PerTensor()"
             )
 
     @property

@@ -16,6 +16,7 @@ from fxq.graph import SETTLED, is_settled
 from fxq.layer import Skip, layer_of, treat
 from fxq.lowering.lower import lower
 from fxq.lowering.rule import Decision
+from fxq.lowering.shared_constants import share_constants
 from fxq.pipeline import Recipe
 from fxq.rewriting import copy_graph
 
@@ -58,7 +59,9 @@ def apply_where_it_pays(gm: GraphModule, recipe: Recipe | None, device: torch.de
         quantized = gm
         if recipe is not None:
             quantized = recipe.apply(_settled(gm, left))
+            share_constants(quantized, gm)
         lowered, decisions = lower(quantized, device)
+        share_constants(lowered, quantized)
         applied = Applied(quantized, lowered, decisions, left)
         if recipe is None or not (more := _unsettled_origins(gm, applied)):
             return applied

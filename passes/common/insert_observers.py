@@ -31,12 +31,13 @@ from fxq.passes.common.layer_choice import overridden
 from fxq.pipeline import Pass
 from fxq.rewriting import insert_module
 from fxq.row_choice import assumed, fitting_index, why_not_counted
-from fxq.rows import EVERY, ByPosition, ByStep
+from fxq.rows import EVERY, ByLength, ByPosition, ByStep
 from fxq.spec import LayerSpec, PerTensor, PerToken, QuantSpec, block_of, scale_shape
 
 Target = Literal["linear", "conv"]
 TARGETS: tuple[Target, ...] = get_args(Target)
 FEWEST_CHANNELS = 4  # of a linear's input
+NO_TOKENS = "one scale for all rows: no token axis in {}"
 # Kinds of operators whose constants are no matrix that multiplies rows.
 NO_LINEAR = frozenset({
     None, "linear", "conv", "transposed conv", "attention", "_convolution", "conv_tbc",
@@ -198,6 +199,8 @@ def _fitted(layer: Node, spec: LayerSpec) -> tuple[LayerSpec, str]:
             activation = replace(activation, granularity=PerTensor())
     if isinstance(activation.rows, ByPosition) and activation.rows.count == EVERY:
         activation, remark = _counted(activation, activation.rows, shape)
+    elif isinstance(activation.rows, ByLength) and len(shape) < 3:
+        activation, remark = replace(activation, rows=None), NO_TOKENS.format(list(shape))
     block = block_of(activation.granularity, len(shape), dynamic=activation.dynamic)
     sizes = scale_shape(shape, block)
     if not activation.dynamic and any(not isinstance(size, int) for size in sizes):
@@ -206,15 +209,17 @@ def _fitted(layer: Node, spec: LayerSpec) -> tuple[LayerSpec, str]:
         )
     if activation.rows is not None and (why := why_not_counted(shape, activation.rows)):
         raise UnsupportedError(why)
-    if isinstance(activation.rows, ByPosition) and kind_of(layer) == "conv":
-        raise UnsupportedError("rows by position need [..., token, channel], found a convolution")
+    if isinstance(activation.rows, ByPosition | ByLength) and kind_of(layer) == "conv":
+        raise UnsupportedError(
+            f"rows {activation.rows} need [..., token, channel], found a convolution"
+        )
     return replace(spec, activation=activation), remark
 
 
 def _counted(spec: QuantSpec, rows: ByPosition, shape: Sequence[Any]) -> tuple[QuantSpec, str]:
     """Return a spec with a row for every position of an edge, and what to know about it."""
     if len(shape) < 3:
-        return replace(spec, rows=None), f"one scale for all rows: no token axis in {list(shape)}"
+        return replace(spec, rows=None), NO_TOKENS.format(list(shape))
     if not isinstance(shape[-2], int):
         raise UnsupportedError(
             f"rows {rows} need to know how many positions there are, found a free number of tokens "

@@ -37,7 +37,7 @@ from fxq.operators import (
 from fxq.pipeline import Pass
 from fxq.rewriting import insert_module
 from fxq.row_choice import fitting_index
-from fxq.rows import ByPosition
+from fxq.rows import ByLength, ByPosition
 from fxq.spec import PerChannel, QuantSpec
 
 aten = torch.ops.aten
@@ -138,7 +138,7 @@ class ObserveActivations(Pass):
         module = RangeObserver(spec, shape_of(edge), name)
         index, rows = list[Node](), spec.rows
         if rows is not None:
-            if isinstance(rows, ByPosition) and kind_of(edge) == "conv":
+            if isinstance(rows, ByPosition | ByLength) and kind_of(edge) == "conv":
                 return f"rows {rows} need [..., token, channel], found a convolution"
             found, why = fitting_index(gm, rows, edge)
             if found is None:

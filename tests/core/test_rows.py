@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from row_cases import WEIGHT, quantized, recipe, weight_of
 from torch import Tensor, nn
 
 import fxq
@@ -17,27 +18,7 @@ from fxq.passes.common.student import student_of
 from fxq.pipeline import Recipe
 from fxq.program import Program
 from fxq.rows import ByPosition, ByStep, ByTimestep, Rows
-from fxq.spec import LayerSpec, MovingAverage, Percentile, PerChannel, PerToken, QuantSpec
-
-WEIGHT = QuantSpec(granularity=PerChannel(0))
-
-
-def recipe(rows: Rows | None, **kwargs: Any) -> Recipe:
-    layer = LayerSpec(QuantSpec(rows=rows, symmetric=False, **kwargs), WEIGHT)
-    return Recipe("rows", (InsertObservers(layer), Calibrate(), Convert()))
-
-
-def quantized(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """8-bit affine rounding of `x` in ranges that broadcast to it, written from the definition."""
-    low, high = low.clamp(max=0), high.clamp(min=0)
-    scale = (high - low) / 255
-    zero = torch.round(-128 - low / scale)
-    return (torch.clamp(torch.round(x / scale) + zero, -128, 127) - zero) * scale
-
-
-def weight_of(layer: nn.Linear) -> Tensor:
-    scale = layer.weight.abs().amax(1, keepdim=True) / 127
-    return torch.round(layer.weight / scale) * scale
+from fxq.spec import LayerSpec, MovingAverage, Percentile, PerToken, QuantSpec
 
 
 @pytest.mark.parametrize(
@@ -462,7 +443,7 @@ def test_a_batch_that_only_its_size_tells_is_an_assumption_that_the_report_shows
         (lambda: QuantSpec(observer=MovingAverage(), rows=ByStep(2)), "use MinMax"),
         (
             lambda: QuantSpec(granularity=PerToken(), rows=ByPosition(2)),
-            "a scale per token already",
+            "a scale for each of them already",
         ),
         (lambda: LayerSpec(None, QuantSpec(rows=ByStep(2))), "use dynamic=False and no rows"),
         (

@@ -1,0 +1,100 @@
+"""Generators that draw with a loop of their own: observed, compiled part by part, drawn with."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from generators import Generator, Masked, NextScale, OneByOne, Quantizing, Watching
+from observed import ACTIVATION, LAYER, STATIC
+from torch import nn
+
+import fxq
+from fxq.backend import Compiled
+from fxq.numerics import sqnr_db
+from fxq.observing import Observed
+from fxq.passes.common import Calibrate, Convert, InsertObservers
+from fxq.pipeline import Recipe
+from fxq.rows import ByLength
+from fxq.spec import LayerSpec
+
+LABELS = torch.tensor([0, 1, 2, 3])
+KINDS = (NextScale, OneByOne, Masked)
+
+
+@pytest.fixture
+def builds(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was compiled, by the recipe's name."""
+    made: list[str] = []
+    make = Compiled.make
+
+    def counting(self: Compiled, *args: object) -> object:
+        made.append(self.recipe.name)
+        return make(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Compiled, "make", counting)
+    return made
+
+
+def compile_parts(model: nn.Module, seen: Observed) -> None:
+    for name in seen.called:
+        model.get_submodule(name).compile(backend="fxq", options={"recipe": seen.recipe})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_parts_are_observed_where_a_loop_calls_them(kind: type[Generator]) -> None:
+    model = kind().eval()
+    with Watching() as watched:
+        expected = model.draw(LABELS)
+
+    with fxq.observe(model, STATIC) as seen:
+        found = model.draw(LABELS)
+
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    assert seen.missed == ()
+    blocks = {f"blocks.{index}" for index in range(model.n_blocks)}
+    assert set(seen.called) == {"head", *blocks}
+    assert all(module._compiled_call_impl is None for module in model.modules())
+    assert len(seen.layers) == len(watched.ranges) == 1 + 5 * model.n_blocks
+    for layer in seen.layers.values():
+        low, high = watched.ranges[id(model.get_parameter(f"{layer.name}.weight")), 0]
+        observed = torch.stack([layer.observer.low.flatten(), layer.observer.high.flatten()])
+        torch.testing.assert_close(observed, torch.tensor([[low], [high]]))
+
+
+BY_LENGTH = LayerSpec(replace(ACTIVATION, rows=ByLength((1, 4))), LAYER.weight)
+ROWS = Recipe("by_length", (InsertObservers(BY_LENGTH), Calibrate(), Convert()))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("kind", "recipe"), [(NextScale, ROWS), (OneByOne, STATIC)], ids=["NextScale", "OneByOne"]
+)
+def test_compiled_parts_draw_what_quantized_ones_draw(
+    kind: type[Generator], recipe: Recipe, every_layer_pays: None, builds: list[str]
+) -> None:
+    """Judged by eager code whose linears are quantized by the definition; and nothing is compiled
+    anew for the caches of every image."""
+    model = kind().eval()
+    in_float = model.draw(LABELS)
+    with fxq.observe(model, recipe) as seen:
+        model.draw(LABELS)
+    with Watching(by_length=recipe is ROWS) as watched:
+        model.draw(LABELS)
+    with Quantizing(watched):
+        tokens, logits = model.draw(LABELS)
+        others = model.draw(LABELS.flip(0))
+    assert 20 < sqnr_db(in_float[1][:, 0], logits[:, 0]) < 60
+
+    compile_parts(model, seen)
+    first, second = model.draw(LABELS), model.draw(LABELS.flip(0))
+    n_builds = len(builds)
+    third = model.draw(LABELS)
+
+    assert n_builds
+    assert len(builds) == n_builds
+    for expected, found in (((tokens, logits), first), (others, second), ((tokens, logits), third)):
+        assert torch.equal(expected[0], found[0])
+        assert sqnr_db(expected[1], found[1]) > 45  # rounding moves codes
+    assert torch.equal(third[1], first[1])

@@ -1,0 +1,115 @@
+"""Tensors in plain attributes: constants stay compiled in, and what changes becomes an input."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fxq.backend import Compiled
+from fxq.errors import FxqWarning
+
+CHANGES = "its weight is computed at run time"
+
+
+@pytest.fixture
+def builds(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Of everything that was compiled, what its inputs are called."""
+    made: list[list[str]] = []
+    make = Compiled.make
+
+    def counting(self: Compiled, *args: object) -> object:
+        made.append([self.names[index] for index in self.live])
+        return make(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Compiled, "make", counting)
+    return made
+
+
+class Remembering(nn.Module):
+    """Keeps what it has seen in an attribute, which is no buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.seen = nn.Linear(16, 16), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        if self.seen is not None:
+            y = torch.cat((self.seen, y), 1)
+        self.seen = y
+        return y.mean(1)
+
+
+@torch.no_grad()
+def test_what_a_model_remembers_is_compiled_for_all_runs(
+    every_layer_pays: None, builds: list[list[str]]
+) -> None:
+    model, twin = Remembering().eval(), Remembering().eval()
+    twin.load_state_dict(model.state_dict())
+    fast = torch.compile(model, backend="fxq", options={"recipe": "float"})
+    counts = []
+    for _ in range(4):
+        model.seen = twin.seen = None
+        for x in torch.randn(4, 3, 1, 16):
+            torch.testing.assert_close(fast(x), twin(x))
+        counts.append(len(builds))
+    assert counts[1:] == [counts[1]] * 3
+    assert ["x", "seen"] in builds
+
+
+class Weighted(nn.Module):
+    """Its weight is in an attribute, which is no parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.randn(32, 16)
+        self.first = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.first(x), self.weight)
+
+
+@torch.no_grad()
+def test_a_weight_in_an_attribute_is_quantized(
+    every_layer_pays: None, builds: list[list[str]]
+) -> None:
+    model = Weighted().eval()
+    fast = torch.compile(model, backend="fxq", options={"strict": True})
+    for x in torch.randn(3, 8, 16):
+        torch.testing.assert_close(fast(x), model(x), atol=0.2, rtol=0.1)
+    assert builds == [["x"]]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_weight_that_changes_is_an_input_and_its_layer_float(
+    in_place: bool, every_layer_pays: None, builds: list[list[str]]
+) -> None:
+    model, x = Weighted().eval(), torch.randn(8, 16)
+    fast = torch.compile(model, backend="fxq")
+    fast(x)
+    before = model.weight
+    for index in range(3):
+        if in_place:
+            model.weight.mul_(-2)
+        else:
+            model.weight = torch.randn(32, 16)
+        if index:
+            found = fast(x)
+        else:
+            with pytest.warns(FxqWarning, match=CHANGES):
+                found = fast(x)
+        torch.testing.assert_close(found, model(x), atol=0.2 * 8, rtol=0.1)
+    assert (model.weight is before) == in_place
+    assert [sorted(names) for names in builds] == [["x"], ["weight", "x"]]
+
+
+@torch.no_grad()
+def test_parameters_and_buffers_stay_bound(builds: list[list[str]]) -> None:
+    """Also a buffer that is replaced: it is compiled in anew."""
+    model = nn.BatchNorm1d(4).eval()
+    fast, x = torch.compile(model, backend="fxq", options={"recipe": "float"}), torch.randn(3, 4)
+    for _ in range(3):
+        model.running_mean = torch.randn(4)
+        torch.testing.assert_close(fast(x), model(x))
+    assert builds == [["0"]] * 3
