@@ -7,6 +7,10 @@ as large as the next; one range for all leaves the others a few codes, and a fac
 down makes its weights as large as it was. A product of a few channels costs next to nothing
 (arXiv:2208.07339, where they are found in every activation at run time; here by calibration). The
 float function is the same but for the order of its sums.
+
+Where x is an activation function of another linear, V, and nobody else reads it, the channels are
+rows of V and become a layer of their own there, and zeros in V. So x is still read by what
+quantizes it alone, which the kernel of V does as it goes.
 """
 
 from collections import defaultdict
@@ -24,6 +28,7 @@ from fxq.dialect import ATEN, Dialect
 from fxq.graph import (
     SETTLED,
     args_of,
+    constant_of,
     dtype_of,
     is_constant,
     is_op,
@@ -49,6 +54,7 @@ from fxq.spec import LayerSpec
 
 aten = torch.ops.aten
 NEARLY = 1.1  # times the smallest error
+KEEP_ZEROS = (aten.gelu.default, aten.silu.default, aten.relu.default, aten.tanh.default)
 
 
 @dataclass(frozen=True)
@@ -149,8 +155,7 @@ def _sites(gm: GraphModule) -> list[ScaleSite]:
     """Return every value that linears with a known weight read, as a site of its own."""
     readers: dict[Node, list[Node]] = defaultdict(list)
     for node in gm.graph.nodes:
-        free = is_op(node, *LINEAR) and not is_settled(node) and layer_of(node).weight is None
-        if free and is_constant(args_of(node)[1]):
+        if _is_free(node) and is_constant(args_of(node)[1]):
             readers[args_of(node)[0]].append(node)
     sites = []
     for layers in readers.values():
@@ -162,7 +167,51 @@ def _sites(gm: GraphModule) -> list[ScaleSite]:
 
 def _separate(gm: GraphModule, layers: Sequence[Node], channels: Tensor, name: str) -> None:
     """Put two layers in the place of each of those that read one value."""
-    first, x = layers[0], args_of(layers[0])[0]
+    rest, few = _separate_rows(gm, layers, channels, name) or _pick(gm, layers[0], channels)
+    for layer in layers:
+        _split(gm, layer, rest, few, channels, name)
+
+
+def _is_free(node: Node) -> bool:
+    """Tell whether a node is a linear that nobody has changed or fixed."""
+    return is_op(node, *LINEAR) and not is_settled(node) and layer_of(node).weight is None
+
+
+def _separate_rows(
+    gm: GraphModule, layers: Sequence[Node], channels: Tensor, name: str
+) -> tuple[Node, Node] | None:
+    """Compute the channels by a layer of their own already in front of the activation function that
+    `layers` read, and zeros in their place in the linear there: its kernel quantizes what it gives,
+    which it could not if somebody read a part of it in float. Return the value without the
+    channels, and the channels; None where there is no such linear."""
+    (value,) = {args_of(layer)[0] for layer in layers}
+    if not is_op(value, *KEEP_ZEROS) or set(value.users) != set(layers):
+        return None
+    producer = args_of(value)[0]
+    if not _is_free(producer) or set(producer.users) != {value}:
+        return None
+    if not all(map(is_constant, args_of(producer)[1:])):
+        return None
+    source, *operands = args_of(producer)
+    few_operands = []
+    for operand, node in zip(("weight", "bias"), operands, strict=False):
+        whole, buffer = constant_of(node).detach(), f"{owner_name(producer)}.{operand}"
+        kept = whole.clone()
+        kept[channels] = 0
+        rows = whole[channels].contiguous()
+        few_operands.append(add_buffer(gm, f"{buffer}_apart", rows, like=producer))
+        set_operand(producer, operand, add_buffer(gm, f"{buffer}_rest", kept, like=producer))
+    few = insert_call(producer.target, (source, *few_operands), before=value)
+    listing = ", ".join(map(str, channels.tolist()))
+    treat(producer, name, f"without outputs {listing}")
+    treat(few, name, Skip("outlier channels of a layer that is quantized", intended=True))
+    few.meta[SETTLED] = True
+    return value, insert_call(value.target, (few, *value.args[1:]), value.kwargs, before=value)
+
+
+def _pick(gm: GraphModule, first: Node, channels: Tensor) -> tuple[Node, Node]:
+    """Return what a layer reads with zeros at the channels, and the channels."""
+    x = args_of(first)[0]
     weight, last = weight_of(first), len(shape_of(x)) - 1
     keep = torch.ones(weight.shape[1], dtype=dtype_of(x), device=weight.device)
     keep[channels] = 0
@@ -173,8 +222,7 @@ def _separate(gm: GraphModule, layers: Sequence[Node], channels: Tensor, name: s
     few = picked[0]
     if len(picked) > 1:
         few = insert_call(aten.cat.default, (picked, last), before=first)
-    for layer in layers:
-        _split(gm, layer, rest, few, channels, name)
+    return rest, few
 
 
 def _split(

@@ -83,6 +83,76 @@ def test_outliers_get_layers_of_their_own_and_the_float_function_stays() -> None
     assert skips[4].reason == "SeparateOutliers found no gain"
 
 
+class Mlp(nn.Module):
+    """Two of 32 values behind an activation function are far larger than the others."""
+
+    def __init__(self, function: nn.Module, bias: bool, skip: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.function = nn.Linear(24, 32, bias=bias), function
+        self.down, self.skip = nn.Linear(32, 16), skip
+        with torch.no_grad():
+            self.up.weight[OUTLIERS] *= torch.tensor([[300.0], [80.0]])
+            self.down.weight[:, OUTLIERS] /= torch.tensor([300.0, 80.0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.function(self.up(x))
+        return self.down(y) + (y.sum(-1, keepdim=True) if self.skip else 0.0)
+
+
+def mlp_inputs(seed: int) -> tuple[Tensor]:
+    return (torch.randn(4, 16, 24, generator=torch.Generator().manual_seed(seed)),)
+
+
+@pytest.mark.parametrize(
+    ("function", "bias"),
+    [(nn.GELU(), True), (nn.GELU("tanh"), True), (nn.SiLU(), True), (nn.ReLU(), False)],
+    ids=str,
+)
+def test_outliers_behind_a_function_are_rows_of_the_linear_in_front(
+    function: nn.Module, bias: bool
+) -> None:
+    gm = capture(Mlp(function, bias, skip=False).eval(), *mlp_inputs(0)).graph_module
+    before, original = copy_graph(gm), dict(Mlp(function, bias, skip=False).named_parameters())
+
+    SeparateOutliers(LAYER, most=2).run(gm, [mlp_inputs(1), mlp_inputs(2)])
+
+    gm.graph.lint()
+    gm.recompile()
+    check_float_function(before, gm, [mlp_inputs(3)], name="SeparateOutliers")
+    layers = [n for n in gm.graph.nodes if n.target in LINEAR]
+    up, few, down, extra = layers
+    for operand, name in ((1, "up.weight"), (2, "up.bias"))[: 1 + bias]:
+        rest, apart = constant_of(up.args[operand]), constant_of(few.args[operand])
+        assert torch.equal(apart, original[name][OUTLIERS])
+        assert not rest[OUTLIERS].any()
+        kept = [c for c in range(32) if c not in OUTLIERS]
+        assert torch.equal(rest[kept], original[name][kept])
+    assert up.args[0] is few.args[0]
+    (value,) = up.users
+    assert list(value.users) == [down]  # nobody reads it but what will quantize it
+    assert extra.args[0].target is value.target
+    reasons = [row.layer.skip.reason for row in account(gm) if row.layer.skip]
+    assert reasons.count("outlier channels of a layer that is quantized") == 2
+
+
+@pytest.mark.parametrize(
+    ("function", "skip"),
+    [(nn.GELU(), True), (nn.Softplus(), False)],
+    ids=["read twice", "f(0) > 0"],
+)
+def test_otherwise_they_are_picked_out_of_the_value(function: nn.Module, skip: bool) -> None:
+    gm = capture(Mlp(function, True, skip).eval(), *mlp_inputs(0)).graph_module
+    before = copy_graph(gm)
+
+    SeparateOutliers(LAYER, most=2).run(gm, [mlp_inputs(1), mlp_inputs(2)])
+
+    gm.recompile()
+    check_float_function(before, gm, [mlp_inputs(3)], name="SeparateOutliers")
+    shapes = [tuple(constant_of(n.args[1]).shape) for n in gm.graph.nodes if n.target in LINEAR]
+    assert shapes == [(32, 24), (16, 32), (16, 2)]
+
+
 def test_few_codes_for_everything_else_become_many() -> None:
     net, test = model(16), inputs(3, 1024, 16)
     data = [(inputs(seed, 1024, 16),) for seed in (1, 2)]
