@@ -9,7 +9,8 @@ instances of a module class.
 
 A tensor in a plain attribute may be a weight, or what a model keeps from call to call, such as the
 keys it has seen. It is bound like a weight until a call brings another one with the same weights;
-from then on it is an input.
+from then on it is an input. One made in inference mode, whose writes PyTorch does not count, is an
+input from the start; parameters and buffers made there must not be written to.
 """
 
 import logging
@@ -89,7 +90,7 @@ class BoundGraph(ABC):
         lifted = len(placeholders) - len(self.attributes)
         self.assumed = [i for i in self.static if i < lifted and _is_plain(placeholders[i])]
         self.live = [i for i in range(len(placeholders)) if i not in self.static]
-        self.met: set[tuple[int, ...]] = set()  # ids of all that is bound but `assumed`
+        self.bound_before: set[tuple[int, ...]] = set()  # `_weight_ids` of all calls
         self.is_program = _is_all_settled(self.graph_module)
         self.builds: dict[tuple[int, ...], Build] = {}
 
@@ -102,7 +103,7 @@ class BoundGraph(ABC):
         static = [args[i] for i in self.static]
         build = self.builds.get(tuple(map(id, static)))
         if build is None:
-            if self.assumed and self._firm(args) in self.met:
+            if self._weight_ids(args) in self.bound_before:
                 self._release()
             build = self.build(args)
         elif build.states != (found := tuple(map(state_of, static))):
@@ -116,11 +117,14 @@ class BoundGraph(ABC):
             build = self.build(args)
         return build.run(args)
 
-    def _firm(self, args: Sequence[Any]) -> tuple[int, ...]:
+    def _weight_ids(self, args: Sequence[Any]) -> tuple[int, ...]:
+        """Return what tells parameters and buffers from those of another module or another call."""
         return tuple(id(args[i]) for i in self.static if i not in self.assumed)
 
     def _release(self) -> None:
         """Make inputs of what is in plain attributes."""
+        if not self.assumed:
+            return
         logger.info("inputs from now on, as they change: %s", [self.names[i] for i in self.assumed])
         self.live = sorted([*self.live, *self.assumed])
         self.static = [i for i in self.static if i not in self.assumed]
@@ -129,13 +133,15 @@ class BoundGraph(ABC):
 
     def build(self, args: Sequence[Any]) -> Build:
         """Make what runs with the weights among `args`."""
+        if any(args[i].is_inference() for i in self.assumed):
+            self._release()
         with torch.inference_mode(False), torch.no_grad(), _tracing(self._live_values()):
             bound = self._bind(args)
             if self.fixes_sizes(bound, args):
                 self.graph_module, self.written = from_dynamo(self.dynamo_graph)
                 bound = self._bind(args)
             run = self.make(bound, self._live_values(), args)
-        self.met.add(self._firm(args))
+        self.bound_before.add(self._weight_ids(args))
         bound_to, builds = [args[i] for i in self.static], self.builds
         key = tuple(map(id, bound_to))
         kept = [weakref.ref(weight, lambda _: builds.pop(key, None)) for weight in bound_to]
@@ -195,24 +201,24 @@ def _is_all_settled(gm: GraphModule) -> bool:
 
 
 def _is_static(placeholder: Node) -> bool:
-    """Tell whether a placeholder of a Dynamo graph is a parameter or buffer of a module whose value
-    can be compiled in."""
+    """Tell whether a placeholder of a Dynamo graph is a tensor of a module whose value can be
+    compiled in."""
     if RUNTIME_STATE in qualified_name(placeholder).split("."):
         return False
-    tensor_dict = placeholder.meta.get("tensor_dict") or {}
-    value = placeholder.meta.get("example_value")
+    value, about = placeholder.meta.get("example_value"), placeholder.meta.get("tensor_dict") or {}
     if isinstance(value, torch.nn.Parameter):
         return True
-    if not isinstance(value, Tensor) or "_dynamo_static_input_type" not in tensor_dict:
+    if not isinstance(value, Tensor) or "_dynamo_static_input_type" not in about:
         return False
-    return is_registered(placeholder) or all(isinstance(size, int) for size in value.shape)
+    # Of free size it is no constant: Dynamo has seen another one.
+    fixed = all(isinstance(size, int) for size in value.shape)
+    return fixed or not _is_plain(placeholder)
 
 
 def _is_plain(placeholder: Node) -> bool:
-    """Tell whether a placeholder that can be compiled in is neither parameter nor buffer."""
-    if isinstance(placeholder.meta.get("example_value"), torch.nn.Parameter):
-        return False
-    return not is_registered(placeholder)
+    """Tell whether a placeholder of a Dynamo graph stands for a tensor in a plain attribute."""
+    value = placeholder.meta.get("example_value")
+    return not isinstance(value, torch.nn.Parameter) and not is_registered(placeholder)
 
 
 def _tracing(inputs: Sequence[Any]) -> Any:

@@ -13,6 +13,7 @@ through `fxq.compress`, with the same numbers.
 
 import contextlib
 import json
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -147,7 +148,7 @@ class Observed:
             recipe,
             {layer.key: layer for layer in layers},
             set(about["reached"]),
-            tuple(about["called"]),
+            tuple(about.get("called", ())),
             tuple(about["missed"]),
             about["unread"],
         )
@@ -228,23 +229,22 @@ def _compiling_calls(
     parts = {
         name: module
         for name, module in model.named_modules()
-        if not isinstance(module, torch.jit.ScriptModule) and _has_weights(module)
+        if not isinstance(module, torch.jit.ScriptModule) and (not name or _may_multiply(module))
     }
     before = {name: module._compiled_call_impl for name, module in parts.items()}
-    running = False
+    running = threading.local()
 
     def call_of(name: str, module: nn.Module) -> Callable[..., Any]:
         compiled = torch.compile(_calling(module), backend=backend)
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            nonlocal running
-            if running:  # between graph breaks of the one around it
+            if getattr(running, "here", False):  # between graph breaks of the one around it
                 return compiled(*args, **kwargs)
-            called[name], running = None, True
+            called[name], running.here = None, True
             try:
                 return compiled(*args, **kwargs)
             finally:
-                running = False
+                running.here = False
 
         return call
 
@@ -254,15 +254,23 @@ def _compiling_calls(
         yield
     finally:
         for name, module in parts.items():
-            vars(module).pop("_compiled_call_impl", None)
+            vars(module).pop("_compiled_call_impl", None)  # so that the class's None holds again
             if before[name] is not None:
                 module._compiled_call_impl = before[name]
 
 
-def _has_weights(module: nn.Module) -> bool:
-    """Tell whether a module may hold layers: a matrix that is no table of embeddings."""
-    holders = (m for m in module.modules() if not isinstance(m, nn.Embedding | nn.EmbeddingBag))
-    return any(p.ndim > 1 for holder in holders for p in holder.parameters(recurse=False))
+def _may_multiply(part: nn.Module) -> bool:
+    """Tell whether layers may be in a part: it has a matrix, wherever it keeps it, and is no table
+    of embeddings alone."""
+    if isinstance(part, nn.Embedding | nn.EmbeddingBag):
+        return False
+    kept = (
+        value
+        for module in part.modules()
+        for store in (module._parameters, module._buffers, vars(module))
+        for value in store.values()
+    )
+    return any(isinstance(value, Tensor) and value.ndim > 1 for value in kept)
 
 
 def _calling(module: nn.Module) -> Callable[..., Any]:
@@ -321,10 +329,10 @@ def _in_parts(step: Pass | DataPass) -> Pass | DataPass:
 
 def _missed(model: nn.Module, seen: Observed) -> Iterator[str]:
     """Yield the names of linears and convolutions that were in no graph, under whatever name."""
-    kinds = nn.Linear | nn.modules.conv._ConvNd
-    every = list(model.named_modules(remove_duplicate=False))
-    reached = {id(m.weight) for name, m in every if name in seen.reached and isinstance(m, kinds)}
+    every = model.named_parameters(remove_duplicate=False)
+    reached = {id(value) for name, value in every if name.removesuffix(".weight") in seen.reached}
     for name, module in model.named_modules():
+        kinds = nn.Linear | nn.modules.conv._ConvNd
         if isinstance(module, kinds) and id(module.weight) not in reached:
             yield name
 

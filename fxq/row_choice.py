@@ -114,8 +114,8 @@ def _insert_index(gm: GraphModule, rows: Rows, edge: Node, tokens: Any) -> Node:
         given = _cast(given, torch.float32, first)
         return insert_call(aten.bucketize.Tensor, (given, bounds), before=first)
     if isinstance(rows, ByPosition) and rows.name is not None:
-        found = input_node(gm, rows.name, "ByPosition.name")
-        found = _cast(found, torch.int64, first)
+        row = input_node(gm, rows.name, "ByPosition.name")
+        row = _cast(row, torch.int64, first)
     else:
         if not isinstance(tokens, int):
             tokens = insert_call(aten.sym_size.int, (edge, len(shape_of(edge)) - 2), after=edge)
@@ -124,10 +124,10 @@ def _insert_index(gm: GraphModule, rows: Rows, edge: Node, tokens: Any) -> Node:
         if isinstance(rows, ByLength):
             bounds = add_buffer(gm, LENGTHS, torch.tensor(rows.lengths, device=device), like=edge)
             length = insert_call(aten.full.default, ((), tokens), kwargs, **where)
-            found = insert_call(aten.bucketize.Tensor, (length, bounds), after=length)
+            row = insert_call(aten.bucketize.Tensor, (length, bounds), after=length)
         else:
-            found = insert_call(aten.arange.default, (tokens,), kwargs, **where)
-    return insert_call(aten.clamp.default, (found, 0, rows.count - 1), after=found)
+            row = insert_call(aten.arange.default, (tokens,), kwargs, **where)
+    return insert_call(aten.clamp.default, (row, 0, rows.count - 1), after=row)
 
 
 def _cast(node: Node, dtype: torch.dtype, before: Node) -> Node:

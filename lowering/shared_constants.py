@@ -18,6 +18,8 @@ from fxq.rewriting import register_tensor
 
 SMALL = 1024  # elements; not worth a search
 
+# One for the process, as graphs are compiled at any time, by whatever calls them. It keeps nothing
+# alive; 0.0 and -0.0 count as equal, in constants that are multiplied and added.
 _known: dict[object, list[weakref.ref[Tensor]]] = defaultdict(list)
 
 

@@ -112,6 +112,13 @@ class ObservedRanges(Pass):
         if not found:  # one weight may have several names
             found = [known for known in self.layers if known.digest == layer.digest]
             chosen = [known for known in found if known.place == layer.place]
+        # A part that is compiled alone calls its layers by names that others may have in full.
+        inner = [
+            known
+            for known in self.layers
+            if known.digest == layer.digest and known.name.endswith(f".{layer.name}")
+        ]
+        chosen = list(dict.fromkeys([*chosen, *inner])) if chosen else chosen
         if len(chosen) == 1:
             return chosen[0]
         if chosen:

@@ -113,3 +113,29 @@ def test_parameters_and_buffers_stay_bound(builds: list[list[str]]) -> None:
         model.running_mean = torch.randn(4)
         torch.testing.assert_close(fast(x), model(x))
     assert builds == [["0"]] * 3
+
+
+class TwoGraphs(nn.Module):
+    """Reads an attribute in one graph, and writes to it in another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.kept = nn.Linear(16, 16), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kept is None:
+            self.kept = torch.ones(16)
+        y = self.linear(x) * self.kept
+        torch._dynamo.graph_break()
+        self.kept.add_(y.mean((0, 1)))
+        return y
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_writes_in_place_are_seen_in_every_mode(mode: type, every_layer_pays: None) -> None:
+    model, twin = TwoGraphs().eval(), TwoGraphs().eval()
+    twin.load_state_dict(model.state_dict())
+    fast = torch.compile(model, backend="fxq", options={"recipe": "float"})
+    with mode():
+        for x in torch.randn(4, 2, 8, 16):
+            torch.testing.assert_close(fast(x), twin(x))
