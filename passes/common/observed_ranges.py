@@ -8,7 +8,7 @@ a recipe that was observed on another model is told.
 import copy
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -84,8 +84,9 @@ class ObservedRanges(Pass):
                     f"recipe: expected the weights it was observed with, found others in "
                     f"{named[0]!r} and {len(named) - 1} more layers; observe this model"
                 )
+        names = {layer.name for _, layer in found}
         for node, layer in found:
-            seen = self._find(layer)
+            seen = self._find(layer, names)
             reason = seen if isinstance(seen, str) else differ(layer.observer, seen.observer)
             if isinstance(seen, ObservedLayer) and not seen.observer.count:
                 reason = "it had no data while it was observed"
@@ -104,8 +105,13 @@ class ObservedRanges(Pass):
         exact = [known for known in self.layers if known.name == layer.name]
         return exact or [known for known in self.layers if _ends_alike(known.name, layer.name)]
 
-    def _find(self, layer: ObservedLayer) -> ObservedLayer | str:
-        """Return what was seen of a layer, or why it is not known."""
+    def _find(self, layer: ObservedLayer, names: Collection[str]) -> ObservedLayer | str:
+        """Return what was seen of a layer, or why it is not known.
+
+        Args:
+            layer: of a graph.
+            names: of all layers of that graph.
+        """
         named = self._named(layer)
         found = [known for known in named if known.digest == layer.digest]
         chosen = [known for known in found if known.call == layer.call]
@@ -116,7 +122,8 @@ class ObservedRanges(Pass):
         inner = [
             known
             for known in self.layers
-            if known.digest == layer.digest and known.name.endswith(f".{layer.name}")
+            if known.digest == layer.digest and known.name not in names
+            if known.name.endswith(f".{layer.name}")
         ]
         chosen = list(dict.fromkeys([*chosen, *inner])) if chosen else chosen
         if len(chosen) == 1:
