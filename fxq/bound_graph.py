@@ -87,8 +87,9 @@ class BoundGraph(ABC):
         self.static = [
             i for i, node in enumerate(placeholders) if _is_static(node) and i not in self.written
         ]
-        lifted = len(placeholders) - len(self.attributes)
-        self.assumed = [i for i in self.static if i < lifted and _is_plain(placeholders[i])]
+        first_lifted = len(placeholders) - len(self.attributes)  # of which Dynamo says no more
+        plain = [i for i in range(first_lifted) if _is_plain(placeholders[i])]
+        self.assumed = [i for i in self.static if i in plain]
         self.live = [i for i in range(len(placeholders)) if i not in self.static]
         self.bound_before: set[tuple[int, ...]] = set()  # `_weight_ids` of all calls
         self.is_program = _is_all_settled(self.graph_module)

@@ -329,10 +329,13 @@ def _in_parts(step: Pass | DataPass) -> Pass | DataPass:
 
 def _missed(model: nn.Module, seen: Observed) -> Iterator[str]:
     """Yield the names of linears and convolutions that were in no graph, under whatever name."""
-    every = model.named_parameters(remove_duplicate=False)
+    kinds = nn.Linear | nn.modules.conv._ConvNd
+    every = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
     reached = {id(value) for name, value in every if name.removesuffix(".weight") in seen.reached}
     for name, module in model.named_modules():
-        kinds = nn.Linear | nn.modules.conv._ConvNd
         if isinstance(module, kinds) and id(module.weight) not in reached:
             yield name
 

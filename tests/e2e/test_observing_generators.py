@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from generators import Generator, Masked, NextScale, OneByOne, Quantizing, Watching
 from observed import ACTIVATION, LAYER, STATIC
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 import fxq
-from fxq.backend import Compiled
 from fxq.errors import FxqWarning
 from fxq.numerics import sqnr_db
 from fxq.observing import Observed
@@ -22,20 +22,6 @@ from fxq.spec import LayerSpec
 
 LABELS = torch.tensor([0, 1, 2, 3])
 KINDS = (NextScale, OneByOne, Masked)
-
-
-@pytest.fixture
-def builds(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What was compiled, by the recipe's name."""
-    made: list[str] = []
-    make = Compiled.make
-
-    def counting(self: Compiled, *args: object) -> object:
-        made.append(self.recipe.name)
-        return make(self, *args)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Compiled, "make", counting)
-    return made
 
 
 def compile_parts(model: nn.Module, seen: Observed) -> None:
@@ -75,7 +61,7 @@ ROWS = Recipe("by_length", (InsertObservers(BY_LENGTH), Calibrate(), Convert()))
     ("kind", "recipe"), [(NextScale, ROWS), (OneByOne, STATIC)], ids=["NextScale", "OneByOne"]
 )
 def test_compiled_parts_draw_what_quantized_ones_draw(
-    kind: type[Generator], recipe: Recipe, every_layer_pays: None, builds: list[str]
+    kind: type[Generator], recipe: Recipe, every_layer_pays: None, built: list[GraphModule]
 ) -> None:
     """Judged by eager code whose linears are quantized by the definition; and nothing is compiled
     anew for the caches of every image."""
@@ -92,11 +78,11 @@ def test_compiled_parts_draw_what_quantized_ones_draw(
 
     compile_parts(model, seen)
     first, second = model.draw(LABELS), model.draw(LABELS.flip(0))
-    n_builds = len(builds)
+    n_builds = len(built)
     third = model.draw(LABELS)
 
     assert n_builds
-    assert len(builds) == n_builds
+    assert len(built) == n_builds
     for expected, found in (((tokens, logits), first), (others, second), ((tokens, logits), third)):
         assert torch.equal(expected[0], found[0])
         assert sqnr_db(expected[1], found[1]) > 45  # rounding moves codes
