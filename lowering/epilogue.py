@@ -1,6 +1,7 @@
 """What follows a layer in the graph, as far as its kernel takes it in: bias and scale aside, casts,
 an activation function, a residual, channels apart and the codes that the next layer reads."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -190,6 +191,13 @@ def _residual(values: Node) -> tuple[Node, Node] | None:
     if not isinstance(other, Node) or {dtype_of(values), dtype_of(other)} != {torch.float32}:
         return None
     return (add, other) if shape_of(other) == shape_of(values) else None
+
+
+def largest_product(weight: Node) -> float:
+    """Return how large a sum of products of values up to one with a row of a weight can be, twice
+    over so that its rounding and what it is added to are within; Inf where it is unknown."""
+    value = constant_value(weight)
+    return math.inf if value is None else 2 * float(value.double().abs().sum(-1).max())
 
 
 def is_finite(bias: Node | None) -> bool:

@@ -2,6 +2,7 @@
 `fxq::int8_linear`, with what follows as its epilogue, and what those for other layers with a
 quantized weight share with them."""
 
+import math
 import platform
 from abc import abstractmethod
 from collections.abc import Callable
@@ -13,7 +14,13 @@ from torch.fx import Node
 
 from fxq.account import kind_of
 from fxq.graph import args_of, dtype_of, hint, is_op, shape_of, tensor_of
-from fxq.lowering.epilogue import Takes, channels_apart, fusible_epilogue, is_finite
+from fxq.lowering.epilogue import (
+    Takes,
+    channels_apart,
+    fusible_epilogue,
+    is_finite,
+    largest_product,
+)
 from fxq.lowering.int8_linear import accumulate
 from fxq.lowering.rule import Decision, Lowering, Rule
 from fxq.numerics import largest_sum
@@ -80,14 +87,18 @@ class Int8Linear(Int8Layer):
         """Put the kernel in the place of `layer` and of as much of what follows as its epilogue
         takes in; return the op's arguments from `out_dtype` on."""
         start, apart = channels_apart(layer, takes.apart)
-        finite = is_finite(o.bias) and not apart  # whose products may be Inf
+        bound = largest_product(apart["w_apart"]) if apart else 0.0
+        finite = is_finite(o.bias) and math.isfinite(bound)
         last, epilogue, guard = fusible_epilogue(start, takes, finite=finite)
         args = (o.codes, o.scale, o.zero_point, o.weight, o.w_scale, o.bias, *epilogue)
         result = insert_call(ops.int8_linear.default, args, apart, before=last, like=layer)
         self.replace(layer, result, last=last)
         if guard is not None:
-            rows = (o.scale, args_of(guard)[1])
-            guard.replace_all_uses_with(insert_call(guard.target, rows, before=guard))
+            rows = insert_call(guard.target, (o.scale, args_of(guard)[1]), before=guard)
+            if apart:  # products of floats, so that even finite ones may give Inf
+                products = insert_call(aten.mul.Scalar, (apart["apart"], bound), before=guard)
+                rows = insert_call(guard.target, (products, rows), before=guard)
+            guard.replace_all_uses_with(rows)
         return epilogue
 
     def check(

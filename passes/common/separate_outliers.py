@@ -121,10 +121,9 @@ class SeparateOutliers(DataPass):
                 size = product(b.rows, weight).square().sum()
                 for index, count in enumerate(counts):
                     keep[order[:count]] = 0.0
-                    under = quantized_operands(
-                        b.rows * keep, a.seen * keep, weight * keep, self.layer
-                    )
-                    losses[index] += relative_loss(under, size)
+                    rows = b.rows * keep
+                    under = quantized_operands(rows, a.seen * keep, weight * keep, self.layer)
+                    losses[index] += relative_loss(under, product(rows, weight), size)
         return losses
 
     def _count(self, losses: Tensor, total: float) -> int:

@@ -21,6 +21,7 @@ from fxq.lowering.lower import lower
 from fxq.lowering.rule import MAX_ROUNDED_SHARE
 from fxq.numerics import sqnr_db
 from fxq.passes import recommended, w8a8
+from fxq.passes.common import SeparateOutliers
 
 CPU = torch.device("cpu")
 OPS = torch.ops.fxq
@@ -261,8 +262,27 @@ def test_separated_outliers_are_part_of_the_product() -> None:
     aten = torch.ops.aten
     assert not [node for node in gm.graph.nodes if is_op(node, aten.linear.default)]
     assert [args[0] for args in kernels].count("gelu") == 1
-    # A sum with what has no codes may be Inf where no scale says so: codes are made outside.
-    assert all(len(args) <= 2 for args, few in zip(kernels, found, strict=True) if few)
+
+
+def test_codes_of_what_has_channels_apart_say_where_it_is_not_finite() -> None:
+    model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 32))
+    x = torch.randn(256, 64)
+    x[:, 5] *= 300
+    with torch.no_grad():
+        model[0].weight[:, 5] *= 20  # type: ignore[operator, index]
+    steps = (SeparateOutliers(w8a8.STATIC_LAYER), *w8a8.STATIC.passes)
+    simulated = fxq.compress(model.eval(), x, fxq.Recipe("apart", steps), [x]).graph_module
+    gm, _ = lower(simulated, CPU)
+
+    first, _ = [node for node in gm.graph.nodes if is_op(node, OPS.int8_linear.default)]
+    assert "apart" in first.kwargs
+    assert len(first.args) > 9  # codes come out of it
+    x[0, 5], x[1, 5], x[2, 5], x[3, 6] = 3e38, math.inf, math.nan, math.inf
+    x[4, 5] = 1e30
+    expected, found = simulated(x)[0], gm(x)[0]
+    assert expected[:4].isnan().all(-1).tolist() == [True] * 4
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert sqnr_db(expected[4:], found[4:]) > 60
 
 
 class Readers(nn.Module):

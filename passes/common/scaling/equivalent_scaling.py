@@ -25,7 +25,7 @@ from fxq.layer import Skip, treat
 from fxq.passes.common.float_function import LOOSE, check_float_function
 from fxq.passes.common.insert_observers import Target
 from fxq.passes.common.scaling.fold import Scaling, fold_scaling
-from fxq.passes.common.scaling.loss import Candidate, quantization_loss
+from fxq.passes.common.scaling.loss import Candidate, Judge
 from fxq.passes.common.scaling.sites import Kind, ScaleSite, ScaleSites, scale_sites
 from fxq.passes.common.scaling.statistics import Statistics, collect
 from fxq.passes.common.scaling.undo import costs_of_scaling
@@ -126,11 +126,12 @@ class EquivalentScaling(DataPass):
             return "saw too few rows to judge a factor; give it more data"
         proposed, folds = self._proposed(site, statistics), statistics.folds
         fitted = [self._proposed(site, fold) for fold in folds]
+        judges = [Judge(fold, self.layer) for fold in reversed(folds)]
         best, least = 0, math.inf
         for index in range(len(proposed)):
             loss, handicap = 0.0, 1 + self.least_gain if index else 1.0
-            for candidates, fold, judged in zip(fitted, folds, reversed(folds), strict=True):
-                loss += handicap * quantization_loss(fold, judged, candidates[index], self.layer)
+            for candidates, fold, judge in zip(fitted, folds, judges, strict=True):
+                loss += handicap * judge.loss(fold, candidates[index])
                 if not loss < least:
                     break  # the other fold can only add to it
             else:

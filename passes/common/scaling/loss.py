@@ -26,32 +26,39 @@ class Candidate(NamedTuple):
     shift: Tensor | None = None
 
 
-def quantization_loss(
-    fitted: Statistics, judged: Statistics, candidate: Candidate, layer: LayerSpec
-) -> float:
-    """Return the error that quantization makes at a site's consumers, relative to their outputs.
+class Judge:
+    """The error that quantization makes at a site's consumers, relative to their outputs.
 
         sum over consumers of |Q(x') Q(W').T - x' W'.T|^2 / |x W.T|^2,   x' = (x - shift) / scale
 
-    Q has the range of the rows that the candidate was fitted to, x are other rows: a scale that
-    only suits the rows it was made from is not taken for a good one. A convolution is judged by its
+    Q has the range of the rows that a candidate was fitted to, x are other rows: a scale that only
+    suits the rows it was made from is not taken for a good one. A convolution is judged by its
     taps, each as a linear of its own.
 
     Args:
-        fitted: statistics that the candidate was made from.
-        judged: of the same site, with the rows x.
-        candidate: scale and shift.
+        judged: statistics of the site, with the rows x.
         layer: how activations and weights are quantized.
     """
-    pairs = zip(fitted.consumers, judged.consumers, strict=True)
-    return sum(_consumer_loss(*pair, candidate, layer) for pair in pairs)
 
+    def __init__(self, judged: Statistics, layer: LayerSpec) -> None:
+        self.layer = layer
+        self.consumers = [(c, product(c.rows, c.weight)) for c in judged.consumers]
 
-def _consumer_loss(
-    fitted: Consumer, judged: Consumer, candidate: Candidate, layer: LayerSpec
-) -> float:
-    size = product(judged.rows, judged.weight).square().sum()
-    return relative_loss(operands(fitted, judged, candidate, layer), size)
+    def loss(self, fitted: Statistics, candidate: Candidate) -> float:
+        """Return the error under a candidate.
+
+        Args:
+            fitted: statistics of the same site that the candidate was made from.
+            candidate: scale and shift.
+        """
+        total = 0.0
+        for seen, (judged, outputs) in zip(fitted.consumers, self.consumers, strict=True):
+            size, exact = outputs.square().sum(), outputs
+            if candidate.shift is not None:  # whatever the scale, x' W'.T is (x - shift) W.T
+                shift = seen.part.spread(candidate.shift, 0.0).float().to(outputs.device)
+                exact = outputs - product(shift[None], judged.weight)
+            total += relative_loss(operands(seen, judged, candidate, self.layer), exact, size)
+        return total
 
 
 class Operands(NamedTuple):
@@ -112,9 +119,14 @@ def _coarse(spec: QuantSpec) -> QuantSpec:
     return replace(spec, observer=replace(spec.observer, steps=steps))
 
 
-def relative_loss(under: Operands, size: Tensor) -> float:
-    """Return the error that quantization makes of a product, relative to a size > 0."""
-    exact = product(under.rows, under.weight)
+def relative_loss(under: Operands, exact: Tensor, size: Tensor) -> float:
+    """Return the error that quantization makes of a product, relative to a size > 0.
+
+    Args:
+        under: what is multiplied.
+        exact: the product without quantization.
+        size: a sum of squares.
+    """
     error = product(under.quantized_rows, under.quantized_weight) - exact
     return float(error.square().sum() / size.clamp(min=torch.finfo(torch.float32).tiny))
 
