@@ -148,22 +148,28 @@ def account(gm: GraphModule, sizes: Mapping[str, int] | None = None) -> list[Row
     return rows
 
 
-def little_changed(gm: GraphModule) -> str | None:
-    """Return, of a graph in which a recipe quantized something, but less than a hundredth of the
-    operations, that it did and why; None of any other, and where overrides asked for it."""
+def little_changed(gm: GraphModule, quantizing: bool) -> str | None:
+    """Return, of a graph in which a recipe changed less than a hundredth of the operations, that it
+    did and why; None of any other, and where overrides asked for it.
+
+    Args:
+        gm: what the recipe made.
+        quantizing: it is one that changes formats, so that nothing is less than was asked for.
+    """
     rows = account(gm)
     total = sum(row.flops for row in rows)
     share = sum(row.flops for row in rows if row.format is not None) / max(total, 1)
-    if not 0 < share < MIN_CHANGED:
+    if share >= MIN_CHANGED or not total or not (share or quantizing):
         return None
     left = Counter[str]()
     for row in rows:
         if row.skip is not None and not row.skip.reason.startswith(OVERRIDE):
             left[f"{row.kind}: {row.skip.reason}"] += row.flops
-    if left.total() < (1 - MIN_CHANGED) * total:
+    if left.total() < (1 - MIN_CHANGED if share else MIN_CHANGED) * total:
         return None
     reasons = [f"{why} ({flops / total:.1%})" for why, flops in left.most_common(N_REASONS)]
-    return f"it changed {share:.1%} of the operations and left as they were {'; '.join(reasons)}"
+    changed = f"{share:.1%} of the operations" if share else "nothing"
+    return f"it changed {changed} and left as they were {'; '.join(reasons)}"
 
 
 def weights_unseen(gm: GraphModule) -> str | None:

@@ -14,6 +14,7 @@ through `fxq.compress`, with the same numbers.
 import contextlib
 import json
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from fxq.bound_graph import BoundGraph, Run
 from fxq.calibrate import warn_of_missing_data
 from fxq.dialect import OBSERVED
 from fxq.dynamo import passing_graphs, readable
-from fxq.errors import MissingInputError, UnreadableGraphError, UnsupportedError
+from fxq.errors import FxqWarning, MissingInputError, UnreadableGraphError, UnsupportedError
 from fxq.files import write_tensors
 from fxq.graph import is_constant, val_of
 from fxq.layer_json import decode_value, encode_value
@@ -207,7 +208,8 @@ def observe(model: nn.Module, recipe: Recipe | str) -> Iterator[Observed]:
     if not seen.layers:
         raise ValueError(
             "observe: expected calls of the model or of its parts inside the block, as model(...) "
-            "and not as model.forward(...), found none that reached a "
+            "and neither as model.forward(...) nor of what torch.compile made of it, found none "
+            "that reached a "
             f"layer which {recipe.name!r} quantizes{''.join(f'; {why}' for why in seen.unread)}"
         )
     seen.missed = tuple(_missed(model, seen))
@@ -248,15 +250,28 @@ def _compiling_calls(
 
         return call
 
+    calls = {name: call_of(name, module) for name, module in parts.items()}
+    others = []
     try:
         for name, module in parts.items():
-            module._compiled_call_impl = call_of(name, module)
+            module._compiled_call_impl = calls[name]
         yield
     finally:
         for name, module in parts.items():
+            if module._compiled_call_impl is not calls[name]:
+                others.append(name)  # the user's own, which stays
+                continue
             vars(module).pop("_compiled_call_impl", None)  # so that the class's None holds again
             if before[name] is not None:
                 module._compiled_call_impl = before[name]
+    if others:
+        listing = ", ".join(f"{name}.compile()" if name else "compile() of it" for name in others)
+        warnings.warn(
+            f"observe: the model was compiled inside the block ({listing}), and calls after that "
+            "were not observed; compile after the block",
+            FxqWarning,
+            stacklevel=5,
+        )
 
 
 def _may_multiply(part: nn.Module) -> bool:
@@ -336,7 +351,10 @@ def _missed(model: nn.Module, seen: Observed) -> Iterator[str]:
     ]
     reached = {id(value) for name, value in every if name.removesuffix(".weight") in seen.reached}
     for name, module in model.named_modules():
-        if isinstance(module, kinds) and id(module.weight) not in reached:
+        if not isinstance(module, kinds) or id(module.weight) in reached:
+            continue
+        # The weight of a parametrized layer is made anew from tensors under its name.
+        if not any(weight.startswith(f"{name}.") for weight in seen.reached):
             yield name
 
 

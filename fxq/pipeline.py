@@ -27,7 +27,7 @@ from fxq.batches import CheckedBatches, StoredBatches, device_of
 from fxq.calibrate import Batches as Batches
 from fxq.capturing import capture
 from fxq.checkpoint import Checkpoint
-from fxq.dialect import Dialect
+from fxq.dialect import QUANTIZED, Dialect
 from fxq.errors import FxqWarning, SkippedError, did_you_mean
 from fxq.graph_json import not_in_files
 from fxq.history import Stage, stage
@@ -127,6 +127,11 @@ class Recipe:
     def needs_data(self) -> bool:
         """Whether any pass reads calibration batches."""
         return any(isinstance(p, DataPass) for p in self.passes)
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether what comes out is in the dialect of quantized graphs."""
+        return bool(self.passes) and self.passes[-1].writes is QUANTIZED
 
     @property
     def needs_program(self) -> bool:
@@ -290,9 +295,9 @@ def compress(
         results = (float_results, seeded(program.graph_module, example))
         program.sqnr_db, _ = outputs_sqnr_db(*map(captured.signature.results, results))
         report(f"outputs on the example: {program.sqnr_db:.1f} dB against float")
-        for find in (little_changed, weights_unseen):
-            if told := find(program.graph_module):
-                warnings.warn(f"recipe {recipe.name!r}: {told}", FxqWarning, stacklevel=2)
+        changed = little_changed(program.graph_module, recipe.quantizes)
+        for told in filter(None, (changed, weights_unseen(program.graph_module))):
+            warnings.warn(f"recipe {recipe.name!r}: {told}", FxqWarning, stacklevel=2)
         call = split_inputs(example_inputs)
         if far := far_from_float(program.sqnr_db, program.graph_module, example, model, *call):
             warnings.warn(f"recipe {recipe.name!r}: {far}", FxqWarning, stacklevel=2)

@@ -101,11 +101,11 @@ class InsertObservers(Pass):
             else:
                 pattern, spec = None, self.default if kind_of(layer) in self.targets else None
             if spec is None:
-                why = (
-                    f"{OVERRIDE}{pattern!r}"
-                    if pattern
-                    else f"this recipe quantizes {', '.join(self.targets)} only"
-                )
+                why = f"this recipe quantizes {', '.join(self.targets)} only"
+                if pattern:
+                    why = f"{OVERRIDE}{pattern!r}"
+                elif self.default is None:
+                    why = f"{OVERRIDE}default=None"
                 treat(layer, name, Skip(why, intended=True))
                 continue
             if pattern is None and (few := _too_few(layer)):

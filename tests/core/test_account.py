@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fxq
 from fxq.errors import FxqWarning, SkippedError
-from fxq.passes import pruning, w8a8
+from fxq.passes import gptq, pruning, recommended, w8a8
 from fxq.pipeline import Recipe
 from fxq.signature import split_inputs
 
@@ -338,3 +338,14 @@ def test_a_recipe_that_changes_next_to_nothing_says_so() -> None:
     with pytest.warns(FxqWarning, match=r"changed 0.0% .* conv: .* linear only \(100.0%\)"):
         fxq.compress(model, x, w8a8.DYNAMIC)
     fxq.compress(model, x[..., :4, :4], w8a8.DYNAMIC)  # 5 %, no warning
+
+
+@pytest.mark.parametrize("recipe", [w8a8.DYNAMIC, recommended.W8A8, gptq.W4])
+def test_a_recipe_that_changes_nothing_says_so(recipe: fxq.Recipe) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3)).eval()
+    data = [torch.randn(4, 3, 16, 16) for _ in range(2)] if recipe.needs_data else None
+
+    with pytest.warns(FxqWarning, match=r"changed nothing and left as they were conv: "):
+        program = fxq.compress(model, torch.randn(2, 3, 16, 16), recipe, data)
+
+    assert not [row for row in fxq.report(program).rows if row.row.format is not None]

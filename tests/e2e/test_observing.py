@@ -246,6 +246,35 @@ def test_recipes_that_cannot_be_observed_say_why(
         pass
 
 
+@pytest.mark.parametrize("part", ["", "blocks.1"])
+def test_what_the_user_compiled_inside_the_block_stays(part: str) -> None:
+    model, x, calls = Blocks().eval(), torch.randn(2, 8), []
+
+    def backend(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        calls.append(gm)
+        return gm.forward
+
+    told = pytest.warns(FxqWarning, match=r"compiled inside the block .*; compile after the block")
+    with torch.no_grad(), told, fxq.observe(model, STATIC):
+        model(x)
+        model.get_submodule(part).compile(backend=backend)
+
+    assert not calls
+    model(x)
+    assert calls
+
+
+def test_parametrized_layers_are_not_listed_as_missed() -> None:
+    normed = torch.nn.utils.parametrizations.weight_norm(nn.Linear(8, 16))
+    model = nn.Sequential(normed, nn.ReLU(), nn.Linear(16, 4), nn.ReLU()).eval()
+
+    with torch.no_grad(), fxq.observe(model, STATIC) as seen:
+        model(torch.randn(2, 8))
+
+    assert len(seen.layers) == 2
+    assert not seen.missed
+
+
 def test_nothing_observed_is_an_error() -> None:
     nothing = pytest.raises(ValueError, match="found none that reached a layer")
     with nothing, fxq.observe(Blocks().eval(), STATIC):
