@@ -159,7 +159,10 @@ def little_changed(gm: GraphModule, quantizing: bool) -> str | None:
     rows = account(gm)
     total = sum(row.flops for row in rows)
     share = sum(row.flops for row in rows if row.format is not None) / max(total, 1)
-    if share >= MIN_CHANGED or not total or not (share or quantizing):
+    if share >= MIN_CHANGED or not total:
+        return None
+    ours = any(getattr(n.target, "namespace", "") == "fxq" for n in gm.graph.nodes)
+    if not share and (not quantizing or ours):  # what has codes may be no layer, but a cache
         return None
     left = Counter[str]()
     for row in rows:

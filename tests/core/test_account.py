@@ -240,6 +240,7 @@ def test_experts_are_reported_and_stop_strict() -> None:
         fxq.compress(model, example, w8a8.DYNAMIC, strict=True, dynamic_shapes=None)
 
 
+@pytest.mark.filterwarnings("ignore:recipe .* changed nothing")
 def test_groups_that_are_known_are_no_weight() -> None:
     model = Call(lambda x: torch._grouped_mm(x, x[:16].repeat(3, 1, 1), ENDS)).eval()
     x = torch.randn(32, 16, dtype=torch.bfloat16)

@@ -414,6 +414,7 @@ class SequenceFirst(nn.Module):
         return self.layer((x * timestep.reshape(-1, 1, 1)).transpose(0, 1)).transpose(0, 1)
 
 
+@pytest.mark.filterwarnings("ignore:recipe .* changed nothing")
 @pytest.mark.parametrize(("tokens", "assumed"), [(4, True), (5, False)])
 def test_a_batch_that_only_its_size_tells_is_an_assumption_that_the_report_shows(
     tokens: int, assumed: bool

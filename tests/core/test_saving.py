@@ -338,7 +338,7 @@ def test_an_operator_that_a_file_cannot_carry_is_told_at_once(path: Path) -> Non
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(twice(twice(x)))
 
-    model, x = Custom(2, 2).eval(), torch.randn(3, 2)
+    model, x = Custom(8, 2).eval(), torch.randn(3, 8)
 
     with pytest.warns(FxqWarning, match="cannot be saved") as told:
         program = compress(model, x, w8a8.DYNAMIC)

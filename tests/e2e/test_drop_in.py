@@ -143,6 +143,7 @@ def test_an_unknown_recipe_names_its_neighbour() -> None:
         fxq.compress(case.model, case.x, "w8a8_statik")
 
 
+@pytest.mark.filterwarnings("ignore:recipe .* changed nothing")
 def test_strict_raises_what_a_pass_had_to_skip() -> None:
     case = linear()
     layer = LayerSpec(None, QuantSpec(granularity=PerGroup(3)))

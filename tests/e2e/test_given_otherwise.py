@@ -139,6 +139,7 @@ class Odd(Scaled):
         return self.function(self, x)
 
 
+@pytest.mark.filterwarnings("ignore:recipe .* changed nothing")
 @pytest.mark.parametrize("function", [vector, complex_linear, complex_matmul])
 def test_a_product_with_a_weight_that_is_no_real_matrix_stays_float_and_is_listed(
     function: Callable[[Scaled, Tensor], Tensor],

@@ -248,7 +248,7 @@ def test_recipes_that_cannot_be_observed_say_why(
 
 @pytest.mark.parametrize("part", ["", "blocks.1"])
 def test_what_the_user_compiled_inside_the_block_stays(part: str) -> None:
-    model, x, calls = Blocks().eval(), torch.randn(2, 8), []
+    model, x, calls = Blocks().eval(), torch.randn(2, 16), []
 
     def backend(gm: torch.fx.GraphModule, inputs: Any) -> Any:
         calls.append(gm)

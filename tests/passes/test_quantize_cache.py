@@ -22,6 +22,8 @@ from fxq.passes.common import QuantizeCache
 from fxq.pipeline import Batches, DataPass, Recipe
 from fxq.spec import Entropy, PerAxes, block_of
 
+pytestmark = pytest.mark.filterwarnings("ignore:recipe .* changed nothing")
+
 INT8 = Recipe("int8_cache", (QuantizeCache(),))
 B, H, T, D = 2, 2, 6, 4
 

@@ -116,6 +116,7 @@ def test_a_layer_that_is_called_twice_goes_by_its_worse_call() -> None:
         assert "0.0300" not in str(found)
 
 
+@pytest.mark.filterwarnings("ignore:recipe .* changed nothing")
 def test_attention_in_no_module_keeps_its_name() -> None:
     model, example = peaked(), joint_inputs()
 

@@ -33,6 +33,8 @@ from fxq.errors import SkippedError
 from fxq.graph import args_of
 from fxq.passes.rectified_spaattn import TokenLayout
 
+pytestmark = pytest.mark.filterwarnings("ignore:recipe .* changed nothing")
+
 
 @pytest.mark.parametrize(
     ("mask", "text", "reason"),
