@@ -22,8 +22,6 @@ from fxq.passes.common import QuantizeCache
 from fxq.pipeline import Batches, DataPass, Recipe
 from fxq.spec import Entropy, PerAxes, block_of
 
-pytestmark = pytest.mark.filterwarnings("ignore:recipe .* changed nothing")
-
 INT8 = Recipe("int8_cache", (QuantizeCache(),))
 B, H, T, D = 2, 2, 6, 4
 
@@ -356,6 +354,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], Callable[[], list[Any]], list[
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:recipe .* changed nothing")
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_stays_float_says_why(case: str) -> None:
     build, data_of, reasons, reaches_products = REFUSED[case]
@@ -377,6 +376,7 @@ def test_what_stays_float_says_why(case: str) -> None:
             compressed(model, data, strict=True)
 
 
+@pytest.mark.filterwarnings("ignore:recipe .* changed nothing")
 def test_a_model_without_a_cache_is_told() -> None:
     with pytest.warns(FxqWarning, match="expected buffers that the model writes rows to"):
         fxq.compress(nn.Linear(3, 3).eval(), torch.randn(2, 3), INT8, [torch.randn(2, 3)])
