@@ -172,7 +172,10 @@ def little_changed(gm: GraphModule, quantizing: bool) -> str | None:
         return None
     reasons = [f"{why} ({flops / total:.1%})" for why, flops in left.most_common(N_REASONS)]
     changed = f"{share:.1%} of the operations" if share else "nothing"
-    return f"it changed {changed} and left as they were {'; '.join(reasons)}"
+    hint = "`fxq recipes` lists others"
+    if any(why.startswith("conv: ") for why in left):
+        hint += ", those that end in _conv quantize convolutions too"
+    return f"it changed {changed} and left as they were {'; '.join(reasons)}; {hint}"
 
 
 def weights_unseen(gm: GraphModule) -> str | None:
