@@ -209,10 +209,9 @@ def _own_kernel(x: Tensor, weight: Tensor, groups: int) -> avx2_conv.Packed | No
 
 def _is_one(values: Tensor) -> bool:
     """Tell whether all are the same number, which NaN is not."""
-    if values.dtype == torch.int32 and values.numel() == 1:
-        return True
-    smallest, largest = values.aminmax()
-    return bool(smallest == largest)
+    ends = values.aminmax() if values.numel() > 1 else (values, values)
+    smallest, largest = (float(end) for end in ends)
+    return smallest == largest
 
 
 def _by_sample(
