@@ -194,12 +194,12 @@ class Pooled(torch.nn.Linear):
     """Stands for a model of timm: of pictures, and small."""
 
     def __init__(self) -> None:
-        super().__init__(3, 64)
+        super().__init__(32, 64)
         self.pretrained_cfg = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3}
         self.eval()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x.mean((2, 3)))
+        return super().forward(x.mean((1, 2)))
 
 
 @pytest.mark.parametrize("name", ["x[b]", "x[/b]", ":smile:"])

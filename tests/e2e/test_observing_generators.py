@@ -25,8 +25,14 @@ KINDS = (NextScale, OneByOne, Masked)
 
 
 def compile_parts(model: nn.Module, seen: Observed) -> None:
+    how = {"backend": "fxq", "options": {"recipe": seen.recipe}}
     for name in seen.called:
-        model.get_submodule(name).compile(backend="fxq", options={"recipe": seen.recipe})
+        part = model.get_submodule(name)
+        # Module.compile of torch 2.11 leaves torch's own modules to Python.
+        if torch.__version__.startswith("2.11.") and type(part).__module__.startswith("torch."):
+            model.set_submodule(name, torch.compile(part, **how))
+        else:
+            part.compile(**how)
 
 
 @torch.no_grad()
